@@ -1,0 +1,122 @@
+"""kbitc: a compiler that rewrites PyTorch models to k-bit weights, k = 2 to 8.
+
+    import kbitc
+    model = kbitc.compile("path/to/model", bits=4)         # plan, pack, load
+    weight = kbitc.quantize(tensor, "nf4:64")              # one tensor
+    model = kbitc.load("path/to/artifact")
+
+Names are imported when they are first used, so that ``import kbitc`` and ``kbitc --help`` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kbitc import huggingface as _huggingface
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from kbitc.artifact import Artifact
+    from kbitc.loading import load, load_into, save
+    from kbitc.spec import Spec
+    from kbitc.spec import parse as parse_spec
+    from kbitc.tensor import KbitTensor, quantize
+
+__all__ = [
+    "Artifact",
+    "KbitTensor",
+    "Spec",
+    "compile",
+    "load",
+    "load_into",
+    "parse_spec",
+    "quantize",
+    "save",
+]
+
+_HOME = {
+    "Artifact": ("kbitc.artifact", "Artifact"),
+    "KbitTensor": ("kbitc.tensor", "KbitTensor"),
+    "Spec": ("kbitc.spec", "Spec"),
+    "load": ("kbitc.loading", "load"),
+    "load_into": ("kbitc.loading", "load_into"),
+    "parse_spec": ("kbitc.spec", "parse"),
+    "quantize": ("kbitc.tensor", "quantize"),
+    "save": ("kbitc.loading", "save"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kbitc' has no attribute '{name}'")
+    module, attribute = _HOME[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+def compile(  # noqa: A001  # kbitc.compile, as torch.compile
+    model: str | Path | nn.Module,
+    bits: float | None = None,
+    *,
+    spec: str | None = None,
+    plan: Path | dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    strict: bool = False,
+    force: bool = False,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+) -> nn.Module:
+    """Compile a model to k-bit weights.
+
+    Args:
+        model: a module in memory, a Hugging Face folder, a GGUF file, a hub id, or "demo".
+        bits: budget in stored bits per parameter over the whole model; 4 if nothing else is given.
+        spec: instead of a budget, one format for every weight, for example "nf4:64".
+        plan: instead of a budget, a plan file or its parsed contents.
+        out: also write the artifact there; needed to keep what was compiled from a path.
+        strict: fail when the weight of a matmul would be left unquantized.
+        force: replace an existing ``out``.
+        example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
+            does not know.
+
+    Returns:
+        The model with packed weights. A module in memory is copied, never changed.
+
+    Raises:
+        kbitc.errors.KbitcError: see ``kbitc.driver.compile_to``.
+    """
+    import tempfile
+    from pathlib import Path as LocalPath
+
+    from torch import nn as torch_nn
+
+    from kbitc import driver, loading
+
+    budget = 4.0 if bits is None and spec is None and plan is None else bits
+    request = driver.Request(budget, spec, plan, is_strict=strict)
+    if isinstance(model, torch_nn.Module):
+        if out is not None:
+            driver.compile_to(
+                model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs
+            )
+        return driver.compile_module(model, request, example_inputs)
+    if out is not None:
+        driver.compile_to(model, LocalPath(out), request, is_forced=force)
+        return loading.load(out, verify=False)
+    with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
+        target = LocalPath(folder) / "model"
+        driver.compile_to(model, target, request)
+        return loading.load(target, verify=False)
+
+
+_huggingface.register_when_imported()

@@ -1,0 +1,98 @@
+"""Speed and peak memory of a packed model against the 16-bit one, each in a process of its own.
+
+The one thing to know: peak memory is the operating system's figure for that process from the end of
+loading on (Linux ``VmHWM``), so what loading needed for a moment does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kbitc.errors import SourceError
+
+Row = dict[str, float]
+
+
+def compare(
+    artifact: str, against: str | None, prompt_tokens: int, new_tokens: int, runs: int
+) -> dict[str, Row]:
+    """Measure an artifact and the dense bfloat16 model.
+
+    Args:
+        artifact: compiled folder.
+        against: source of the dense model; None dequantizes the artifact's own weights.
+        prompt_tokens: of the prefill.
+        new_tokens: to decode.
+        runs: medians are over so many, after one warm-up.
+
+    Returns:
+        ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row.
+    """
+    numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
+    packed = _measure([artifact, "packed", *numbers])
+    dense = _measure([against or artifact, "dense", *numbers])
+    return {"packed": packed, "16-bit": dense}
+
+
+def _measure(arguments: list[str]) -> Row:
+    command = [sys.executable, "-m", "kbitc.benchmark", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise SourceError(f"measuring {arguments[0]} failed: {last[0]}")
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(source: str, kind: str, prompt_tokens: int, new_tokens: int, runs: int) -> Row:
+    """One row, in this process."""
+    import torch
+
+    from kbitc import evaluation, loading
+
+    loaded = loading.open_model(source, torch.bfloat16 if kind == "dense" else None)
+    model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param
+    if kind == "dense" and getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize(torch.bfloat16)  # type: ignore[operator]  # transformers' method
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        bits = 16.0
+    _forget_peak()
+    found = evaluation.speed(model, prompt_tokens, new_tokens, runs)
+    return {
+        "decode": found.decode,
+        "prefill": found.prefill,
+        "peak_bytes": _peak(),
+        "bytes": nbytes,
+        "bits_per_param": bits,
+    }
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak then includes loading
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """``SOURCE packed|dense PROMPT NEW RUNS``."""
+    source, kind, *numbers = arguments
+    return measure(source, kind, *map(int, numbers))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")

@@ -1,0 +1,515 @@
+"""Block-wise quantization: a weight to codes and scales, and back.
+
+The one thing to know: ``dequantized = codebook[code] * scale (+ zero)``, one scale for each block of
+consecutive weights along the *input* dimension (the last one of a row may be short). Codes are
+chosen against the scale *as stored*, so rounding a scale never costs more than its own rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kbitc import datatypes, packing
+from kbitc.errors import UsageError, did_you_mean
+from kbitc.spec import SCALE_GROUP, Spec, parse
+
+# Values a tile: 1 MB in float32, so that the handful of temporaries stays in the L2/L3 cache.
+# 4096 x 4096 fp16, 2 threads: 2**18 wins over 2**16 (call overhead) and 2**21 (cache misses).
+TILE = 2**18
+FIT_SAMPLE = 2**21  # values that a fitted codebook looks at, evenly spaced rows
+
+FP16_MAX = torch.finfo(torch.float16).max
+FP16_TINY = torch.finfo(torch.float16).tiny
+
+
+Operands: TypeAlias = tuple[
+    Tensor,  # planes
+    Tensor,  # scales
+    Tensor,  # codebook
+    Tensor | None,  # zeros
+    Tensor | None,  # scale_codebook
+    Tensor | None,  # scale_absmax
+    Tensor | None,  # scale_mean
+    Tensor | None,  # outlier_values
+    Tensor | None,  # outlier_index
+    int,  # in_features
+    int,  # bits
+    int,  # block
+]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed weight: plain tensors and the numbers needed to read them.
+
+    Shapes are for a weight of ``(*lead, rows, in_features)``; ``lead`` is the expert dimension of a
+    3-D weight, or empty.
+
+    Attributes:
+        planes: ``(*lead, rows, row_bytes)`` uint8 bit planes (``kbitc.packing``).
+        scales: ``(*lead, rows, blocks)`` float16 (bfloat16 where float16 cannot hold them), or uint8
+            codes of double-quantized scales.
+        codebook: ``(levels,)`` float32, sorted.
+        zeros: like float16 ``scales``, added to each block; None without ``+zp``.
+        scale_codebook: ``(256,)`` float32 dynamic map, ``+dq`` only.
+        scale_absmax: ``(ceil(number of scales / 256),)`` float32 constants, ``+dq`` only.
+        scale_mean: ``(1,)`` float32 mean that was subtracted from the scales, ``+dq`` only.
+        outlier_values: ``(*lead, rows, outliers)`` float16 columns, ``+out`` only.
+        outlier_index: ``(outliers,)`` int32 input features that they belong to, sorted.
+        spec: the format.
+        in_features: weights a row.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    codebook: Tensor
+    zeros: Tensor | None
+    scale_codebook: Tensor | None
+    scale_absmax: Tensor | None
+    scale_mean: Tensor | None
+    outlier_values: Tensor | None
+    outlier_index: Tensor | None
+    spec: Spec
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape ``(*lead, rows, in_features)``."""
+        return (*self.planes.shape[:-1], self.in_features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is present, by field name."""
+        return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
+
+    def nbytes(self) -> int:
+        """Bytes of this weight alone: all tensors but the codebooks that a data type shares."""
+        shared = {"scale_codebook"}
+        if not datatypes.FAMILIES[self.spec.family].is_fitted:
+            shared.add("codebook")
+        return sum(t.nbytes for name, t in self.tensors().items() if name not in shared)
+
+    def operands(self) -> Operands:
+        """The arguments that every ``kbit::`` op takes for a weight, in order."""
+        tensors = tuple(getattr(self, name) for name in TENSOR_FIELDS)
+        return (*tensors, self.in_features, self.spec.bits, self.spec.block)  # type: ignore[return-value]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        """A copy with every tensor replaced by ``function`` of it."""
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
+
+
+TENSOR_FIELDS = (
+    "planes",
+    "scales",
+    "codebook",
+    "zeros",
+    "scale_codebook",
+    "scale_absmax",
+    "scale_mean",
+    "outlier_values",
+    "outlier_index",
+)
+
+Quantizer = Callable[[Tensor, Tensor, bool], Tensor]
+"""``(blocks, codebook, is_signed) -> scales``: ``(..., blocks, block)`` float32 to ``(..., blocks)``.
+
+A short last block comes padded with zeros. This is the seam for searched scales.
+"""
+
+QUANTIZERS: dict[str, Quantizer] = {}
+
+
+def quantizer(name: str) -> Callable[[Quantizer], Quantizer]:
+    """Register the decorated function under ``quantize(..., quantizer=name)``."""
+
+    def register(function: Quantizer) -> Quantizer:
+        QUANTIZERS[name] = function
+        return function
+
+    return register
+
+
+@quantizer("absmax")
+def absmax(blocks: Tensor, codebook: Tensor, is_signed: bool) -> Tensor:
+    """The largest magnitude of each block; with its sign when ``is_signed`` (first of equals)."""
+    del codebook
+    if not is_signed:
+        low, high = torch.aminmax(blocks, dim=-1)
+        return torch.maximum(high, -low)
+    at = blocks.abs().argmax(dim=-1, keepdim=True)
+    return blocks.gather(-1, at).squeeze(-1)
+
+
+def quantize(
+    weight: Tensor,
+    spec: Spec | str,
+    *,
+    quantizer: str = "absmax",
+    outliers: Tensor | None = None,
+    name: str = "weight",
+) -> Packed:
+    """Quantize a weight block by block and pack it.
+
+    Args:
+        weight: ``(rows, in_features)`` or ``(experts, rows, in_features)``, any float dtype, any
+            strides. Blocks run along the last dimension.
+        spec: format, for example "nf4:64".
+        quantizer: how scales are chosen, a key of ``QUANTIZERS``.
+        outliers: sorted input-feature indices to keep at 16 bits; by default the columns of largest
+            standard deviation (the k-bit paper's proxy, taken on the weight itself), as many as
+            ``spec`` asks for.
+        name: how error messages call the tensor.
+
+    Returns:
+        The packed weight. The same input always gives the same bytes; a value midway between two
+        levels takes the lower one.
+
+    Raises:
+        UsageError: not a 2-D or 3-D float tensor, an empty one, a NaN or infinite value, or an
+            unknown quantizer.
+    """
+    spec = parse(spec) if isinstance(spec, str) else spec
+    if spec.is_left_alone:
+        raise UsageError(f"{name}: fp16 means left alone; there is nothing to quantize")
+    if weight.dim() not in (2, 3) or not weight.is_floating_point() or weight.numel() == 0:
+        raise UsageError(
+            f"{name}: expected a non-empty 2-D or 3-D float weight, "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    if quantizer not in QUANTIZERS:
+        raise UsageError(did_you_mean("quantizer", quantizer, QUANTIZERS))
+    weight = weight.detach()
+    index, values = _split_outliers(weight, spec, outliers, name)
+    rows = weight.flatten(0, -2) if weight.dim() == 3 else weight
+    source = _Rows(rows, spec, index)
+
+    is_signed = datatypes.FAMILIES[spec.family].is_signed and not spec.has_zero_point
+    codebook = _codebook(source, spec)
+    scales, zeros = _scales_and_zeros(source, codebook, QUANTIZERS[quantizer], is_signed, name)
+    stored, constants, effective = _store_scales(scales, spec, codebook, is_signed)
+    stored_zeros = None if zeros is None else _to_16_bits(zeros)
+
+    encode = Encoder(codebook)
+    planes = torch.empty(rows.shape[0], packing.row_bytes(rows.shape[1], spec.bits), dtype=torch.uint8)
+    for start, blocks in source.tiles():
+        stop = start + blocks.shape[0]
+        if stored_zeros is not None:
+            blocks -= stored_zeros[start:stop].float().unsqueeze(-1)
+        codes = encode(_normalize(blocks, effective[start:stop])).flatten(-2)[:, : rows.shape[1]]
+        planes[start:stop] = packing.pack(codes, spec.bits)
+
+    lead = weight.shape[:-1]
+    return Packed(
+        planes=planes.view(*lead, -1),
+        scales=stored.view(*lead, -1),
+        codebook=codebook,
+        zeros=None if stored_zeros is None else stored_zeros.view(*lead, -1),
+        scale_codebook=constants[0] if constants else None,
+        scale_absmax=constants[1] if constants else None,
+        scale_mean=constants[2] if constants else None,
+        outlier_values=values,
+        outlier_index=index,
+        spec=spec,
+        in_features=weight.shape[-1],
+    )
+
+
+class _Rows:
+    """Tiles of a matrix as float32 blocks, outlier columns zeroed, the last block zero-padded."""
+
+    def __init__(self, rows: Tensor, spec: Spec, outlier_index: Tensor | None) -> None:
+        self.rows = rows
+        self.spec = spec
+        self.columns = None if outlier_index is None else outlier_index.long()
+        self.per_tile = max(1, TILE // rows.shape[1])
+
+    def blocks(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop as a fresh ``(rows, blocks, block)`` float32 tensor."""
+        tile = self.rows[start:stop].to(torch.float32, copy=True).contiguous()
+        if self.columns is not None:
+            tile[:, self.columns] = 0.0
+        short = -tile.shape[1] % self.spec.block
+        if short:
+            tile = torch.nn.functional.pad(tile, (0, short))
+        return tile.unflatten(-1, (-1, self.spec.block))
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """``(first row, blocks)`` of every tile."""
+        for start in range(0, self.rows.shape[0], self.per_tile):
+            yield start, self.blocks(start, min(start + self.per_tile, self.rows.shape[0]))
+
+    def limits(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of each block, the padding of a short last block left out."""
+        low, high = torch.aminmax(blocks, dim=-1)
+        short = -self.rows.shape[1] % self.spec.block
+        if short:
+            last = blocks[:, -1, : self.spec.block - short]
+            low[:, -1], high[:, -1] = torch.aminmax(last, dim=-1)
+        return low, high
+
+
+def _scales_and_zeros(
+    source: _Rows, codebook: Tensor, choose: Quantizer, is_signed: bool, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Float32 scales, and the middles of the blocks under ``+zp``, of every row."""
+    scales, zeros = [], []
+    for start, blocks in source.tiles():
+        if source.spec.has_zero_point:
+            low, high = source.limits(blocks)
+            # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
+            middle = low / 2 + high / 2
+            zeros.append(middle)
+            # Centred on the zero as it is stored, so that its rounding is not lost.
+            centre = _to_16_bits(middle).float() if middle.isfinite().all() else middle
+            scales.append(torch.maximum(high - centre, centre - low))
+        else:
+            scales.append(choose(blocks, codebook, is_signed))
+        if not scales[-1].isfinite().all():
+            row = start + int((~scales[-1].isfinite()).any(dim=-1).nonzero()[0])
+            raise UsageError(
+                f"{name}: row {row} holds a NaN or infinite value; a weight must be finite to be "
+                "quantized. Repair the checkpoint, or leave this weight alone with spec fp16"
+            )
+    return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+
+def _to_16_bits(values: Tensor) -> Tensor:
+    """Float16, or bfloat16 (same size, wider range) when float16 would overflow or go sub-normal."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest > FP16_MAX or 0.0 < largest < FP16_TINY:
+        return values.to(torch.bfloat16)
+    return values.to(torch.float16)
+
+
+def _store_scales(
+    scales: Tensor, spec: Spec, codebook: Tensor, is_signed: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor]:
+    """Scales as stored, the double-quantization constants, and the scales that reading them gives."""
+    if not spec.has_double_quant:
+        stored = _to_16_bits(scales)
+        return stored, None, stored.float()
+    # QLoRA subtracts the mean because absmax scales are all positive. Signed ones are centred
+    # already; and where a level 0 is missing, a mean would make an all-zero block inexact.
+    keeps_zero = bool((codebook == 0).any())
+    mean = torch.zeros(1)
+    if not is_signed and (keeps_zero or bool((scales != 0).all())):
+        mean = scales.double().mean().float().reshape(1)
+    flat = (scales - mean).flatten()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SCALE_GROUP)).view(-1, SCALE_GROUP)
+    constants = padded.abs().amax(dim=-1)
+    dynamic = dynamic_map()
+    normalized = torch.where(constants[:, None] > 0, padded / constants[:, None], 0.0)
+    codes = Encoder(dynamic)(normalized).flatten()[: flat.numel()].view(scales.shape)
+    return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
+
+
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic codebook that double quantization stores scales with: (256,) float32."""
+    return torch.from_numpy(datatypes.codebook("dynamic", datatypes.Request(bits=8))).float()
+
+
+def dequantize_scales(codes: Tensor, scale_codebook: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """Float32 scales from 8-bit codes: ``scale_codebook[code] * absmax[group] + mean``."""
+    values = scale_codebook[codes.flatten().int()]
+    groups = absmax.repeat_interleave(SCALE_GROUP)[: values.numel()]
+    return torch.addcmul(mean, values, groups).view(codes.shape)
+
+
+def effective_scales(
+    scales: Tensor,
+    scale_codebook: Tensor | None,
+    scale_absmax: Tensor | None,
+    scale_mean: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Float32 scales ``(rows, blocks)`` of a 2-D scale tensor, or of the given rows of it."""
+    picked = scales if rows is None else scales[rows]
+    if scale_codebook is None or scale_absmax is None or scale_mean is None:
+        return picked.float()
+    if rows is None:
+        return dequantize_scales(picked, scale_codebook, scale_absmax, scale_mean)
+    position = rows[:, None] * scales.shape[1] + torch.arange(scales.shape[1], device=rows.device)
+    return torch.addcmul(scale_mean, scale_codebook[picked.int()], scale_absmax[position // SCALE_GROUP])
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverse of :func:`quantize`, up to the quantization error.
+
+    Returns:
+        ``packed.shape`` tensor of ``dtype``; products are taken in float32 and rounded once.
+    """
+    return dequantize_operands(*packed.operands(), dtype=dtype)
+
+
+def dequantize_operands(
+    planes: Tensor,
+    scales: Tensor,
+    codebook: Tensor,
+    zeros: Tensor | None,
+    scale_codebook: Tensor | None,
+    scale_absmax: Tensor | None,
+    scale_mean: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_index: Tensor | None,
+    in_features: int,
+    bits: int,
+    block: int,
+    *,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The definition of what a packed weight means, on plain tensors.
+
+    Args:
+        rows: 1-D int64 rows to read, of a 2-D weight; None reads all of them.
+        dtype: of the result; the others are the fields of :class:`Packed`.
+
+    Returns:
+        ``(*lead, rows, in_features)``.
+    """
+    lead = planes.shape[:-1] if rows is None else rows.shape
+    planes, scales = planes.flatten(0, -2), scales.flatten(0, -2)
+    all_scales = effective_scales(scales, scale_codebook, scale_absmax, scale_mean, rows)
+    zeros = None if zeros is None else zeros.flatten(0, -2)
+    values = None if outlier_values is None else outlier_values.flatten(0, -2)
+    if rows is not None:
+        planes = planes[rows]
+        zeros = None if zeros is None else zeros[rows]
+        values = None if values is None else values[rows]
+    out = torch.empty(planes.shape[0], in_features, dtype=dtype, device=planes.device)
+    per_tile = max(1, TILE // in_features)
+    short = -in_features % block
+    for start in range(0, planes.shape[0], per_tile):
+        tile = slice(start, start + per_tile)
+        codes = packing.unpack(planes[tile], in_features, bits)
+        weights = codebook.index_select(0, codes.flatten().int()).view(codes.shape)
+        if short:
+            weights = torch.nn.functional.pad(weights, (0, short))
+        blocks = weights.unflatten(-1, (-1, block)).mul_(all_scales[tile].unsqueeze(-1))
+        if zeros is not None:
+            blocks += zeros[tile].float().unsqueeze(-1)
+        out[tile] = blocks.flatten(-2)[:, :in_features]
+    if values is not None and outlier_index is not None:
+        out[:, outlier_index.long()] = values.to(dtype)
+    return out.view(*lead, in_features)
+
+
+def _normalize(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks divided by their scale, in place; a block of scale 0 becomes 0."""
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    # 1 / scale overflows below 3e-39: such a block is nothing but sub-normals, and becomes 0.
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    return blocks.mul_(inverse.unsqueeze(-1))
+
+
+def _split_outliers(
+    weight: Tensor, spec: Spec, outliers: Tensor | None, name: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Indices and 16-bit values of the input features that stay outside the codes."""
+    if not spec.outliers:
+        if outliers is not None:
+            raise UsageError(f"{name}: outlier features were given, but {spec} has no +out")
+        return None, None
+    if outliers is None:
+        deviation = weight.float().flatten(0, -2).std(dim=0, correction=0)
+        order = torch.sort(deviation, descending=True, stable=True).indices
+        outliers = order[: spec.outlier_count(weight.shape[-1])].sort().values
+    values = weight[..., outliers.long()]
+    if not values.isfinite().all():
+        raise UsageError(f"{name}: an outlier column holds a NaN or infinite value")
+    return outliers.to(torch.int32), _to_16_bits(values.float())
+
+
+def _codebook(source: _Rows, spec: Spec) -> Tensor:
+    """The spec's codebook as ``(levels,)`` float32; fitted to a sample of the rows if it must be."""
+    if not datatypes.FAMILIES[spec.family].is_fitted:
+        return shared_codebook(spec)
+    values = datatypes.codebook(spec.family, replace(_request(spec), blocks=_sample(source)))
+    fitted = torch.from_numpy(values).float()
+    # Always full size, so that stored bytes follow from the spec: the last level may repeat.
+    return torch.cat([fitted, fitted[-1:].expand(2**spec.bits - fitted.numel())])
+
+
+def shared_codebook(spec: Spec) -> Tensor:
+    """Codebook of a data type that is not fitted to a tensor: ``(levels,)`` float32."""
+    return torch.from_numpy(datatypes.codebook(spec.family, _request(spec))).float()
+
+
+def _request(spec: Spec) -> datatypes.Request:
+    return datatypes.Request(
+        bits=spec.bits,
+        exponent=spec.exponent,
+        block=spec.block,
+        is_centered=spec.has_zero_point,
+        variant=spec.variant,
+    )
+
+
+def _sample(source: _Rows) -> datatypes.Blocks:
+    """Evenly spaced rows, block-normalised by their absmax, without padding."""
+    count, width = source.rows.shape
+    step = max(1, count * width // FIT_SAMPLE)
+    picked = _Rows(source.rows[::step], source.spec, None)
+    picked.columns = source.columns
+    blocks = picked.blocks(0, picked.rows.shape[0])
+    raw = blocks.flatten(-2)[:, :width].double()
+    if source.spec.has_zero_point:
+        low, high = picked.limits(blocks)
+        blocks = blocks - (low / 2 + high / 2).unsqueeze(-1)
+        scales = high / 2 - low / 2
+    else:
+        scales = absmax(blocks, blocks, False)
+    weight = scales.double().square().unsqueeze(-1).expand(blocks.shape)
+    normalized = _normalize(blocks, scales).clamp_(-1.0, 1.0)
+    return datatypes.Blocks(
+        values=raw.flatten().numpy(),
+        normalized=normalized.flatten(-2)[:, :width].double().flatten().nan_to_num(0.0).numpy(),
+        weight=weight.flatten(-2)[:, :width].flatten().nan_to_num(0.0, 0.0, 0.0).numpy(),
+    )
+
+
+class Encoder:
+    """Nearest code of a codebook for values in [-1, 1]; a tie takes the lower code.
+
+    A grid of cells is laid over [-1, 1], so fine that a cell holds at most one boundary between two
+    codes; then ``code = base[cell] + (value > boundary[cell])``: two small table look-ups instead of
+    a binary search (16 levels, 4096 x 4096, 2 threads: 0.05 s against 0.18 s). Codebooks with levels
+    closer than a cell (wide exponents) take the binary search; both give the same codes.
+    """
+
+    CELLS = 2**13
+
+    def __init__(self, codebook: Tensor) -> None:
+        levels = codebook.double()
+        # Rounded down to float32: a value of exactly this size still belongs to the lower code.
+        self.bounds = _round_down((levels[1:] + levels[:-1]) / 2)
+        cell = self._cell(self.bounds.clone())
+        self.uses_cells = bool((cell.diff() > 0).all()) if cell.numel() else False
+        if self.uses_cells:
+            base = torch.bincount(cell.long() + 1, minlength=self.CELLS + 2)[: self.CELLS + 1]
+            self.base = base.cumsum(0).to(torch.uint8)
+            self.edge = torch.full((self.CELLS + 1,), math.inf)
+            self.edge[cell.long()] = self.bounds
+
+    def _cell(self, values: Tensor) -> Tensor:
+        return values.add_(1.0).mul_(self.CELLS / 2).clamp_(0, self.CELLS).to(torch.int32)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Codes, uint8, of float32 values of any shape."""
+        if not self.uses_cells:
+            return torch.bucketize(values, self.bounds, out_int32=True).to(torch.uint8)
+        cell = self._cell(values.clone()).flatten()
+        codes = self.base.index_select(0, cell)
+        codes += values.flatten() > self.edge.index_select(0, cell)
+        return codes.view(values.shape)
+
+
+def _round_down(values: Tensor) -> Tensor:
+    rounded = values.float()
+    return torch.where(rounded.double() > values, torch.nextafter(rounded, torch.tensor(-math.inf)), rounded)

@@ -1,0 +1,352 @@
+"""The command line: ``kbitc compile | inspect | run | eval | bench``.
+
+The one thing to know: results go to standard output, progress and errors to standard error; exit
+code 0 is success, 1 a failure of the input or the machine, 2 bad usage. Nothing heavy is imported
+before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kbitc.errors import KbitcError, UsageError
+
+if TYPE_CHECKING:
+    from kbitc.driver import Result
+
+app = typer.Typer(
+    name="kbitc",
+    help="Compile PyTorch models to k-bit weights, k = 2 to 8.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Argument(help="Local folder, GGUF file, hub id, or [bold]demo[/] (the model in the package).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+MODEL_EXAMPLES = "\n\n[bold]Examples[/]\n\n"
+
+
+def _examples(*lines: str) -> str:
+    return MODEL_EXAMPLES + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples(
+        "kbitc compile demo --bits 4",
+        "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
+        "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
+        "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
+    )
+)
+def compile(  # noqa: A001, PLR0913  # the command's name, and its options
+    model: Model,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8. [default: 4]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write. [default: NAME-4bit in this folder]")
+    ] = None,
+    spec: Annotated[
+        str | None, typer.Option(help="One format for every weight instead, e.g. nf4:64 or int3:128+zp.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan file instead: kbit_plan.json of an artifact, edited or not.")
+    ] = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail when a matmul weight would be left unquantized.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into a folder of k-bit weights."""
+    from kbitc import driver
+
+    if bits is None and spec is None and plan is None:
+        bits = 4.0
+    request = driver.Request(bits, spec, plan, is_strict=strict)
+    target = out or Path(_default_out(model, bits, spec))
+    try:
+        with _progress("compiling") as update:
+            result = driver.compile_to(
+                model,
+                target,
+                request,
+                is_forced=force,
+                is_resumed=resume,
+                is_dry=dry_run,
+                on_event=update,
+            )
+    except KeyboardInterrupt:
+        _fail("interrupted; what was packed is kept: run the same command with --resume to go on", 1)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _print_result(result)
+
+
+def _default_out(model: str, bits: float | None, spec: str | None) -> str:
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf").partition("@")[0]
+    if bits is not None:
+        return f"{name}-{bits:g}bit"
+    return f"{name}-{(spec or 'plan').replace(':', '-').replace('+', '-').replace('%', '')}"
+
+
+def _print_result(result: Result) -> None:
+    from collections import Counter
+
+    program = result.program
+    assert program.plan is not None
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    squared: Counter[str] = Counter()
+    for name, choice in program.plan.weights.items():
+        key = str(choice.spec)
+        count[key] += 1
+        size[key] += program.weights[name].numel
+        if choice.error is not None:
+            squared[key] += choice.error**2 * program.weights[name].numel
+    table = Table(title=f"{result.source}: {program.parameter_count:,} parameters", title_justify="left")
+    for column, justify in (("format", "left"), ("weights", "right"), ("parameters", "right"), ("rel. error", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a rich literal
+    for key, numel in size.most_common():
+        error = f"{(squared[key] / numel) ** 0.5:.4f}" if squared[key] else ""
+        table.add_row(key, str(count[key]), f"{numel:,}", error)
+    rest = sum(entry.numel for entry in program.rest.values())
+    table.add_row("16 bits (norms, biases, ...)", str(len(program.rest)), f"{rest:,}", "")
+    out_console.print(table)
+    out_console.print(
+        f"[bold]{result.bits_per_param:.4f}[/] stored bits per parameter, {result.payload_bytes / 1e6:,.2f} MB "
+        f"of tensors; the source has {result.source_bytes / 1e6:,.2f} MB "
+        f"({result.source_bytes / result.payload_bytes:.2f} times)"
+    )
+    left = [(name, entry.reason) for name, entry in program.rest.items() if entry.is_matmul]
+    for name, reason in left:
+        out_console.print(f"[yellow]left unquantized[/]: {name}: {reason}")
+    pack_seconds = result.seconds.get("pack")
+    if result.out is None:
+        out_console.print("dry run: nothing was written")
+    else:
+        speed = f", {result.source_bytes / 1e6 / pack_seconds:.0f} MB/s" if pack_seconds else ""
+        out_console.print(f"written to [bold]{result.out}[/] in {sum(result.seconds.values()):.1f} s{speed}")
+
+
+@app.command(
+    epilog=_examples("kbitc inspect demo", "kbitc inspect demo-4bit --html demo.html", "kbitc inspect demo --dot graph.dot")
+)
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file (artifacts).")] = None,
+    dot: Annotated[Path | None, typer.Option(help="Write the canonical graph in DOT form.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the weights, their outlier features, and what an artifact made of them."""
+    from kbitc import inspection
+
+    with _progress("reading") as update:
+        found = inspection.inspect(model, update, with_graph=dot is not None)
+    if html is not None:
+        _write(html, found.html())
+    if dot is not None:
+        _write(dot, found.dot())
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        found.print(out_console)
+
+
+@app.command(epilog=_examples('kbitc run demo-4bit "The function returns" -n 40'))
+def run(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact (or a model, to compare).")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate at most.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from kbitc import evaluation, loading
+
+    with _progress("loading"):
+        loaded = loading.open_model(model)
+        tokenizer = loading.need_tokenizer(loaded, model)
+    pieces = evaluation.generate(loaded.model, tokenizer, prompt, new_tokens)
+    if as_json:
+        _print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "kbitc eval demo-4bit",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --context 512 --limit-tokens 5120",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M",
+    ),
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to score. [default: the demo model's held-out text]")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    limit_tokens: Annotated[int | None, typer.Option(min=2, help="Score the first N tokens only.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text."""
+    from kbitc import demo, evaluation, loading
+
+    body = evaluation.read_text(demo.heldout() if text is None else text)
+    with _progress("loading") as update:
+        loaded = loading.open_model(model)
+        tokenizer = loading.need_tokenizer(loaded, model)
+        reference = loading.open_model(against).model if against else None
+        context = min(context, demo.CONTEXT) if text is None else context
+        ids = evaluation.windows(loaded.model, tokenizer, body, context, limit_tokens)
+        score = evaluation.perplexity(
+            loaded.model, ids, reference=reference, on_window=lambda i, n: update("scoring", i, n)
+        )
+    data = {
+        "model": model,
+        "perplexity": score.perplexity,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "context": context,
+        "bits_per_param": loaded.bits_per_param,
+        "bytes": loaded.nbytes,
+    }
+    if score.divergence is not None:
+        data["kl_divergence"] = score.divergence
+    if as_json:
+        _print_json(data)
+        return
+    line = f"perplexity [bold]{score.perplexity:.4f}[/] over {score.tokens:,} tokens (windows of {context})"
+    out_console.print(f"{line}; {loaded.bits_per_param:.4f} bits per parameter, {loaded.nbytes / 1e6:,.2f} MB")
+    if score.divergence is not None:
+        out_console.print(f"KL divergence from {against}: [bold]{score.divergence:.6f}[/] nats per token")
+
+
+@app.command(epilog=_examples("kbitc bench demo-4bit", "kbitc bench demo-4bit --against demo --prompt-tokens 64"))
+def bench(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The 16-bit model. [default: the artifact, dequantized]")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Runs to take the median of.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode speed and peak memory, against the 16-bit model."""
+    from kbitc import benchmark
+
+    with _progress("measuring"):
+        rows = benchmark.compare(model, against, prompt_tokens, new_tokens, runs)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title=f"{prompt_tokens} prompt + {new_tokens} new tokens, batch 1", title_justify="left")
+    for column in ("", "decode tok/s", "prefill tok/s", "peak memory MB", "weights MB", "bits/param"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['decode']:.2f}",
+            f"{row['prefill']:.1f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bits_per_param']:.3f}",
+        )
+    out_console.print(table)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+class _progress:  # noqa: N801  # reads as a function
+    """A progress bar on standard error; yields ``update(what, done, total)``."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=err_console,
+            transient=True,
+            disable=not err_console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self.bar.start()
+        self.task = self.bar.add_task(self.title, total=None)
+        return self._update
+
+    def _update(self, what: str, done: int, total: int) -> None:
+        name = what if len(what) <= 48 else "…" + what[-47:]
+        self.bar.update(self.task, description=f"{self.title}: {name}", completed=done, total=total or None)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors into one paragraph and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UsageError as error:
+        _fail(str(error), 2)
+    except KbitcError as error:
+        _fail(str(error), 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err_console.print(f"[bold red]error[/]: {_escaped(message)}", soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+def _escaped(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+if __name__ == "__main__":
+    main()

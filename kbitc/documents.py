@@ -1,0 +1,86 @@
+"""The text files of an artifact: plan, report, and the config's quantization entry.
+
+The one thing to know: they hold no times and no paths, so that equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kbitc
+from kbitc.artifact import FORMAT, PLAN_FILE
+from kbitc.errors import UsageError
+from kbitc.huggingface import quantization_config
+from kbitc.plan import Choice
+from kbitc.report import render
+
+
+def weight_entry(
+    choice: Choice,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    aliases: Sequence[str],
+    *,
+    is_transposed: bool,
+) -> dict[str, Any]:
+    """What the plan file says of one weight: the choice, and what loading needs."""
+    return choice.to_json() | {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "is_transposed": is_transposed,
+        "aliases": list(aliases),
+    }
+
+
+def documents(
+    facts: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Any]],
+    left_alone: Mapping[str, Mapping[str, Any]],
+    checksums: Mapping[str, str],
+    config: dict[str, Any] | None,
+) -> dict[str, str]:
+    """File names to contents.
+
+    Args:
+        facts: source, budget, parameters, bytes, source_bytes.
+        weights: :func:`weight_entry` by name.
+        left_alone: shape and reason of everything else, by name.
+        checksums: SHA-256 by stored name.
+        config: the model's ``config.json``, if it has one.
+    """
+    plan: dict[str, Any] = {
+        "format": FORMAT,
+        "kbitc": kbitc.__version__,
+        **facts,
+        "bits_per_param": 8 * facts["bytes"] / facts["parameters"],
+        "weights": dict(weights),
+        "left_alone": dict(left_alone),
+        "checksums": dict(sorted(checksums.items())),
+    }
+    files = {PLAN_FILE: json.dumps(plan, indent=1) + "\n", "report.html": render(plan)}
+    if config is not None:
+        entry = {"quantization_config": quantization_config(plan)}
+        files["config.json"] = json.dumps(config | entry, indent=2) + "\n"
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UsageError: missing, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected a JSON object")
+    return data

@@ -1,0 +1,287 @@
+"""The compiler from end to end: read, capture, passes, pack, artifact.
+
+The one thing to know: there is one path. A module in memory and a folder of 100 GB go through the
+same statements; the module only ends as packed parameters in a copy of itself instead of in a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import kbitc
+from kbitc import pack
+from kbitc.artifact import Writer, check_target
+from kbitc.capture import capture
+from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.errors import UsageError
+from kbitc.documents import documents, read_json, weight_entry
+from kbitc.passes.allocate_bits import AllocateBits
+from kbitc.passes.apply_plan import ApplyPlan
+from kbitc.passes.canonicalize import Canonicalize
+from kbitc.pipeline import Pass, PassManager
+from kbitc.plan import Choice, Plan
+from kbitc.program import Program
+
+Event = Callable[[str, int, int], None]
+"""Progress: ``(what, bytes done, bytes in all)``; ``what`` is a phase or a tensor's name."""
+
+MIN_BUDGET, MAX_BUDGET = 2.0, 8.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to choose the specs: exactly one of budget, spec and plan.
+
+    Attributes:
+        bits: budget in stored bits per parameter of the whole model, 2 to 8.
+        spec: one spec for every weight.
+        plan: a plan file, or its parsed contents.
+        is_strict: fail when the weight of a matmul would be left unquantized.
+    """
+
+    bits: float | None = None
+    spec: str | None = None
+    plan: Path | Mapping[str, Any] | None = None
+    is_strict: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"give exactly one of --bits, --spec and --plan; got {' and '.join(given) or 'none'}"
+            )
+        if self.bits is not None and not MIN_BUDGET <= self.bits <= MAX_BUDGET:
+            raise UsageError(
+                f"--bits {self.bits:g}: the budget must be between {MIN_BUDGET:g} and {MAX_BUDGET:g} "
+                "stored bits per parameter"
+            )
+
+    def planner(self) -> Pass:
+        """The pass that makes the plan."""
+        if self.bits is not None:
+            return AllocateBits(budget=self.bits)
+        if self.spec is not None:
+            kbitc.parse_spec(self.spec)
+            entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
+            return ApplyPlan({"weights": {"*": entry}}, label="--spec")
+        if isinstance(self.plan, Mapping):
+            return ApplyPlan(self.plan)
+        assert self.plan is not None
+        return ApplyPlan(read_json(self.plan), label=str(self.plan))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compilation did.
+
+    Attributes:
+        source: what was compiled, as the user named it.
+        program: planned.
+        payload_bytes: bytes of all stored tensors.
+        source_bytes: bytes of the same tensors in the source.
+        out: the artifact; None after a dry run.
+        seconds: wall time by phase.
+    """
+
+    source: str
+    program: Program
+    payload_bytes: int
+    source_bytes: int
+    out: Path | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Stored bits per parameter, tied ones counted once."""
+        return 8 * self.payload_bytes / self.program.parameter_count
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output of compile."""
+        program = self.program
+        assert program.plan is not None
+        return {
+            "source": self.source,
+            "out": None if self.out is None else str(self.out),
+            "parameters": program.parameter_count,
+            "bytes": self.payload_bytes,
+            "source_bytes": self.source_bytes,
+            "bits_per_param": self.bits_per_param,
+            "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
+            "weights": program.plan.to_json()["weights"],
+            "left_alone": {name: rest.reason for name, rest in program.rest.items()},
+        }
+
+
+def compile_to(
+    source: str | Path | nn.Module,
+    out: Path,
+    request: Request,
+    *,
+    is_forced: bool = False,
+    is_resumed: bool = False,
+    is_dry: bool = False,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    on_event: Event = lambda *_: None,
+) -> Result:
+    """Compile a model into an artifact folder.
+
+    Args:
+        source: local folder, GGUF file, hub id, "demo", or a module in memory.
+        out: folder to write.
+        request: how to choose the specs.
+        is_forced: replace an existing artifact.
+        is_resumed: continue an interrupted run.
+        is_dry: plan and report, write nothing.
+        example_inputs: for a module that transformers does not know.
+        on_event: progress.
+
+    Raises:
+        UsageError: bad arguments, target, plan or weight.
+        SourceError: the source cannot be read or captured.
+        BudgetError: no plan meets the budget.
+    """
+    planner = request.planner()
+    if not is_dry:
+        check_target(out, is_forced=is_forced)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "open"), open_checkpoint(source) as checkpoint:
+        on_event("capture", 0, 0)
+        with _timed(seconds, "capture"):
+            skeleton = checkpoint.skeleton()
+            program = capture(skeleton, example_inputs, read=checkpoint.read)
+            program = PassManager([Canonicalize()]).run(program)
+        on_event("plan", 0, 0)
+        with _timed(seconds, "plan"):
+            program = PassManager([planner]).run(program)
+        if request.is_strict:
+            _check_strict(program)
+        source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
+        size = pack.payload_bytes(program)
+        result = Result(checkpoint.label, program, size, source_bytes, None if is_dry else out, seconds)
+        if is_dry:
+            return result
+        with _timed(seconds, "pack"), _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
+            pack.pack_to(program, checkpoint.read, writer, _counter(on_event, source_bytes))
+            checkpoint.save_companions(writer.partial)
+            documents = _documents(result, writer)
+            writer.commit(documents)
+    return result
+
+
+class _timed:  # noqa: N801  # reads as a function
+    """Adds the wall time of a block to ``seconds[phase]``."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.phase] = time.perf_counter() - self.start
+
+
+def _counter(on_event: Event, total: int) -> pack.Progress:
+    done = 0
+
+    def progress(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        on_event(name, done, total)
+
+    return progress
+
+
+def _writer(
+    checkpoint: Checkpoint, program: Program, out: Path, is_forced: bool, is_resumed: bool  # noqa: FBT001
+) -> Writer:
+    assert program.plan is not None
+    identity = {
+        "source": checkpoint.fingerprint(),
+        "specs": {name: str(choice.spec) for name, choice in program.plan.weights.items()},
+        "kbitc": kbitc.__version__,
+        "torch": torch.__version__,
+    }
+    return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
+
+
+def _check_strict(program: Program) -> None:
+    left = [f"{name} ({rest.reason})" for name, rest in program.rest.items() if rest.is_matmul]
+    assert program.plan is not None
+    left += [
+        f"{name} (spec fp16)" for name, choice in program.plan.weights.items() if choice.spec.is_left_alone
+    ]
+    if left:
+        raise UsageError(
+            f"--strict: {len(left)} matmul weights would be left unquantized, the first is {left[0]}; "
+            "run without --strict to accept that, or see 'kbitc inspect'"
+        )
+
+
+def _documents(result: Result, writer: Writer) -> dict[str, str]:
+    """The text files of the artifact: plan, config with its quantization entry, report."""
+    program = result.program
+    assert program.plan is not None
+    weights = {}
+    for name, choice in program.plan.weights.items():
+        weight = program.weights[name]
+        nbytes = sum(slot.nbytes for slot in writer.slots[name].values())
+        measured = Choice(choice.spec, choice.reason, writer.done[name]["error"], 8 * nbytes / weight.numel)
+        weights[name] = weight_entry(
+            measured, weight.shape, weight.dtype, weight.aliases, is_transposed=weight.is_transposed
+        )
+    facts = {
+        "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
+        "budget": program.plan.budget,
+        "parameters": program.parameter_count,
+        "bytes": result.payload_bytes,
+        "source_bytes": result.source_bytes,
+    }
+    left = {
+        name: {"reason": rest.reason, "shape": list(rest.shape)} for name, rest in program.rest.items()
+    }
+    config = writer.partial / "config.json"
+    return documents(
+        facts, weights, left, writer.checksums, read_json(config) if config.exists() else None
+    )
+
+
+def compile_module(
+    module: nn.Module,
+    request: Request,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A copy of ``module`` whose weights are packed; the module itself is not touched.
+
+    Unpacked parameters are copied as they are, at the source's dtype.
+    """
+    with open_checkpoint(module) as checkpoint:
+        program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
+        program = PassManager([Canonicalize(), request.planner()]).run(program)
+    if request.is_strict:
+        _check_strict(program)
+    return pack_module(module, program.plan or Plan(), program)
+
+
+def pack_module(module: nn.Module, plan: Plan, program: Program) -> nn.Module:
+    """Deep copy of a module with every planned parameter, tied ones too, replaced by its packed form."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    for name, choice in plan.weights.items():
+        if choice.spec.is_left_alone:
+            continue
+        source = parameters[name]
+        packed = kbitc.quantize(
+            source.detach(), choice.spec, is_transposed=program.weights[name].is_transposed, name=name
+        )
+        # deepcopy looks here first: the copy gets the packed weight and never copies the dense one.
+        memo[id(source)] = nn.Parameter(packed, requires_grad=False)
+    return copy.deepcopy(module, memo)

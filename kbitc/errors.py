@@ -1,0 +1,42 @@
+"""Errors by who must act: the caller, the author of a pass, or whoever installs packages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KbitcError(Exception):
+    """Base of every error that kbitc raises on purpose."""
+
+
+class UsageError(KbitcError, ValueError):
+    """The caller asked for something that cannot be done; the message says what to do instead."""
+
+
+class SourceError(KbitcError):
+    """The source model or artifact cannot be read: missing, truncated, corrupt or unsupported."""
+
+
+class BudgetError(UsageError):
+    """No plan meets the bit budget; the message names the smallest one that can."""
+
+
+class PassError(KbitcError):
+    """A pass broke the pipeline's contract; carries the pass name and the passes that had run."""
+
+
+class BackendUnavailable(KbitcError):
+    """A backend or an optional package is missing; the message says what to install."""
+
+
+def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line for an unknown name: the nearest known one, and all of them.
+
+    >>> did_you_mean("data type", "nff", ["nf", "int"])
+    "no data type 'nff'; did you mean 'nf'? (known: int, nf)"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"no {kind} '{name}'{hint} (known: {', '.join(names)})"

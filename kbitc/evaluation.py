@@ -1,0 +1,194 @@
+"""Perplexity, KL divergence and speed of a model, packed or not.
+
+The one thing to know: perplexity is the exponential of the mean negative log-likelihood over tokens
+2 ... n of non-overlapping windows; the last partial window is dropped (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitc.errors import UsageError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of :func:`perplexity`.
+
+    Attributes:
+        perplexity: exp of ``loss``.
+        loss: mean negative log-likelihood, nats per token.
+        tokens: tokens that were predicted.
+        divergence: mean KL divergence from the reference model to this one, nats per token.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    divergence: float | None = None
+
+
+def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: int | None) -> Tensor:
+    """Token windows ``(count, context)`` of a text, the tokenizer's defaults applied to the whole.
+
+    Raises:
+        UsageError: fewer tokens than one window, or a context that the model does not have.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if context < 2 or (longest is not None and context > longest):
+        raise UsageError(f"--context {context}: this model takes 2 to {longest} tokens")
+    # The tokenizer warns of texts longer than the model's context: they are cut right here.
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = ids if limit is None else ids[:limit]
+    count = len(ids) // context
+    if count == 0:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, fewer than one window of --context {context}; give a "
+            "longer text or a smaller --context"
+        )
+    windowed: Tensor = ids[: count * context].view(count, context)
+    return windowed
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    reference: nn.Module | None = None,
+    on_window: Progress = lambda *_: None,
+) -> Score:
+    """Score token windows.
+
+    Args:
+        model: causal language model.
+        ids: (windows, context) token ids.
+        reference: also measure KL(reference || model).
+        on_window: progress, called with (windows done, windows in all).
+    """
+    loss = divergence = 0.0
+    for i, window in enumerate(ids):
+        log_probs = _log_probs(model, window)
+        targets = window[1:, None]
+        loss -= float(log_probs.gather(-1, targets).double().sum())
+        if reference is not None:
+            wanted = _log_probs(reference, window)
+            divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
+        on_window(i + 1, len(ids))
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    mean = loss / tokens
+    return Score(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        loss=mean,
+        tokens=tokens,
+        divergence=None if reference is None else divergence / tokens,
+    )
+
+
+def _log_probs(model: nn.Module, window: Tensor) -> Tensor:
+    """Float32 log-probabilities of the next token: (context - 1, vocabulary)."""
+    logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Result of :func:`speed`, in tokens per second.
+
+    Attributes:
+        prefill: prompt tokens per second, median of the runs.
+        decode: generated tokens per second at batch 1, median of the runs.
+    """
+
+    prefill: float
+    decode: float
+
+
+@torch.inference_mode()
+def speed(model: nn.Module, prompt_tokens: int, new_tokens: int, runs: int) -> Speed:
+    """Prefill and greedy decode speed at batch 1, after one warm-up run of each."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
+    prefill, decode = [], []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        out = model(input_ids=prompt, use_cache=True)
+        middle = time.perf_counter()
+        _decode(model, out, new_tokens)
+        prefill.append(prompt_tokens / (middle - start))
+        decode.append(new_tokens / (time.perf_counter() - middle))
+    return Speed(_median(prefill[1:]), _median(decode[1:]))
+
+
+def _decode(model: nn.Module, out: Any, steps: int) -> None:
+    for _ in range(steps):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> Iterator[str]:
+    """Greedy continuation of a prompt, piece by piece as it is generated.
+
+    Yields:
+        Text; pieces concatenate to the continuation.
+    """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise UsageError("the prompt has no tokens; give at least one word")
+    ends = _end_tokens(model)
+    made: list[int] = []
+    shown = ""
+    out = model(input_ids=ids, use_cache=True)
+    for _ in range(new_tokens):
+        token = int(out.logits[0, -1].argmax())
+        if token in ends:
+            return
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        # A character may span several tokens: hold back until it is whole.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+        step = torch.tensor([[token]])
+        out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+
+
+def _end_tokens(model: nn.Module) -> set[int]:
+    config = getattr(model, "generation_config", None) or model.config
+    ends = config.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UsageError: missing, empty, or not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--text {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text.strip():
+        raise UsageError(f"--text {path}: is empty")
+    return text

@@ -1,0 +1,218 @@
+"""Loading artifacts through transformers: the ``kbit`` quantization method.
+
+The one thing to know: ``register()`` runs when transformers is first imported (or now, if it was
+before kbitc), so that ``AutoModelForCausalLM.from_pretrained(folder)`` works after ``import kbitc``
+and importing kbitc does not import transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+METHOD = "kbit"
+_TARGET = "transformers.quantizers.auto"
+
+
+def register_when_imported() -> None:
+    """Register now if transformers' quantizers are loaded, else right after they are."""
+    if _TARGET in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds one module as Python would, and calls ``register`` once it has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        register()
+
+
+def register() -> None:
+    """Make transformers know the method ``kbit``. Calling it again does nothing."""
+    from transformers.quantizers import auto
+
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    config, quantizer = _classes()
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+
+
+def quantization_config(plan: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` entry of an artifact's ``config.json``."""
+    packed = {name: entry for name, entry in plan["weights"].items() if entry["spec"] != "fp16"}
+    return {
+        "quant_method": METHOD,
+        "format": plan["format"],
+        "bits_per_param": plan["bits_per_param"],
+        "weights": {name: entry["spec"] for name, entry in packed.items()},
+        "transposed": [name for name, entry in packed.items() if entry["is_transposed"]],
+    }
+
+
+def _classes() -> tuple[type, type]:
+    """The config and quantizer classes; made here because their bases need transformers."""
+    import torch
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from kbitc.artifact import FORMAT, SHARED, assemble, read_shared
+    from kbitc.blockwise import TENSOR_FIELDS
+    from kbitc.errors import SourceError
+    from kbitc.spec import parse
+
+    class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+        """Which weights are packed, and how."""
+
+        def __init__(
+            self,
+            weights: dict[str, str] | None = None,
+            transposed: Sequence[str] = (),
+            bits_per_param: float | None = None,
+            **kwargs: Any,
+        ) -> None:
+            self.quant_method = METHOD
+            self.format = kwargs.get("format", FORMAT)
+            self.weights = dict(weights or {})
+            self.transposed = list(transposed)
+            self.bits_per_param = bits_per_param
+
+    class KbitDeserialize(ConversionOps):  # type: ignore[misc]
+        """The stored tensors of one weight to one packed parameter."""
+
+        def __init__(self, hf_quantizer: KbitQuantizer) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(
+            self,
+            input_dict: dict[str, list[torch.Tensor]],
+            source_patterns: list[str] | None = None,
+            full_layer_name: str = "",
+            model: torch.nn.Module | None = None,
+            **_: Any,
+        ) -> dict[str, torch.nn.Parameter]:
+            assert model is not None
+            parts = {pattern.rpartition(".")[2]: found[0] for pattern, found in input_dict.items()}
+            shape = tuple(model.get_parameter(full_layer_name).shape)
+            weight = self.hf_quantizer.assemble(full_layer_name, parts, shape)
+            return {full_layer_name: torch.nn.Parameter(weight, requires_grad=False)}
+
+    class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
+        """Reads kbitc artifacts; compiling is ``kbitc compile``."""
+
+        quantization_config: KbitConfig
+        requires_calibration = True  # transformers: only pre-quantized checkpoints
+
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            del args, kwargs
+            if self.quantization_config.format > FORMAT:
+                raise SourceError(
+                    f"artifact format {self.quantization_config.format}, but this kbitc reads up to "
+                    f"{FORMAT}; upgrade kbitc"
+                )
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            self.dtype = dtype
+            return dtype
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+        ) -> Any:
+            self.shared = read_shared(Path(file) for file in checkpoint_files or ())
+            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+            model._keys_to_ignore_on_load_unexpected = [*ignored, rf"^{SHARED}".replace(".", r"\.")]
+            return model
+
+        def assemble(
+            self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]
+        ) -> torch.Tensor:
+            config = self.quantization_config
+            if name not in config.weights:
+                raise SourceError(f"'{name}' is stored packed but config.json names no spec for it")
+            return assemble(
+                parts,
+                parse(config.weights[name]),
+                shape,
+                self.shared,
+                getattr(self, "dtype", None) or torch.get_default_dtype(),
+                is_transposed=name in config.transposed,
+            )
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            del model
+            return param_name in self.quantization_config.weights
+
+        def _leaves(self) -> list[str]:
+            return sorted({name.rpartition(".")[2] for name in self.quantization_config.weights})
+
+        def get_weight_conversions(self) -> list[Any]:
+            return [
+                WeightConverter(
+                    source_patterns=[f"{leaf}.{field}" for field in TENSOR_FIELDS],
+                    target_patterns=leaf,
+                    operations=[KbitDeserialize(self)],
+                )
+                for leaf in self._leaves()
+            ]
+
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+            raise SourceError(
+                "a compiled model is saved by kbitc, not by save_pretrained: use kbitc.save(model, folder)"
+            )
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False  # the base is frozen; adapters train over it
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            from kbitc.tensor import KbitTensor
+
+            dense: dict[int, torch.nn.Parameter] = {}
+            for module in model.modules():
+                for leaf, weight in list(module._parameters.items()):
+                    if isinstance(weight, KbitTensor):
+                        if id(weight) not in dense:
+                            plain = weight.dequantize(dtype or weight.dtype)
+                            dense[id(weight)] = torch.nn.Parameter(plain, requires_grad=False)
+                        module._parameters[leaf] = dense[id(weight)]
+            return model
+
+    return KbitConfig, KbitQuantizer

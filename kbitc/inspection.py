@@ -1,0 +1,203 @@
+"""What ``kbitc inspect`` shows: of a model its weights and their outlier features, of an artifact its plan.
+
+The one thing to know: outlier features are the weight-only proxy of the k-bit paper's code: input
+features whose weights' standard deviation stands more than four standard deviations above the mean
+over all input features of that weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbitc.artifact import PLAN_FILE, Artifact
+from kbitc.capture import capture
+from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.errors import UsageError
+from kbitc.passes.canonicalize import Canonicalize
+from kbitc.pipeline import PassManager
+from kbitc.program import CANONICAL, Program
+from kbitc.report import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+Z_SCORE = 4.0
+Event = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model or an artifact, looked at.
+
+    Attributes:
+        label: as the user named it.
+        program: of a model; None for an artifact, unless its graph was asked for.
+        outliers: input-feature indices by weight name, models only.
+        plan: an artifact's plan file.
+    """
+
+    label: str
+    program: Program | None = None
+    outliers: Mapping[str, list[int]] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output."""
+        if self.plan is not None:
+            return {key: value for key, value in self.plan.items() if key != "checksums"}
+        assert self.program is not None
+        weights = {
+            name: {
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "uses": [use.node for use in weight.uses],
+                "kinds": list(weight.kinds),
+                "aliases": list(weight.aliases),
+                "is_transposed": weight.is_transposed,
+                "outlier_features": self.outliers.get(name, []),
+            }
+            for name, weight in self.program.weights.items()
+        }
+        left = {name: rest.reason for name, rest in self.program.rest.items()}
+        return {"parameters": self.program.parameter_count, "weights": weights, "left_alone": left}
+
+    def html(self) -> str:
+        """The report of an artifact.
+
+        Raises:
+            UsageError: this is a model, which has no plan yet.
+        """
+        if self.plan is None:
+            raise UsageError(
+                f"--html: {self.label} is not compiled yet, so there is no plan to report; compile it first"
+            )
+        return render(self.plan)
+
+    def dot(self) -> str:
+        """The canonical graph in DOT form: calls and weights, without the shape arithmetic's constants."""
+        assert self.program is not None
+        lines = ["digraph kbitc {", "  rankdir=TB; node [fontname=monospace fontsize=10 shape=box];"]
+        for node in self.program.graph.graph.nodes:
+            parameter = self.program.parameters.get(node.name)
+            if node.op == "call_function":
+                kind = CANONICAL.get(node.target)
+                label = kind or str(node.target).removeprefix("aten.")
+                style = ' style=filled fillcolor="#cfe0ff"' if kind else ""
+                lines.append(f'  "{node.name}" [label="{label}"{style}];')
+            elif parameter is not None and node.users:
+                lines.append(f'  "{node.name}" [label="{parameter}" shape=note];')
+            elif node.op in ("placeholder", "output") and parameter is None:
+                lines.append(f'  "{node.name}" [label="{node.op}: {node.name}" shape=oval];')
+            else:
+                continue
+            lines.extend(f'  "{source.name}" -> "{node.name}";' for source in node.all_input_nodes)
+        return "\n".join([*lines, "}", ""])
+
+    def print(self, console: Console) -> None:
+        """Tables for people."""
+        if self.plan is not None:
+            _print_plan(console, self.label, self.plan)
+        else:
+            self._print_model(console)
+
+    def _print_model(self, console: Console) -> None:
+        from rich.table import Table
+
+        assert self.program is not None
+        title = f"{self.label}: {self.program.parameter_count:,} parameters"
+        table = Table(title=title, title_justify="left")
+        for column in ("weight", "shape", "read by", "outlier features"):
+            table.add_column(column)
+        for name, weight in self.program.weights.items():
+            found = self.outliers.get(name, [])
+            listed = ", ".join(map(str, found[:6])) + (" ..." if len(found) > 6 else "")
+            tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
+            shape = "x".join(map(str, weight.shape))
+            table.add_row(name + tied, shape, ", ".join(weight.kinds), f"{len(found)}: {listed}" if found else "-")
+        console.print(table)
+        _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
+
+
+def _print_plan(console: Console, label: str, plan: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    title = (
+        f"{label}: {plan['bits_per_param']:.4f} bits per parameter, {plan['bytes'] / 1e6:,.2f} MB, "
+        f"{plan['parameters']:,} parameters"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("weight", "shape", "spec", "bits", "rel. error", "reason"):
+        table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
+    for name, entry in plan["weights"].items():
+        error, bits = entry.get("error"), entry.get("bits")
+        table.add_row(
+            name,
+            "x".join(map(str, entry["shape"])),
+            entry["spec"],
+            "" if bits is None else f"{bits:.3f}",
+            "" if error is None else f"{error:.4f}",
+            entry["reason"],
+        )
+    console.print(table)
+    _print_left(console, {name: entry["reason"] for name, entry in plan["left_alone"].items()})
+
+
+def _print_left(console: Console, reasons: Mapping[str, str]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        console.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
+
+
+def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool = False) -> Inspection:
+    """Look at a model or an artifact.
+
+    Args:
+        source: as for compile, or an artifact's folder.
+        on_event: progress.
+        with_graph: also capture an artifact's graph, for :meth:`Inspection.dot`.
+
+    Raises:
+        SourceError: neither, or damaged.
+    """
+    folder = Path(source)
+    if (folder / PLAN_FILE).exists():
+        artifact = Artifact.open(folder)
+        program = _artifact_program(folder) if with_graph else None
+        return Inspection(source, program=program, plan=artifact.plan)
+    with open_checkpoint(source) as checkpoint:
+        program = PassManager([Canonicalize()]).run(capture(checkpoint.skeleton()))
+        return Inspection(source, program, _outliers(program, checkpoint, on_event))
+
+
+def _artifact_program(folder: Path) -> Program:
+    from kbitc.loading import load
+
+    # Capture needs shapes alone: the packed model's skeleton is the source's.
+    from kbitc.checkpoint.hf_folder import skeleton_of
+
+    del load
+    return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))
+
+
+def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:
+    found = {}
+    for i, (name, weight) in enumerate(program.weights.items(), start=1):
+        data = checkpoint.read(name)
+        found[name] = outlier_features(data.mT if weight.is_transposed else data)
+        on_event(name, i, len(program.weights))
+    return found
+
+
+def outlier_features(weight: Tensor) -> list[int]:
+    """Input features of a ``(*lead, in_features)`` weight that stand out by standard deviation."""
+    deviation = weight.flatten(0, -2).float().std(dim=0, correction=0)
+    spread = deviation.std(correction=0)
+    outstanding = deviation > deviation.mean() + Z_SCORE * spread
+    return [int(i) for i in outstanding.nonzero().flatten()]

@@ -1,0 +1,172 @@
+"""Spec strings: one short name for the format of one weight, e.g. ``nf4:64+dq``.
+
+Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq] [+outP%] [+VARIANT]``, or ``fp16`` for a
+weight that is left at 16 bits. ``parse(str(spec)) == spec`` always.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from kbitc import datatypes
+from kbitc.errors import UsageError, did_you_mean
+
+DEFAULT_BLOCK = 64
+SCALE_GROUP = 256  # scales that share one fp32 constant under double quantization (QLoRA)
+EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
+
+_PATTERN = re.compile(r"(?P<family>[a-z_]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+))?(?::(?P<block>-?\d+))?")
+_OUTLIERS = re.compile(r"out(?P<percent>\d+(?:\.\d+)?)%")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The format of one weight.
+
+    Attributes:
+        family: name of a data type in ``datatypes.FAMILIES``; "fp16" leaves the weight alone.
+        bits: bits a code, 2 to 8 (16 for "fp16").
+        block: consecutive weights along the input dimension that share one scale.
+        exponent: exponent bits of ``fp``; None takes the default width.
+        has_zero_point: ``+zp``: each block is centred on the middle of its range.
+        has_double_quant: ``+dq``: scales are stored as 8-bit dynamic codes in groups of 256.
+        outliers: share of input features kept at 16 bits, in percent; 0 for none.
+        variant: "" or the name of a published construction of the data type.
+    """
+
+    family: str
+    bits: int
+    block: int = DEFAULT_BLOCK
+    exponent: int | None = None
+    has_zero_point: bool = False
+    has_double_quant: bool = False
+    outliers: float = 0.0
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.is_left_alone:
+            return
+        found = datatypes.find_family(self.family)
+        low, high = datatypes.MIN_BITS, datatypes.MAX_BITS
+        if not low <= self.bits <= high:
+            raise UsageError(f"{self}: {self.bits} bits a weight; kbitc packs {low} to {high} bits")
+        if self.block < 1:
+            raise UsageError(f"{self}: block size {self.block}; it must be at least 1, for example 64")
+        if self.exponent is not None and (
+            self.family != "fp" or not 1 <= self.exponent <= self.bits - 1
+        ):
+            raise UsageError(f"{self}: only fp takes exponent bits, 1 to {self.bits - 1} of them here")
+        if not 0.0 <= self.outliers < 100.0:
+            raise UsageError(f"{self}: outlier share {self.outliers} %; it must be in [0, 100)")
+        if self.variant and self.variant not in found.variants:
+            raise UsageError(f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, found.variants))
+
+    @property
+    def is_left_alone(self) -> bool:
+        """True for ``fp16``: the weight is stored at 16 bits and not touched."""
+        return self.family == "fp16"
+
+    @property
+    def datatype(self) -> str:
+        """Family, bits, exponent and variant: what a shared codebook is filed under."""
+        exponent = "" if self.exponent is None else f"e{self.exponent}"
+        variant = f"+{self.variant}" if self.variant else ""
+        return f"{self.family}{self.bits}{exponent}{variant}"
+
+    @property
+    def codebook_name(self) -> str:
+        """What the codebook is filed under, where weights share it: same name, same levels."""
+        found = datatypes.FAMILIES[self.family]
+        block = f":{self.block}" if found.uses_block else ""
+        return self.datatype + block + ("+zp" if found.uses_center and self.has_zero_point else "")
+
+    def __str__(self) -> str:
+        if self.is_left_alone:
+            return "fp16"
+        exponent = "" if self.exponent is None else f"e{self.exponent}"
+        flags = ("+zp" if self.has_zero_point else "") + ("+dq" if self.has_double_quant else "")
+        if self.outliers:
+            flags += f"+out{self.outliers:.12g}%"
+        if self.variant:
+            flags += f"+{self.variant}"
+        return f"{self.family}{self.bits}{exponent}:{self.block}{flags}"
+
+    def outlier_count(self, in_features: int) -> int:
+        """Input features kept at 16 bits: at least one when any share was asked for."""
+        if not self.outliers:
+            return 0
+        return min(in_features, max(1, round(in_features * self.outliers / 100)))
+
+    def packed_bytes(self, rows: int, in_features: int) -> int:
+        """Bytes that a ``(rows, in_features)`` weight takes, without shared codebooks.
+
+        Exactly what ``quantize`` stores: codes, scales, zero points, double-quantization constants,
+        outlier columns and their indices, and the codebook of a fitted data type (at full size).
+        """
+        if self.is_left_alone:
+            return 2 * rows * in_features
+        blocks = rows * math.ceil(in_features / self.block)
+        total = rows * self.bits * math.ceil(in_features / 8)
+        if self.has_double_quant:
+            total += blocks + 4 * math.ceil(blocks / SCALE_GROUP) + 4
+        else:
+            total += 2 * blocks
+        if self.has_zero_point:
+            total += 2 * blocks
+        columns = self.outlier_count(in_features)
+        total += 2 * rows * columns + 4 * columns
+        if datatypes.FAMILIES[self.family].is_fitted:
+            total += 4 * 2**self.bits
+        return total
+
+
+LEFT_ALONE = Spec("fp16", 16)
+
+
+def parse(text: str) -> Spec:
+    """The spec that a string names.
+
+    >>> parse("int3:128+zp")
+    Spec(family='int', bits=3, block=128, exponent=None, has_zero_point=True, has_double_quant=False, outliers=0.0, variant='')
+    >>> str(parse("nf4"))
+    'nf4:64'
+
+    Raises:
+        UsageError: not a spec, or a format that kbitc does not have.
+    """
+    head, *flags = text.strip().split("+")
+    if head == "fp16" and not flags:
+        return LEFT_ALONE
+    match = _PATTERN.fullmatch(head)
+    if match is None:
+        raise UsageError(f"'{text}' is not a spec; write one like {EXAMPLES}")
+    options: dict[str, bool | float | str] = {}
+    for flag in flags:
+        key, value = _parse_flag(text, flag)
+        if key in options:
+            raise UsageError(f"'{text}': +{flag} is given twice; name each flag once")
+        options[key] = value
+    exponent = match["exponent"]
+    return Spec(
+        family=match["family"],
+        bits=int(match["bits"]),
+        block=DEFAULT_BLOCK if match["block"] is None else int(match["block"]),
+        exponent=None if exponent is None else int(exponent),
+        **options,  # type: ignore[arg-type]  # keys and value types come from _parse_flag
+    )
+
+
+def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
+    if flag == "zp":
+        return "has_zero_point", True
+    if flag == "dq":
+        return "has_double_quant", True
+    outliers = _OUTLIERS.fullmatch(flag)
+    if outliers is not None:
+        return "outliers", float(outliers["percent"])
+    variants = {name for known in datatypes.FAMILIES.values() for name in known.variants}
+    if flag in variants:
+        return "variant", flag
+    raise UsageError(f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "outP%", *variants]))

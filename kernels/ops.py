@@ -1,0 +1,175 @@
+"""``torch.ops.kbit.*``: schemas, fake kernels, gradients, and the reference implementations.
+
+The one thing to know: an op takes a weight as plain tensors (planes, scales, codebook, ...), in the
+order of ``kbitc.blockwise.Operands``, and never a data type's name. A backend registers its kernel
+for its device against the same op; where it has none, the reference here runs.
+
+``linear``          x (..., in)             -> (..., rows)            x @ W.T + bias
+``embedding``       ids (...)               -> (..., in)              W[ids]
+``grouped_linear``  x (tokens, in), offsets -> (tokens, rows)         x[group e] @ W[e].T
+``dequantize``                              -> (*lead, rows, in)      W
+``select``          the weight, expert ids  -> planes, scales, zeros, outliers of those experts
+``input_grad``, ``grouped_input_grad``      gradients with respect to x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.kernels import reference
+
+WEIGHT = (
+    "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
+    "Tensor? scale_absmax, Tensor? scale_mean, Tensor? outlier_values, Tensor? outlier_index, "
+    "int in_features, int bits, int block"
+)
+OPERANDS = 12
+
+library = torch.library.Library("kbit", "DEF")
+
+
+def _op(
+    name: str, signature: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define ``kbit::name``, with the decorated function as its kernel on every device."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        library.define(f"{name}{signature}")
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kbit::{name}", fake, lib=library)
+        return kernel
+
+    return register
+
+
+def _check_input(name: str, x: Tensor, features: int) -> None:
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != features:
+        raise RuntimeError(
+            f"kbit::{name}: expected a float input whose last dimension is {features}, "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+
+
+def _fake_linear(x: Tensor, planes: Tensor, *rest: Any) -> Tensor:
+    _check_input("linear", x, rest[8])
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
+
+
+@_op("linear", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
+    _check_input("linear", x, operands[9])
+    return reference.linear(x, operands, bias)  # type: ignore[arg-type]
+
+
+@_op(
+    "input_grad",
+    f"(Tensor grad, {WEIGHT}) -> Tensor",
+    lambda grad, *operands: grad.new_empty(*grad.shape[:-1], operands[9]),
+)
+def _input_grad(grad: Tensor, *operands: Any) -> Tensor:
+    _check_input("input_grad", grad, operands[0].shape[0])
+    return reference.input_grad(grad, operands)  # type: ignore[arg-type]
+
+
+@_op(
+    "embedding",
+    f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor",
+    lambda ids, *rest: rest[0].new_empty(*ids.shape, rest[9], dtype=rest[OPERANDS]),
+)
+def _embedding(ids: Tensor, *rest: Any) -> Tensor:
+    return reference.embedding(ids, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+
+
+@_op(
+    "grouped_linear",
+    f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor",
+    lambda x, planes, *rest: x.new_empty(x.shape[0], planes.shape[1]),
+)
+def _grouped_linear(x: Tensor, *rest: Any) -> Tensor:
+    _check_input("grouped_linear", x, rest[9])
+    return reference.grouped_linear(x, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+
+
+@_op(
+    "grouped_input_grad",
+    f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor",
+    lambda grad, *rest: grad.new_empty(grad.shape[0], rest[9]),
+)
+def _grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+    return reference.grouped_input_grad(grad, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+
+
+@_op(
+    "dequantize",
+    f"({WEIGHT}, ScalarType dtype) -> Tensor",
+    lambda planes, *rest: planes.new_empty(*planes.shape[:-1], rest[8], dtype=rest[OPERANDS - 1]),
+)
+def _dequantize(*rest: Any) -> Tensor:
+    return reference.dequantize(*rest[:OPERANDS], dtype=rest[OPERANDS])
+
+
+def _select_shapes(experts: Tensor, operands: Sequence[Any]) -> list[Tensor]:
+    parts = [operands[0], operands[1], operands[3], operands[7]]
+    plain = torch.float32 if operands[4] is not None else operands[1].dtype
+    dtypes = [torch.uint8, plain, None, None]
+    return [
+        part.new_empty(*experts.shape, *part.shape[1:], dtype=dtype or part.dtype)
+        for part, dtype in zip(parts, dtypes, strict=True)
+        if part is not None
+    ]
+
+
+@_op(
+    "select",
+    f"(Tensor experts, {WEIGHT}) -> Tensor[]",
+    lambda experts, *operands: _select_shapes(experts, operands),
+)
+def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
+    at = experts.long()
+    if operands[4] is not None:
+        operands = reference.plain_scales(operands)  # type: ignore[arg-type]
+    parts = [operands[0], operands[1], operands[3], operands[7]]
+    return [part[at] for part in parts if part is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep everything but ``x``: its gradient needs the weight alone."""
+    del output
+    _, *rest = inputs
+    ctx.tensors = [isinstance(value, Tensor) for value in rest]
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
+    ctx.save_for_backward(*(value for value in rest if isinstance(value, Tensor)))
+
+
+def _restore(ctx: Any) -> list[Any]:
+    saved = iter(ctx.saved_tensors)
+    return [
+        next(saved) if is_tensor else plain
+        for is_tensor, plain in zip(ctx.tensors, ctx.plain, strict=True)
+    ]
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rest = _restore(ctx)
+    wanted = ctx.needs_input_grad
+    grad_x = torch.ops.kbit.input_grad(grad, *rest[:OPERANDS]) if wanted[0] else None
+    grad_bias = None
+    if len(rest) > OPERANDS and rest[OPERANDS] is not None and wanted[OPERANDS + 1]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(rest[OPERANDS].dtype)
+    return (grad_x, *[None] * OPERANDS, *([grad_bias] if len(rest) > OPERANDS else []))
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rest = _restore(ctx)
+    return (torch.ops.kbit.grouped_input_grad(grad, *rest), *[None] * (OPERANDS + 1))
+
+
+torch.library.register_autograd("kbit::linear", _linear_backward, setup_context=_save, lib=library)
+torch.library.register_autograd(
+    "kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library
+)

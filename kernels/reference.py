@@ -1,0 +1,109 @@
+"""Plain kernels: what is right. Every fast kernel is compared with these.
+
+The one thing to know: no weight is dequantized whole. Rows are read in tiles, so that a reference
+matmul needs a few megabytes beside its input and its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from kbitc.blockwise import Operands, dequantize_operands, effective_scales
+
+TILE = 2**20  # weights dequantized at a time: 4 MB in float32
+
+
+def dequantize(*operands: object, dtype: torch.dtype) -> Tensor:
+    """The whole weight, ``(*lead, rows, in_features)`` of ``dtype``."""
+    return dequantize_operands(*operands, dtype=dtype)  # type: ignore[arg-type]  # an Operands
+
+
+def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias``: ``x`` (..., in_features), W (rows, in_features)."""
+    out = x.new_empty(*x.shape[:-1], operands[0].shape[0])
+    for rows, weight in _tiles(operands, x.dtype):
+        out[..., rows] = dense_linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
+    return out
+
+
+def input_grad(grad: Tensor, operands: Operands) -> Tensor:
+    """``grad @ W``: the gradient of :func:`linear` with respect to ``x``; ``grad`` (..., rows)."""
+    out = grad.new_zeros(*grad.shape[:-1], operands[9])
+    for rows, weight in _tiles(operands, grad.dtype):
+        out += grad[..., rows] @ weight
+    return out
+
+
+def embedding(ids: Tensor, operands: Operands, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids`` (any shape, integers) of W as ``(*ids.shape, in_features)`` of ``dtype``."""
+    vocabulary = operands[0].shape[0]
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocabulary):
+        raise IndexError(f"kbit::embedding: an id is outside 0 … {vocabulary - 1}")
+    rows = dequantize_operands(*operands, dtype=dtype, rows=ids.flatten().long())
+    return rows.view(*ids.shape, operands[9])
+
+
+def grouped_linear(x: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
+    """Rows of ``x`` (tokens, in), sorted by expert, times their expert's W (experts, rows, in)."""
+    out = x.new_zeros(x.shape[0], operands[0].shape[1])
+    for expert, tokens in _groups(offsets):
+        out[tokens] = linear(x[tokens], expert_operands(operands, expert), None)
+    return out
+
+
+def grouped_input_grad(grad: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
+    """The gradient of :func:`grouped_linear` with respect to ``x``; ``grad`` (tokens, rows)."""
+    out = grad.new_zeros(grad.shape[0], operands[9])
+    for expert, tokens in _groups(offsets):
+        out[tokens] = input_grad(grad[tokens], expert_operands(operands, expert))
+    return out
+
+
+def plain_scales(operands: Operands) -> Operands:
+    """The same weight with its double-quantized scales, if any, read into float32."""
+    planes, scales, codebook, zeros, scale_codebook, absmax, mean, values, index, *numbers = operands
+    read = effective_scales(scales.flatten(0, -2), scale_codebook, absmax, mean).view(scales.shape)
+    return (planes, read, codebook, zeros, None, None, None, values, index, *numbers)  # type: ignore[return-value]
+
+
+def expert_operands(operands: Operands, expert: int | Tensor) -> Operands:
+    """The operands of one expert, or of the experts that an index tensor picks."""
+    return _index_rows(plain_scales(operands), expert)
+
+
+def _index_rows(operands: Operands, at: int | slice | Tensor) -> Operands:
+    planes, scales, codebook, zeros, _, _, _, values, index, *numbers = operands
+    return (
+        planes[at],
+        scales[at],
+        codebook,
+        None if zeros is None else zeros[at],
+        None,
+        None,
+        None,
+        None if values is None else values[at],
+        index,
+        *numbers,
+    )  # type: ignore[return-value]  # mypy cannot see that three numbers are left
+
+
+def _tiles(operands: Operands, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, dequantized rows)`` over a 2-D weight."""
+    plain = plain_scales(operands)
+    step = max(1, TILE // operands[9])
+    for start in range(0, operands[0].shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, dequantize_operands(*_index_rows(plain, rows), dtype=dtype)
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """``(expert, its tokens)`` for every expert that has tokens."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
