@@ -7,6 +7,7 @@ and importing kbitc does not import transformers.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -150,8 +151,8 @@ def _classes() -> tuple[type, type]:
             self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
         ) -> Any:
             self.shared = read_shared(Path(file) for file in checkpoint_files or ())
-            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-            model._keys_to_ignore_on_load_unexpected = [*ignored, rf"^{SHARED}".replace(".", r"\.")]
+            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
             return model
 
         def assemble(

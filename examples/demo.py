@@ -1,0 +1,48 @@
+"""`make demo`: compile the model in the package, and show what that did to it.
+
+    python examples/demo.py [--bits 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from kbitc import demo, evaluation, loading
+from kbitc.driver import Request, compile_to
+
+PROMPT = "The function returns"
+
+
+def describe(name: str, loaded: loading.Loaded, text: str) -> str:
+    """One row of the table: size, bits, perplexity."""
+    ids = evaluation.windows(loaded.model, loaded.tokenizer, text, demo.CONTEXT, None)
+    score = evaluation.perplexity(loaded.model, ids)
+    return (
+        f"{name:>12}  {loaded.nbytes / 1e6:8.2f} MB  {loaded.bits_per_param:8.4f}  "
+        f"{score.perplexity:10.3f}   ({score.tokens:,} held-out tokens)"
+    )
+
+
+def main() -> None:
+    """Compile, evaluate before and after, generate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=float, default=4.0)
+    bits = parser.parse_args().bits
+    text = evaluation.read_text(demo.heldout())
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "demo"
+        result = compile_to("demo", out, Request(bits=bits))
+        seconds = sum(result.seconds.values())
+        print(f"kbitc compile demo --bits {bits:g}: {len(result.program.weights)} weights in {seconds:.1f} s\n")
+        dense, packed = loading.open_model("demo"), loading.open_model(str(out))
+        print(f"{'':>12}  {'tensors':>11}  {'bits/par':>8}  {'perplexity':>10}")
+        print(describe("16-bit", dense, text))
+        print(describe("compiled", packed, text))
+        print(f"\nThe compiled model continues {PROMPT!r}:\n")
+        print("  " + PROMPT + "".join(evaluation.generate(packed.model, packed.tokenizer, PROMPT, 48)))
+
+
+if __name__ == "__main__":
+    main()

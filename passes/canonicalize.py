@@ -1,0 +1,234 @@
+"""Make every matmul with a weight one node of one form, and name what is not.
+
+before:  linear(x, w, b)    addmm(b, x, w)        matmul(x, t(w))    _grouped_mm(x, mT(w), n)
+after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_linear(x, w, n)
+
+T is ``is_transposed``: w is stored as (in, out). Parameters that no such node reads, or that are
+read in two ways, stay at 16 bits in ``rest``, each with the reason. Tied weights are one `Weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from kbitc import program as forms
+from kbitc.matching import Match, Miss, match
+from kbitc.program import Program, Rest, Stage, Use, Weight
+from kbitc.reads import CHECKS, Read, is_move, op_name, reads, value_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+aten = torch.ops.aten
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+POINTWISE = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tanh")
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Finds the weights of a captured program."""
+
+    needs: ClassVar[Stage] = Stage.CAPTURED
+    gives: ClassVar[Stage] = Stage.CANONICAL
+
+    def run(self, program: Program) -> Program:
+        """The same computation in canonical form, its tensors in ``weights`` and ``rest``."""
+        found = _decide(program)
+        chosen = {
+            read.node: (name, outcome)
+            for name, outcomes in found.items()
+            for read, outcome in outcomes
+            if isinstance(outcome, Match) and _why_left(program.rest[name], outcomes) is None
+        }
+        graph, nodes = _rewrite(program, chosen)
+        order = {node: i for i, node in enumerate(nodes)}
+        weights: dict[str, Weight] = {}
+        rest: dict[str, Rest] = {}
+        for name, tensor in program.rest.items():
+            outcomes = found.get(name, [])
+            miss = _why_left(tensor, outcomes)
+            if miss is None:
+                calls = sorted((read.node for read, _ in outcomes), key=order.__getitem__)
+                weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
+            else:
+                rest[name] = replace(tensor, reason=miss.reason, is_matmul=miss.is_matmul)
+        module = fx.GraphModule(program.graph, graph)
+        return replace(program, graph=module, weights=weights, rest=rest, stage=Stage.CANONICAL)
+
+
+Outcomes = list[tuple[Read, Match | Miss]]
+
+
+def _decide(program: Program) -> dict[str, Outcomes]:
+    """For each stored tensor the calls that read it, and what each of them is."""
+    lifted = [
+        (program.parameters[node.name], node)
+        for node in program.graph.graph.nodes
+        if node.name in program.parameters
+    ]
+    read_by = {name: reads(node) for name, node in lifted}
+    views = {node for _, node in lifted} | {read.view for all_ in read_by.values() for read in all_}
+    return {
+        name: [(read, match(read, views.__contains__)) for read in read_by[name]]
+        for name in program.rest
+        if name in read_by
+    }
+
+
+def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
+    """Why a tensor is not packable; None if it is."""
+    is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for _, o in outcomes)
+    misses = [(read, o) for read, o in outcomes if isinstance(o, Miss)]
+    matches = [o for _, o in outcomes if isinstance(o, Match)]
+    if not tensor.is_parameter:
+        return Miss("persistent buffer, not a parameter", is_matmul)
+    if tensor.dtype not in DTYPES:
+        return Miss(f"{str(tensor.dtype)[6:]} is not a dtype to quantize from", is_matmul)
+    if not tensor.shape:
+        return Miss("a scalar")
+    if len(tensor.shape) == 1 and not is_matmul:
+        return Miss("1-D: norm weight or bias")
+    if tensor.numel == 0:
+        return Miss("empty")
+    if not outcomes:
+        return Miss("never read by the captured graph")
+    if misses:
+        kinds = ", ".join(sorted({o.kind for o in matches}))
+        reasons = dict.fromkeys(o.reason for _, o in misses)
+        listed = " and ".join(reasons)
+        return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
+    if len({o.is_transposed for o in matches}) > 1:
+        return Miss("used both as (out, in) and as (in, out)", is_matmul)
+    return None
+
+
+def _rewrite(
+    program: Program, chosen: Mapping[fx.Node, tuple[str, Match]]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A new graph with canonical calls; the second value is old call to canonical node."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    canonical: dict[fx.Node, fx.Node] = {}
+    weight_of: dict[str, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if op_name(node) in CHECKS:
+            continue  # it would keep dead code alive
+        if node not in chosen:
+            new[node] = graph.node_copy(node, new.__getitem__)
+            if node.name in program.parameters:
+                weight_of[program.parameters[node.name]] = new[node]
+            continue
+        name, found = chosen[node]
+        new[node], canonical[node] = _build(graph, node, found, weight_of[name], new)
+    graph.eliminate_dead_code()
+    return graph, canonical
+
+
+def _build(
+    graph: fx.Graph, old: fx.Node, found: Match, weight: fx.Node, new: Mapping[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The canonical call with what moves its operands there and back: (result, canonical node)."""
+    x = new[found.x]
+    if found.is_left:
+        x = _call(graph, old, aten.transpose.int, x, -2, -1)
+    offsets = None if found.offsets is None else new[found.offsets]
+    batch = value_of(x).shape[:-1]
+    if found.is_batched:
+        experts, rows = batch
+        x = _call(graph, old, aten.reshape.default, x, [experts * rows, value_of(x).shape[-1]])
+        steps = (rows, experts * rows + 1, rows)
+        options = {"dtype": torch.int32, "device": value_of(x).device}
+        offsets = _call(graph, old, aten.arange.start_step, *steps, **options)
+    flags: dict[str, Any] = {"is_transposed": True} if found.is_transposed else {}
+    if found.kind == "embedding":
+        out = graph.call_function(forms.embedding, (x, weight))
+    elif found.kind == "grouped_linear":
+        out = graph.call_function(forms.grouped_linear, (x, weight, offsets), flags)
+    else:
+        bias = None if found.bias is None else new[found.bias]
+        operands = (x, weight) if bias is None else (x, weight, bias)
+        out = graph.call_function(forms.linear, operands, flags)
+    canonical = out
+    # Its shape follows from the old call's by undoing, in reverse, what is redone below.
+    value = value_of(old)
+    value = value.mT if found.is_left else value
+    out.meta = {**old.meta, "val": value.flatten(0, 1) if found.is_batched else value}
+    if found.is_batched:
+        out = _call(graph, old, aten.reshape.default, out, [*batch, value.shape[-1]])
+    if found.is_left:
+        out = _call(graph, old, aten.transpose.int, out, -2, -1)
+    if found.addend is not None:
+        out = _call(graph, old, aten.add.Tensor, new[found.addend], out)
+    return out, canonical
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A node with its fake value, that belongs to the same module as ``like``."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.map_arg(args, value_of)
+    node.meta = {**like.meta, "val": target(*values, **kwargs)}
+    return node
+
+
+def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -> Weight:
+    names = (tensor.name, *tensor.aliases)
+    return Weight(
+        tensor.name,
+        tensor.shape,
+        tensor.dtype,
+        tuple(
+            Use(
+                node.name,
+                found.kind,
+                _name_at(node, names),
+                feeds_output=_feeds_output(node, program.parameters),
+            )
+            for node, found in uses
+        ),
+        tensor.aliases,
+        is_transposed=uses[0][1].is_transposed,
+    )
+
+
+def _name_at(node: fx.Node, names: tuple[str, ...]) -> str:
+    """Which of a tied parameter's names this node means: that of the module which calls."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]).partition("@")[0] if stack else ""
+    return next((name for name in names if name.rpartition(".")[0] == path), names[0])
+
+
+def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:
+    """True if only views and pointwise arithmetic with constants come before an output."""
+    seen, stack = {node}, [node]
+    while stack:
+        source = stack.pop()
+        for user in source.users:
+            if user.op == "output":
+                return True
+            if user in seen or not (is_move(user) or op_name(user) in POINTWISE):
+                continue
+            others = [operand for operand in user.all_input_nodes if operand is not source]
+            if all(_is_constant(operand, parameters) for operand in others):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _is_constant(node: fx.Node, parameters: Mapping[str, str]) -> bool:
+    """True if a node does not depend on the model's inputs."""
+    seen, stack = {node}, [node]
+    while stack:
+        source = stack.pop()
+        if source.op == "placeholder" and source.name not in parameters:
+            return False
+        fresh = [operand for operand in source.all_input_nodes if operand not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return True
+
+
+PASS = Canonicalize
