@@ -33,7 +33,11 @@ def make_folder(folder: Path, layers: int) -> int:
     hidden, wide, key_value = 2048, 5632, 256
     rows = {"q_proj": hidden, "k_proj": key_value, "v_proj": key_value, "o_proj": hidden}
     shards: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (32000, hidden), "lm_head.weight": (32000, hidden), "model.norm.weight": (hidden,)}
+        {
+            "model.embed_tokens.weight": (32000, hidden),
+            "lm_head.weight": (32000, hidden),
+            "model.norm.weight": (hidden,),
+        }
     ]
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -45,7 +49,9 @@ def make_folder(folder: Path, layers: int) -> int:
     index, total = {}, 0
     for number, shard in enumerate(shards):
         name = f"model-{number:05}.safetensors"
-        made = {key: torch.randn(shape, generator=generator).mul_(0.02).half() for key, shape in shard.items()}
+        made = {
+            key: torch.randn(shape, generator=generator).mul_(0.02).half() for key, shape in shard.items()
+        }
         save_file(made, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(made, name))
         total += sum(tensor.nbytes for tensor in made.values())
@@ -55,7 +61,9 @@ def make_folder(folder: Path, layers: int) -> int:
 
 def main() -> None:
     """Make, compile, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--spec", default="nf4:64")
     parser.add_argument("--bits", help="plan under a budget instead of --spec")
     parser.add_argument("--layers", type=int, default=22)

@@ -1,6 +1,6 @@
 """`make demo`: compile the model in the package, and show what that did to it.
 
-    python examples/demo.py [--bits 4]
+python examples/demo.py [--bits 4]
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
         out = Path(folder) / "demo"
         result = compile_to("demo", out, Request(bits=bits))
         seconds = sum(result.seconds.values())
-        print(f"kbitc compile demo --bits {bits:g}: {len(result.program.weights)} weights in {seconds:.1f} s\n")
+        print(
+            f"kbitc compile demo --bits {bits:g}: {len(result.program.weights)} weights in {seconds:.1f} s\n"
+        )
         dense, packed = loading.open_model("demo"), loading.open_model(str(out))
         print(f"{'':>12}  {'tensors':>11}  {'bits/par':>8}  {'perplexity':>10}")
         print(describe("16-bit", dense, text))

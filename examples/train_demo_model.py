@@ -5,7 +5,7 @@ by --holdout are never trained on; a source without such a document holds out it
 held-out text of the first source becomes heldout.txt. At the end the model is compared, token for
 token, with interpolated modified Kneser-Ney n-gram models of the same training tokens.
 
-examples:
+Examples:
   python train_demo_model.py poems=poems.txt --out demo --steps 200
   python train_demo_model.py docs=html/_sources/faq,html/_sources/howto books=a.txt,b.txt \\
       --holdout faq/design.rst.txt howto/sockets.rst.txt --out demo

@@ -106,9 +106,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     request = driver.Request(budget, spec, plan, is_strict=strict)
     if isinstance(model, torch_nn.Module):
         if out is not None:
-            driver.compile_to(
-                model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs
-            )
+            driver.compile_to(model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs)
         return driver.compile_module(model, request, example_inputs)
     if out is not None:
         driver.compile_to(model, LocalPath(out), request, is_forced=force)

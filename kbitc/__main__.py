@@ -1,3 +1,5 @@
+"""``python -m kbitc``."""
+
 from kbitc.cli import main
 
 if __name__ == "__main__":

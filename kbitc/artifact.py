@@ -135,7 +135,8 @@ def checksum(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 class Writer:
@@ -175,9 +176,7 @@ class Writer:
         self.done: dict[str, dict[str, Any]] = {}
         self.checksums: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._place = {
-            key: (file, offset) for file in self.files for key, offset in file.offsets.items()
-        }
+        self._place = {key: (file, offset) for file in self.files for key, offset in file.offsets.items()}
         header = {"identity": json.loads(json.dumps(identity)), "format": FORMAT}
         if is_resumed and self.partial.exists():
             self._resume(header)
@@ -366,8 +365,7 @@ def _split(slots: Mapping[str, Mapping[str, Slot]]) -> list[_File]:
         return [_lay_out("model.safetensors", groups[0])]
     count = len(groups)
     return [
-        _lay_out(f"model-{i:05}-of-{count:05}.safetensors", group)
-        for i, group in enumerate(groups, start=1)
+        _lay_out(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, start=1)
     ]
 
 
@@ -375,8 +373,7 @@ def _lay_out(name: str, slots: Mapping[str, Slot]) -> _File:
     # Widest dtypes first, so that every tensor is aligned to its own item size.
     ordered = dict(sorted(slots.items(), key=lambda item: -item[1].dtype.itemsize))
     widest = {
-        key: torch.bfloat16 if slot.dtype == torch.float16 else slot.dtype
-        for key, slot in ordered.items()
+        key: torch.bfloat16 if slot.dtype == torch.float16 else slot.dtype for key, slot in ordered.items()
     }
     # Room for the header, measured with the longest offsets and dtype names that it can hold.
     total = sum(slot.nbytes for slot in ordered.values())

@@ -6,6 +6,7 @@ loading on (Linux ``VmHWM``), so what loading needed for a moment does not count
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -73,10 +74,9 @@ def measure(source: str, kind: str, prompt_tokens: int, new_tokens: int, runs: i
 
 
 def _forget_peak() -> None:
-    try:
+    # Not Linux, or not allowed: the peak then includes loading.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak then includes loading
 
 
 def _peak() -> int:

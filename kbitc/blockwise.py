@@ -7,10 +7,11 @@ chosen against the scale *as stored*, so rounding a scale never costs more than 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ class Packed:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
         """A copy with every tensor replaced by ``function`` of it."""
-        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
+        changed: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        return replace(self, **changed)
 
 
 TENSOR_FIELDS = (
@@ -200,7 +202,7 @@ def quantize(
     for start, blocks in source.tiles():
         stop = start + blocks.shape[0]
         if stored_zeros is not None:
-            blocks -= stored_zeros[start:stop].float().unsqueeze(-1)
+            blocks.sub_(stored_zeros[start:stop].float().unsqueeze(-1))
         codes = encode(_normalize(blocks, effective[start:stop])).flatten(-2)[:, : rows.shape[1]]
         planes[start:stop] = packing.pack(codes, spec.bits)
 
@@ -237,7 +239,7 @@ class _Rows:
         short = -tile.shape[1] % self.spec.block
         if short:
             tile = torch.nn.functional.pad(tile, (0, short))
-        return tile.unflatten(-1, (-1, self.spec.block))
+        return tile.view(tile.shape[0], -1, self.spec.block)
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """``(first row, blocks)`` of every tile."""
@@ -309,6 +311,7 @@ def _store_scales(
     return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
 
 
+@functools.cache
 def dynamic_map() -> Tensor:
     """The signed 8-bit dynamic codebook that double quantization stores scales with: (256,) float32."""
     return torch.from_numpy(datatypes.codebook("dynamic", datatypes.Request(bits=8))).float()
@@ -436,6 +439,7 @@ def _codebook(source: _Rows, spec: Spec) -> Tensor:
     return torch.cat([fitted, fitted[-1:].expand(2**spec.bits - fitted.numel())])
 
 
+@functools.cache
 def shared_codebook(spec: Spec) -> Tensor:
     """Codebook of a data type that is not fitted to a tensor: ``(levels,)`` float32."""
     return torch.from_numpy(datatypes.codebook(spec.family, _request(spec))).float()

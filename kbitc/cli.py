@@ -54,11 +54,13 @@ def _examples(*lines: str) -> str:
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
     )
 )
-def compile(  # noqa: A001, PLR0913  # the command's name, and its options
+def compile(  # noqa: A001  # the command's name, and its options
     model: Model,
     bits: Annotated[
         float | None,
-        typer.Option("--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8. [default: 4]"),
+        typer.Option(
+            "--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8. [default: 4]"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to write. [default: NAME-4bit in this folder]")
@@ -112,13 +114,13 @@ def _default_out(model: str, bits: float | None, spec: str | None) -> str:
 
 
 def _print_result(result: Result) -> None:
-    from collections import Counter
+    from collections import Counter, defaultdict
 
     program = result.program
     assert program.plan is not None
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    squared: Counter[str] = Counter()
+    squared: dict[str, float] = defaultdict(float)
     for name, choice in program.plan.weights.items():
         key = str(choice.spec)
         count[key] += 1
@@ -126,7 +128,12 @@ def _print_result(result: Result) -> None:
         if choice.error is not None:
             squared[key] += choice.error**2 * program.weights[name].numel
     table = Table(title=f"{result.source}: {program.parameter_count:,} parameters", title_justify="left")
-    for column, justify in (("format", "left"), ("weights", "right"), ("parameters", "right"), ("rel. error", "right")):
+    for column, justify in (
+        ("format", "left"),
+        ("weights", "right"),
+        ("parameters", "right"),
+        ("rel. error", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a rich literal
     for key, numel in size.most_common():
         error = f"{(squared[key] / numel) ** 0.5:.4f}" if squared[key] else ""
@@ -135,8 +142,8 @@ def _print_result(result: Result) -> None:
     table.add_row("16 bits (norms, biases, ...)", str(len(program.rest)), f"{rest:,}", "")
     out_console.print(table)
     out_console.print(
-        f"[bold]{result.bits_per_param:.4f}[/] stored bits per parameter, {result.payload_bytes / 1e6:,.2f} MB "
-        f"of tensors; the source has {result.source_bytes / 1e6:,.2f} MB "
+        f"[bold]{result.bits_per_param:.4f}[/] stored bits per parameter, "
+        f"{result.payload_bytes / 1e6:,.2f} MB of tensors; the source: {result.source_bytes / 1e6:,.2f} MB "
         f"({result.source_bytes / result.payload_bytes:.2f} times)"
     )
     left = [(name, entry.reason) for name, entry in program.rest.items() if entry.is_matmul]
@@ -151,7 +158,9 @@ def _print_result(result: Result) -> None:
 
 
 @app.command(
-    epilog=_examples("kbitc inspect demo", "kbitc inspect demo-4bit --html demo.html", "kbitc inspect demo --dot graph.dot")
+    epilog=_examples(
+        "kbitc inspect demo", "kbitc inspect demo-4bit --html demo.html", "kbitc inspect demo --dot graph.dot"
+    )
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
@@ -176,9 +185,13 @@ def inspect(
 
 @app.command(epilog=_examples('kbitc run demo-4bit "The function returns" -n 40'))
 def run(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact (or a model, to compare).")],
+    model: Annotated[
+        str, typer.Argument(metavar="OUT", help="A compiled artifact (or a model, to compare).")
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate at most.")] = 64,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate at most.")
+    ] = 64,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
@@ -213,7 +226,9 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     limit_tokens: Annotated[int | None, typer.Option(min=2, help="Score the first N tokens only.")] = None,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
@@ -244,16 +259,21 @@ def evaluate(
         _print_json(data)
         return
     line = f"perplexity [bold]{score.perplexity:.4f}[/] over {score.tokens:,} tokens (windows of {context})"
-    out_console.print(f"{line}; {loaded.bits_per_param:.4f} bits per parameter, {loaded.nbytes / 1e6:,.2f} MB")
+    out_console.print(
+        f"{line}; {loaded.bits_per_param:.4f} bits per parameter, {loaded.nbytes / 1e6:,.2f} MB"
+    )
     if score.divergence is not None:
         out_console.print(f"KL divergence from {against}: [bold]{score.divergence:.6f}[/] nats per token")
 
 
-@app.command(epilog=_examples("kbitc bench demo-4bit", "kbitc bench demo-4bit --against demo --prompt-tokens 64"))
+@app.command(
+    epilog=_examples("kbitc bench demo-4bit", "kbitc bench demo-4bit --against demo --prompt-tokens 64")
+)
 def bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The 16-bit model. [default: the artifact, dequantized]")
+        str | None,
+        typer.Option(metavar="MODEL", help="The 16-bit model. [default: the artifact, dequantized]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate.")] = 32,

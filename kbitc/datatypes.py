@@ -201,7 +201,7 @@ def quantile(request: Request) -> Floats:
 
 
 def _sram_quantiles(values: Floats, count: int) -> Floats:
-    """bitsandbytes' SRAM-Quantiles: 256 order statistics a chunk, averaged, ``count`` picked."""
+    """Bitsandbytes' SRAM-Quantiles: 256 order statistics a chunk, averaged, ``count`` picked."""
     size = min(4096, values.size)
     chunks = np.sort(values[: values.size // size * size].reshape(-1, size), axis=1)
     position = 1 / 512 + np.arange(256) * (1 - 2 / 512) / 255

@@ -21,8 +21,8 @@ from kbitc import pack
 from kbitc.artifact import Writer, check_target
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
-from kbitc.errors import UsageError
 from kbitc.documents import documents, read_json, weight_entry
+from kbitc.errors import UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
@@ -152,7 +152,9 @@ def compile_to(
     if not is_dry:
         check_target(out, is_forced=is_forced)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "open"), open_checkpoint(source) as checkpoint:
+    with _timed(seconds, "open"):
+        opened = open_checkpoint(source)
+    with opened as checkpoint:
         on_event("capture", 0, 0)
         with _timed(seconds, "capture"):
             skeleton = checkpoint.skeleton()
@@ -201,7 +203,11 @@ def _counter(on_event: Event, total: int) -> pack.Progress:
 
 
 def _writer(
-    checkpoint: Checkpoint, program: Program, out: Path, is_forced: bool, is_resumed: bool  # noqa: FBT001
+    checkpoint: Checkpoint,
+    program: Program,
+    out: Path,
+    is_forced: bool,
+    is_resumed: bool,
 ) -> Writer:
     assert program.plan is not None
     identity = {
@@ -245,13 +251,9 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
     }
-    left = {
-        name: {"reason": rest.reason, "shape": list(rest.shape)} for name, rest in program.rest.items()
-    }
+    left = {name: {"reason": rest.reason, "shape": list(rest.shape)} for name, rest in program.rest.items()}
     config = writer.partial / "config.json"
-    return documents(
-        facts, weights, left, writer.checksums, read_json(config) if config.exists() else None
-    )
+    return documents(facts, weights, left, writer.checksums, read_json(config) if config.exists() else None)
 
 
 def compile_module(

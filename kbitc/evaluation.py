@@ -97,7 +97,7 @@ def perplexity(
 
 def _log_probs(model: nn.Module, window: Tensor) -> Tensor:
     """Float32 log-probabilities of the next token: (context - 1, vocabulary)."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
@@ -117,7 +117,8 @@ class Speed:
 @torch.inference_mode()
 def speed(model: nn.Module, prompt_tokens: int, new_tokens: int, runs: int) -> Speed:
     """Prefill and greedy decode speed at batch 1, after one warm-up run of each."""
-    vocabulary = model.config.get_text_config().vocab_size
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
     prefill, decode = [], []
@@ -170,7 +171,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> 
 
 
 def _end_tokens(model: nn.Module) -> set[int]:
-    config = getattr(model, "generation_config", None) or model.config
+    config: Any = getattr(model, "generation_config", None) or model.config
     ends = config.eos_token_id
     if ends is None:
         return set()

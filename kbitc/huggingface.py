@@ -64,9 +64,9 @@ def register() -> None:
 
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
-    config, quantizer = _classes()
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+    configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    configs[METHOD], quantizers[METHOD] = _classes()
 
 
 def quantization_config(plan: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _classes() -> tuple[type, type]:
             bits_per_param: float | None = None,
             **kwargs: Any,
         ) -> None:
-            self.quant_method = METHOD
+            self.quant_method = METHOD  # type: ignore[assignment]  # any string will do
             self.format = kwargs.get("format", FORMAT)
             self.weights = dict(weights or {})
             self.transposed = list(transposed)
@@ -115,15 +115,8 @@ def _classes() -> tuple[type, type]:
         def __init__(self, hf_quantizer: KbitQuantizer) -> None:
             self.hf_quantizer = hf_quantizer
 
-        def convert(
-            self,
-            input_dict: dict[str, list[torch.Tensor]],
-            source_patterns: list[str] | None = None,
-            full_layer_name: str = "",
-            model: torch.nn.Module | None = None,
-            **_: Any,
-        ) -> dict[str, torch.nn.Parameter]:
-            assert model is not None
+        def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, Any]:
+            full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
             parts = {pattern.rpartition(".")[2]: found[0] for pattern, found in input_dict.items()}
             shape = tuple(model.get_parameter(full_layer_name).shape)
             weight = self.hf_quantizer.assemble(full_layer_name, parts, shape)
@@ -155,9 +148,7 @@ def _classes() -> tuple[type, type]:
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
             return model
 
-        def assemble(
-            self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]
-        ) -> torch.Tensor:
+        def assemble(self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
             config = self.quantization_config
             if name not in config.weights:
                 raise SourceError(f"'{name}' is stored packed but config.json names no spec for it")
@@ -188,6 +179,7 @@ def _classes() -> tuple[type, type]:
             ]
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+            del model
             raise SourceError(
                 "a compiled model is saved by kbitc, not by save_pretrained: use kbitc.save(model, folder)"
             )

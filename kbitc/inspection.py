@@ -117,7 +117,9 @@ class Inspection:
             listed = ", ".join(map(str, found[:6])) + (" ..." if len(found) > 6 else "")
             tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
             shape = "x".join(map(str, weight.shape))
-            table.add_row(name + tied, shape, ", ".join(weight.kinds), f"{len(found)}: {listed}" if found else "-")
+            table.add_row(
+                name + tied, shape, ", ".join(weight.kinds), f"{len(found)}: {listed}" if found else "-"
+            )
         console.print(table)
         _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
 
@@ -177,10 +179,9 @@ def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool 
 
 
 def _artifact_program(folder: Path) -> Program:
-    from kbitc.loading import load
-
     # Capture needs shapes alone: the packed model's skeleton is the source's.
     from kbitc.checkpoint.hf_folder import skeleton_of
+    from kbitc.loading import load
 
     del load
     return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))

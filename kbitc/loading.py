@@ -25,7 +25,6 @@ from kbitc.plan import Choice
 from kbitc.tensor import KbitTensor
 
 
-
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool = True) -> nn.Module:
     """Load an artifact as the transformers model that it was compiled from.
 
@@ -51,9 +50,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
     data = read_json(config)
     model_class = _model_class(data, config)
     with quiet_transformers():
-        model: nn.Module = model_class.from_pretrained(
-            artifact.folder, dtype=dtype or compute_dtype(data)
-        )
+        model: nn.Module = model_class.from_pretrained(artifact.folder, dtype=dtype or compute_dtype(data))
     return model.eval()
 
 
@@ -170,7 +167,7 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
         unit: {key: Slot(t.dtype, tuple(t.shape)) for key, t in parts.items()}
         for unit, parts in stored.items()
     }
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     facts = {
         "source": {"name": type(model).__name__, "sha256": None},
         "budget": None,

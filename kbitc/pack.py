@@ -57,9 +57,7 @@ def oriented_shape(weight: Weight) -> tuple[int, ...]:
     return (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
 
 
-def pack_to(
-    program: Program, read: Callable[[str], Tensor], writer: Writer, progress: Progress
-) -> None:
+def pack_to(program: Program, read: Callable[[str], Tensor], writer: Writer, progress: Progress) -> None:
     """Quantize and write every tensor that the writer has not done yet.
 
     Args:

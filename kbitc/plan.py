@@ -80,9 +80,7 @@ class Plan:
     def from_json(cls, data: object, names: Iterable[str], *, label: str = "plan") -> Plan:
         """As :meth:`from_file`, from parsed JSON."""
         if not isinstance(data, dict) or not isinstance(data.get("weights"), dict):
-            raise UsageError(
-                f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}'
-            )
+            raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
         version = data.get("format", PLAN_FORMAT)
         if not isinstance(version, int) or version > PLAN_FORMAT:
             raise UsageError(

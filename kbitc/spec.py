@@ -54,14 +54,14 @@ class Spec:
             raise UsageError(f"{self}: {self.bits} bits a weight; kbitc packs {low} to {high} bits")
         if self.block < 1:
             raise UsageError(f"{self}: block size {self.block}; it must be at least 1, for example 64")
-        if self.exponent is not None and (
-            self.family != "fp" or not 1 <= self.exponent <= self.bits - 1
-        ):
+        if self.exponent is not None and (self.family != "fp" or not 1 <= self.exponent <= self.bits - 1):
             raise UsageError(f"{self}: only fp takes exponent bits, 1 to {self.bits - 1} of them here")
         if not 0.0 <= self.outliers < 100.0:
             raise UsageError(f"{self}: outlier share {self.outliers} %; it must be in [0, 100)")
         if self.variant and self.variant not in found.variants:
-            raise UsageError(f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, found.variants))
+            raise UsageError(
+                f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, found.variants)
+            )
 
     @property
     def is_left_alone(self) -> bool:
@@ -128,8 +128,9 @@ LEFT_ALONE = Spec("fp16", 16)
 def parse(text: str) -> Spec:
     """The spec that a string names.
 
-    >>> parse("int3:128+zp")
-    Spec(family='int', bits=3, block=128, exponent=None, has_zero_point=True, has_double_quant=False, outliers=0.0, variant='')
+    >>> spec = parse("int3:128+zp")
+    >>> spec.family, spec.bits, spec.block, spec.has_zero_point
+    ('int', 3, 128, True)
     >>> str(parse("nf4"))
     'nf4:64'
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbitc import blockwise
 from kbitc.blockwise import TENSOR_FIELDS, Operands, Packed
-from kbitc.kernels import ops as _ops  # registers torch.ops.kbit
+from kbitc.kernels import ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.spec import Spec, parse
 
 aten = torch.ops.aten
@@ -35,7 +35,9 @@ class KbitTensor(Tensor):
     is_transposed: bool
 
     @staticmethod
-    def __new__(cls, packed: Packed, dtype: torch.dtype, *, is_transposed: bool = False) -> KbitTensor:
+    def __new__(
+        cls: type[KbitTensor], packed: Packed, dtype: torch.dtype, *, is_transposed: bool = False
+    ) -> KbitTensor:
         """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``."""
         shape = packed.shape
         if is_transposed:
@@ -106,7 +108,7 @@ class KbitTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub forgets that it is a class method
         cls,
         func: Any,
         types: Iterable[type],
@@ -179,15 +181,15 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Tensor:  # noq
     if isinstance(input, KbitTensor) and isinstance(other, KbitTensor):
         raise NotImplementedError("matmul of two packed weights")
     if isinstance(input, KbitTensor):
+        if input.dim() == 2 and other.dim() > 2:
+            return _matmul(other.mT, input.mT).mT
         if input.dim() == 3 and other.dim() == 3:
             return _bmm(other.mT, input.mT).mT  # type: ignore[arg-type]
         if input.dim() == 2 and other.dim() == 2:
             return _matmul(other.mT, input.mT).mT
         if input.dim() == 2 and other.dim() == 1:
             return _matmul(other, input.mT)
-        raise NotImplementedError(
-            f"matmul of a packed {tuple(input.shape)} with {tuple(other.shape)}"
-        )
+        raise NotImplementedError(f"matmul of a packed {tuple(input.shape)} with {tuple(other.shape)}")
     if isinstance(other, KbitTensor) and other.dim() == 3 and input.dim() == 3:
         return _bmm(input, other)
     return _linear(input, other.mT)
@@ -197,7 +199,8 @@ def _bmm(input: Tensor, weight: KbitTensor) -> Tensor:  # noqa: A002
     """``(experts, m, in) @ (experts, in, rows)``: each expert is a group of m rows."""
     experts, rows = input.shape[0], input.shape[1]
     offsets = torch.arange(1, experts + 1, device=input.device, dtype=torch.int32) * rows
-    return _grouped_mm(input.flatten(0, 1), weight, offs=offsets).unflatten(0, (experts, rows))
+    out: Tensor = _grouped_mm(input.flatten(0, 1), weight, offs=offsets)
+    return out.view(experts, rows, -1)
 
 
 def _addmm(
@@ -221,8 +224,8 @@ def _embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002  # the signature of F.embedding
-    sparse: bool = False,  # noqa: FBT001, FBT002
+    scale_grad_by_freq: bool = False,  # the signature of F.embedding
+    sparse: bool = False,
 ) -> Tensor:
     del padding_idx, norm_type, scale_grad_by_freq, sparse  # they matter to gradients alone
     if max_norm is not None:
@@ -242,9 +245,7 @@ def _grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     if not isinstance(mat2, KbitTensor) or mat2.dim() != 3 or not mat2.is_transposed or offs is None:
-        raise NotImplementedError(
-            "grouped_mm needs a packed (experts, in_features, rows) weight and offs"
-        )
+        raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
     out: Tensor = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
     if bias is not None:
         out = out + bias
@@ -285,6 +286,37 @@ def _transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> KbitTensor:
     return weight._turned()
 
 
+def _permute(weight: KbitTensor, *dims: Any) -> KbitTensor:
+    order = [dim % weight.dim() for dim in (dims if isinstance(dims[0], int) else dims[0])]
+    *lead, rows, features = range(weight.dim())
+    if order not in ([*lead, rows, features], [*lead, features, rows]):
+        raise NotImplementedError(f"permuting a packed weight to {order}")
+    return weight if order[-1] == features else weight._turned()
+
+
+def _reshape(weight: KbitTensor, *shape: Any) -> KbitTensor:
+    """A view of the same shape, as some models write it."""
+    size = shape if isinstance(shape[0], int) else tuple(shape[0])
+    if tuple(size) != tuple(weight.shape):
+        raise NotImplementedError(f"reshaping a packed {tuple(weight.shape)} to {size}")
+    return weight
+
+
+def _einsum(equation: str, *operands: Any) -> Tensor:
+    """``...i,oi->...o`` and its like: a matmul with a 2-D weight, spelled out."""
+    given = operands if len(operands) == 2 else tuple(operands[0])
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(given) == len(names) == 2:
+        at = 0 if isinstance(given[0], KbitTensor) else 1
+        x, weight, shared, packed = given[1 - at], names[at], names[1 - at][-1:], given[at]
+        free = weight.replace(shared, "") if shared else ""
+        is_matmul = len(weight) == 2 and len(free) == 1 and out == names[1 - at][:-1] + free
+        if is_matmul and not isinstance(x, KbitTensor):
+            return _linear(x, packed.mT if weight[0] == shared else packed)
+    raise NotImplementedError(f"einsum '{equation}' with a packed weight")
+
+
 def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:
     if id(weight) in memo:
         found: KbitTensor = memo[id(weight)]
@@ -313,10 +345,16 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__deepcopy__: _deepcopy,
     torch.transpose: _transpose,
     Tensor.transpose: _transpose,
-    torch.t: lambda weight: weight._turned(),
-    Tensor.t: lambda weight: weight._turned(),
-    Tensor.T.__get__: lambda weight: _transpose(weight),  # type: ignore[attr-defined]
-    Tensor.mT.__get__: lambda weight: weight._turned(),  # type: ignore[attr-defined]
+    torch.permute: _permute,
+    Tensor.permute: _permute,
+    torch.reshape: _reshape,
+    Tensor.reshape: _reshape,
+    Tensor.view: _reshape,
+    torch.einsum: _einsum,
+    torch.t: KbitTensor._turned,
+    Tensor.t: KbitTensor._turned,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: KbitTensor._turned,  # type: ignore[attr-defined]
 }
 for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
     if hasattr(_owner, _name):
@@ -340,7 +378,7 @@ def _to_copy(
     return weight._like(moved, dtype)
 
 
-def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:  # noqa: FBT001, FBT002
+def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError("only a packed weight of the same spec and shape can be copied in")
     for name, value in target.packed.tensors().items():
@@ -354,7 +392,7 @@ _MOVES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: lambda weight, **_: weight._like(weight.packed.map(torch.clone)),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
-    aten.t.default: lambda weight: weight._turned(),
+    aten.t.default: KbitTensor._turned,
     aten.transpose.int: _transpose,
 }
 

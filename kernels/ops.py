@@ -88,7 +88,7 @@ def _embedding(ids: Tensor, *rest: Any) -> Tensor:
 @_op(
     "grouped_linear",
     f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor",
-    lambda x, planes, *rest: x.new_empty(x.shape[0], planes.shape[1]),
+    lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[1]),
 )
 def _grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     _check_input("grouped_linear", x, rest[9])
@@ -124,10 +124,14 @@ def _select_shapes(experts: Tensor, operands: Sequence[Any]) -> list[Tensor]:
     ]
 
 
+def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
+    return _select_shapes(experts, operands)
+
+
 @_op(
     "select",
     f"(Tensor experts, {WEIGHT}) -> Tensor[]",
-    lambda experts, *operands: _select_shapes(experts, operands),
+    _fake_select,
 )
 def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
     at = experts.long()
@@ -149,8 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _restore(ctx: Any) -> list[Any]:
     saved = iter(ctx.saved_tensors)
     return [
-        next(saved) if is_tensor else plain
-        for is_tensor, plain in zip(ctx.tensors, ctx.plain, strict=True)
+        next(saved) if is_tensor else plain for is_tensor, plain in zip(ctx.tensors, ctx.plain, strict=True)
     ]
 
 
@@ -170,6 +173,4 @@ def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kbit::linear", _linear_backward, setup_context=_save, lib=library)
-torch.library.register_autograd(
-    "kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library
-)
+torch.library.register_autograd("kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library)

@@ -41,7 +41,7 @@ def input_grad(grad: Tensor, operands: Operands) -> Tensor:
 def embedding(ids: Tensor, operands: Operands, dtype: torch.dtype) -> Tensor:
     """Rows ``ids`` (any shape, integers) of W as ``(*ids.shape, in_features)`` of ``dtype``."""
     vocabulary = operands[0].shape[0]
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocabulary):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         raise IndexError(f"kbit::embedding: an id is outside 0 … {vocabulary - 1}")
     rows = dequantize_operands(*operands, dtype=dtype, rows=ids.flatten().long())
     return rows.view(*ids.shape, operands[9])

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kbitc import datatypes, scoring
@@ -81,10 +83,7 @@ class AllocateBits:
         """Raises BudgetError when not even the smallest options fit; names the smallest budget."""
         if program.read is None:
             raise UsageError("planning by weight error needs the weights; this program has no source")
-        options = {
-            name: self._options(weight, program.read(name))
-            for name, weight in program.weights.items()
-        }
+        options = self._measure(program, program.read)
         chosen = allocate(options, fixed_bytes(program), self.budget, program.parameter_count)
         choices = {
             name: Choice(
@@ -96,6 +95,13 @@ class AllocateBits:
             for name, option in chosen.items()
         }
         return replace(program, plan=Plan(choices, self.budget), stage=Stage.PLANNED)
+
+    def _measure(self, program: Program, read: Callable[[str], Tensor]) -> dict[str, list[Option]]:
+        """The options of every weight. Samples are small, so weights run side by side, one thread each."""
+        workers = torch.get_num_threads()
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = pool.map(lambda weight: self._options(weight, read(weight.name)), program.weights.values())
+            return dict(zip(program.weights, found, strict=True))
 
     def _options(self, weight: Weight, data: Tensor) -> list[Option]:
         """The options on the lower convex hull of (bytes, cost), smallest first."""

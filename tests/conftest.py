@@ -176,7 +176,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., nn.Module]:
     """``tiny_model(family, is_meta=False)``: two layers, about 30k weights, tied as the family ties."""
 

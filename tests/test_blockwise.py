@@ -204,7 +204,9 @@ def test_encoder_finds_the_nearest_level(family, bits):
     levels = codebook(family, Request(bits=bits))
     bounds = (levels[1:] + levels[:-1]) / 2
     random = np.random.default_rng(0).uniform(-1.01, 1.01, 20000)
-    near = np.concatenate([bounds, np.nextafter(bounds.astype(np.float32), 2), np.nextafter(bounds.astype(np.float32), -2)])
+    near = np.concatenate(
+        [bounds, np.nextafter(bounds.astype(np.float32), 2), np.nextafter(bounds.astype(np.float32), -2)]
+    )
     values = np.concatenate([random, near, levels]).astype(np.float32)
     got = Encoder(torch.from_numpy(levels).float())(torch.from_numpy(values)).numpy()
     assert (got == np.searchsorted(bounds, values.astype(np.float64), side="left")).all()

@@ -77,7 +77,9 @@ def test_from_pretrained_loads_an_artifact_and_generates(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, KbitTensor)
     made = model.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    again = kbitc.load(tmp_path / "out").generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    again = kbitc.load(tmp_path / "out").generate(
+        IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert made.shape == (1, IDS.shape[1] + 5)
     assert torch.equal(made, again)
     dense = model.dequantize()
@@ -157,7 +159,9 @@ def test_interrupt_then_resume_gives_the_same_bytes(llama, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
     packed = []
     real = pack._convert
-    monkeypatch.setattr(pack, "_convert", lambda p, entry, source: packed.append(entry.name) or real(p, entry, source))
+    monkeypatch.setattr(
+        pack, "_convert", lambda p, entry, source: packed.append(entry.name) or real(p, entry, source)
+    )
     compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"), is_resumed=True)
     assert 0 < len(packed) < 25  # some were done already
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -241,7 +245,9 @@ def test_every_family_compiles_from_a_folder_and_in_memory(family, tiny_model, t
 
     model = tiny_model(family)
     inputs = {
-        name: torch.zeros(t.shape, dtype=t.dtype) if t.is_floating_point() else torch.ones(t.shape, dtype=t.dtype)
+        name: torch.zeros(t.shape, dtype=t.dtype)
+        if t.is_floating_point()
+        else torch.ones(t.shape, dtype=t.dtype)
         for name, t in example_inputs(model).items()
         if isinstance(t, torch.Tensor)
     }
@@ -272,7 +278,10 @@ def test_in_memory_module_with_example_inputs(tmp_path):
     packed = kbitc.compile(model, spec="int8:16", example_inputs=(x,), out=tmp_path / "out")
     assert isinstance(packed[0].weight, KbitTensor)
     assert (packed(x) - model(x)).norm() < 0.02 * model(x).norm()
-    loaded = kbitc.load_into(torch.nn.Sequential(torch.nn.Linear(50, 20), torch.nn.GELU(), torch.nn.Linear(20, 3)), tmp_path / "out")
+    loaded = kbitc.load_into(
+        torch.nn.Sequential(torch.nn.Linear(50, 20), torch.nn.GELU(), torch.nn.Linear(20, 3)),
+        tmp_path / "out",
+    )
     assert (loaded.float()(x) - packed(x)).norm() < 0.01 * model(x).norm()
     with pytest.raises(UsageError, match="example_inputs"):
         kbitc.compile(model, spec="int8:16")
@@ -290,7 +299,9 @@ def test_compiled_model_runs_under_torch_compile(llama, tmp_path):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, atol=1e-4)
+        assert torch.allclose(
+            compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, atol=1e-4
+        )
 
 
 def test_compiled_model_exports(llama, tmp_path):
@@ -310,7 +321,17 @@ def test_sources_that_are_none(llama, tmp_path):
 
 def test_ctrl_c_of_the_command_line(llama, tmp_path):
     """SIGINT: exit code 1, one paragraph, no artifact, and --resume works."""
-    command = [sys.executable, "-m", "kbitc", "compile", str(llama), "--spec", "nf4:64", "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "kbitc",
+        "compile",
+        str(llama),
+        "--spec",
+        "nf4:64",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not (tmp_path / ".out.partial").exists() and process.poll() is None and time.time() < deadline:

@@ -15,10 +15,10 @@ LAYERS = [
     ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise", "kbitc.scoring"],
     ["kbitc.kernels.reference", "kbitc.kernels.ops"],
     ["kbitc.tensor"],
-    ["kbitc.plan", "kbitc.program", "kbitc.pipeline"],
+    ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.pipeline"],
     ["kbitc.passes.canonicalize", "kbitc.passes.allocate_bits", "kbitc.passes.apply_plan", "kbitc.passes"],
     ["kbitc.backends", "kbitc.backends.eager"],
-    ["kbitc.checkpoint", "kbitc.capture", "kbitc.artifact", "kbitc.huggingface", "kbitc.report"],
+    ["kbitc.checkpoint", "kbitc.example_inputs", "kbitc.capture", "kbitc.artifact", "kbitc.huggingface", "kbitc.report"],
     ["kbitc.documents", "kbitc.pack", "kbitc.driver", "kbitc.loading"],
     ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark"],
     ["kbitc.cli", "kbitc.__main__"],
@@ -29,7 +29,12 @@ RANK = {name: (i, j) for i, layer in enumerate(LAYERS) for j, name in enumerate(
 
 def source_files():
     files = {}
-    for folder, prefix in (("kbitc", "kbitc"), ("passes", "kbitc.passes"), ("kernels", "kbitc.kernels"), ("backends", "kbitc.backends")):
+    for folder, prefix in (
+        ("kbitc", "kbitc"),
+        ("passes", "kbitc.passes"),
+        ("kernels", "kbitc.kernels"),
+        ("backends", "kbitc.backends"),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "kbitc" and parts[0] in ("passes", "kernels", "backends"):

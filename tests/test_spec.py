@@ -34,7 +34,8 @@ def test_spec_strings_round_trip(spec):
 
 
 @pytest.mark.parametrize(
-    "text", ["nf4:64", "int3:128+zp", "fp4e2:64+dq", "nf3:64+out0.5%", "fp16", "fp4:64+paper", "quantile4:64+paper"]
+    "text",
+    ["nf4:64", "int3:128+zp", "fp4e2:64+dq", "nf3:64+out0.5%", "fp16", "fp4:64+paper", "quantile4:64+paper"],
 )
 def test_documented_specs_are_their_own_names(text):
     assert str(parse(text)) == text

@@ -57,6 +57,11 @@ def test_blocks_of_a_transposed_weight_run_along_the_input():
         lambda x, w: torch.mm(x, torch.transpose(w, 0, 1)),
         lambda x, w: (w @ x.T).T,
         lambda x, w: torch.stack([w @ row for row in x]),
+        lambda x, w: (w @ x.T.expand(2, 40, 5))[1].T,
+        lambda x, w: x @ w.permute(1, 0),
+        lambda x, w: F.linear(x, w.permute((0, 1)).reshape(24, 40).view((24, 40))),
+        lambda x, w: torch.einsum("bi,oi->bo", x, w),
+        lambda x, w: torch.einsum("io,bi->bo", w.T, x),
         lambda x, w: torch.addmm(torch.ones(24), x, w.transpose(0, 1)),
         lambda x, w: torch.addmm(torch.ones(5, 24), x, w.T, beta=2, alpha=3),
         lambda x, w: torch.ones(24).addmm(x, w.T),
@@ -70,7 +75,9 @@ def test_matmuls_equal_dense(weight, call):
 
 def test_conv1d_equals_dense(turned):
     x = torch.randn(5, 40)
-    assert torch.allclose(torch.addmm(torch.ones(24), x, turned), torch.ones(24) + x @ turned.dequantize(), atol=1e-4)
+    assert torch.allclose(
+        torch.addmm(torch.ones(24), x, turned), torch.ones(24) + x @ turned.dequantize(), atol=1e-4
+    )
     assert torch.allclose(x @ turned, x @ turned.dequantize(), atol=1e-4)
 
 
@@ -100,6 +107,9 @@ def test_experts_equal_dense(experts):
         lambda w: w.sum(),
         lambda w: w[0],
         lambda w: w.view(-1),
+        lambda w: w.reshape(12, 80),
+        lambda w: torch.einsum("oi->io", w),
+        lambda w: torch.einsum("bi,oi->ob", torch.ones(2, 40), w),
         lambda w: w.to(torch.int32),
         lambda w: F.linear(torch.ones(2, 24), w.T),
         lambda w: F.embedding(torch.tensor([0]), w, max_norm=1.0),

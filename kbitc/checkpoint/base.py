@@ -86,6 +86,7 @@ def build_skeleton(config: Any, label: str) -> nn.Module:
             model: nn.Module = build(config)
     except Exception as error:
         raise SourceError(f"{label}: its config does not build a model: {error}") from error
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     return model.eval()

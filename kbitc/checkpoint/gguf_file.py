@@ -82,10 +82,12 @@ class GgufFile:
         )
 
         kind = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
-        self._processor = kind(config=self._parsed["config"])
-        self._hf_name = get_gguf_hf_weights_map(self._model, self._processor)
+        make: Any = kind
+        self._processor: Any = make(config=self._parsed["config"])
+        names: Any = get_gguf_hf_weights_map
+        self._hf_name: dict[str, str] = names(self._model, self._processor)
         first = {alias: name for name, aliases in stored_names(self._model).items() for alias in aliases}
-        places = {}
+        places: dict[str, Any] = {}
         for tensor in self._reader.tensors:
             name = first.get(self._hf_name.get(tensor.name, ""))
             if name is not None:

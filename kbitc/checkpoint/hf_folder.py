@@ -104,8 +104,8 @@ class HfFolder:
         for pattern, source in recipe.sources:
             mapping.add_tensor(recipe.target, source, pattern, functools.partial(self._load, source))
         realized = mapping.convert(recipe.target, model=self._model, config=self._model.config)
-        tensor = realized[name]
-        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        found = realized[name]
+        tensor: Tensor = found[0] if isinstance(found, list) else found
         if tuple(tensor.shape) != self._infos[name].shape:
             raise SourceError(
                 f"{self.label}: '{name}' is {tuple(tensor.shape)} in the files, but the model of "
@@ -187,7 +187,7 @@ class HfFolder:
                 if entry.shape != self._infos[name].shape:
                     raise SourceError(
                         f"{self.label}: '{name}' is {entry.shape} in {entry.file.name}, but the model of "
-                        f"config.json has {self._infos[name].shape}; config and weights do not belong together"
+                        f"config.json has {self._infos[name].shape}; config and weights do not match"
                     )
 
     def __enter__(self) -> HfFolder:
@@ -299,7 +299,9 @@ def _header(file: Path, label: str) -> dict[str, _Entry]:
             f"{label}: {file.name} is truncated or damaged ({error}); download it again"
         ) from error
     except KeyError as error:
-        raise SourceError(f"{label}: {file.name} holds tensors of dtype {error}, which kbitc cannot read") from error
+        raise SourceError(
+            f"{label}: {file.name} holds tensors of dtype {error}, which kbitc cannot read"
+        ) from error
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ class InMemory:
         self.label = type(module).__name__
         self.module = module
         state = module.state_dict(keep_vars=True)
-        self._tensors = {name: state[name].detach() for name in stored_names(module)}
+        self._tensors: dict[str, Tensor] = {name: state[name].detach() for name in stored_names(module)}
 
     def skeleton(self) -> nn.Module:
         """See :class:`Checkpoint`."""
@@ -50,7 +50,8 @@ class InMemory:
         for name, tensor in self._tensors.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(raw.numpy()))
+            array: Any = raw.numpy()
+            digest.update(memoryview(array))
         return digest.hexdigest()
 
     def save_companions(self, folder: Path) -> None:

@@ -51,7 +51,10 @@ def test_embedding_equals_dense(weight):
     ids = torch.tensor([[0, 36, 5], [5, 5, 1]])
     got = ops.embedding(ids, *weight.operands(), torch.float32)
     assert torch.equal(got, weight.dequantize()[ids])
-    assert ops.embedding(torch.empty(0, dtype=torch.long), *weight.operands(), torch.float16).shape == (0, 101)
+    assert ops.embedding(torch.empty(0, dtype=torch.long), *weight.operands(), torch.float16).shape == (
+        0,
+        101,
+    )
 
 
 @pytest.mark.parametrize("bad", [-1, 37])
@@ -83,7 +86,9 @@ def test_gradients_with_respect_to_the_input(weight, experts):
     grad = torch.randn(9, 13)
     ops.grouped_linear(tokens, *experts.operands(), OFFSETS).backward(grad)
     dense = experts.dequantize()
-    assert torch.allclose(tokens.grad, torch.stack([grad[i] @ dense[e] for i, e in enumerate(EXPERT_OF)]), atol=1e-4)
+    assert torch.allclose(
+        tokens.grad, torch.stack([grad[i] @ dense[e] for i, e in enumerate(EXPERT_OF)]), atol=1e-4
+    )
 
 
 def test_opcheck_every_op(weight, experts):
@@ -99,7 +104,11 @@ def test_opcheck_every_op(weight, experts):
     opcheck(ops.grouped_input_grad.default, (torch.randn(9, 13), *e, OFFSETS))
     opcheck(ops.dequantize.default, (*e, torch.float16))
     opcheck(ops.select.default, (torch.tensor([1, 2]), *e))
-    defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kbit::")}
+    defined = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("kbit::")
+    }
     assert defined == {
         "linear", "input_grad", "embedding", "grouped_linear", "grouped_input_grad", "dequantize", "select",
     }  # fmt: skip

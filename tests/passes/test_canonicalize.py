@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,12 @@ TIED = {
     ),
     "t5": ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")),
 }
+
+
+@pytest.fixture(scope="module")
+def family_program(tiny_model):
+    """``family_program(family)``: the canonical program of the family's meta model, made once."""
+    return functools.cache(lambda family: canonicalize(tiny_model(family, is_meta=True)))
 
 
 def canonicalize(model, inputs=None):
@@ -89,9 +97,9 @@ def modules_weights(model):
 
 
 @pytest.mark.parametrize("family", COUNTS)
-def test_every_matmul_weight_of_a_family_is_found_once(tiny_model, family):
+def test_every_matmul_weight_of_a_family_is_found_once(tiny_model, family_program, family):
     model = tiny_model(family, is_meta=True)
-    program = canonicalize(model)
+    program = family_program(family)
     assert program.stage is Stage.CANONICAL
     assert list(program.weights) == modules_weights(model)
     assert (len(program.weights), len(program.rest)) == COUNTS[family]
@@ -104,8 +112,8 @@ def test_every_matmul_weight_of_a_family_is_found_once(tiny_model, family):
 
 
 @pytest.mark.parametrize("family", COUNTS)
-def test_no_call_with_a_weight_is_left_in_another_form(tiny_model, family):
-    program = canonicalize(tiny_model(family, is_meta=True))
+def test_no_call_with_a_weight_is_left_in_another_form(family_program, family):
+    program = family_program(family)
     lifted = {n for n in program.graph.graph.nodes if program.parameters.get(n.name) in program.weights}
     for node in lifted:
         assert {user.target for user in node.users} <= set(CANONICAL)
@@ -145,9 +153,9 @@ def test_outputs_of_a_family_do_not_change(tiny_model, family):
 
 
 @pytest.mark.parametrize("family", TIED)
-def test_tied_weights_are_one_decision_with_all_uses(tiny_model, family):
+def test_tied_weights_are_one_decision_with_all_uses(family_program, family):
     name, aliases = TIED[family]
-    program = canonicalize(tiny_model(family, is_meta=True))
+    program = family_program(family)
     weight = program.weights[name]
     assert weight.aliases == aliases
     assert weight.kinds == ("embedding", "linear")
@@ -157,26 +165,26 @@ def test_tied_weights_are_one_decision_with_all_uses(tiny_model, family):
     assert [w.name for w in program.weights.values() if w.is_head] == [name]
 
 
-def test_heads_are_marked(tiny_model):
-    llama = canonicalize(tiny_model("llama", is_meta=True))
+def test_heads_are_marked(family_program):
+    llama = family_program("llama")
     assert [weight.name for weight in llama.weights.values() if weight.is_head] == ["lm_head.weight"]
 
 
-def test_reasons_of_the_rest(tiny_model):
-    clip = canonicalize(tiny_model("clip", is_meta=True)).rest
+def test_reasons_of_the_rest(family_program):
+    clip = family_program("clip").rest
     assert clip["vision_model.embeddings.patch_embedding.weight"].reason == "convolution kernel"
     assert clip["logit_scale"].reason == "a scalar"
     assert clip["vision_model.pre_layrnorm.weight"].reason == "1-D: norm weight or bias"
-    bart = canonicalize(tiny_model("bart", is_meta=True)).rest
+    bart = family_program("bart").rest
     assert bart["final_logits_bias"].reason == "persistent buffer, not a parameter"
 
 
-def test_experts_are_grouped_and_conv1d_is_transposed(tiny_model):
-    mixtral = canonicalize(tiny_model("mixtral", is_meta=True)).weights
+def test_experts_are_grouped_and_conv1d_is_transposed(family_program):
+    mixtral = family_program("mixtral").weights
     experts = mixtral["model.layers.0.mlp.experts.down_proj"]
     assert (experts.kinds, experts.is_transposed) == (("grouped_linear",), False)
     assert (experts.in_features, experts.rows) == (40, 3 * 48)
-    gpt2 = canonicalize(tiny_model("gpt2", is_meta=True)).weights
+    gpt2 = family_program("gpt2").weights
     attention = gpt2["transformer.h.0.attn.c_attn.weight"]
     assert (attention.shape, attention.is_transposed, attention.in_features) == ((36, 108), True, 36)
     assert not gpt2["transformer.wte.weight"].is_transposed

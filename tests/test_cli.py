@@ -1,0 +1,186 @@
+"""The command line: exit codes, one-paragraph errors, JSON for machines, nothing written on failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kbitc import demo
+from kbitc.checkpoint import DEMO
+
+
+def kbitc(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "kbitc", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "demo"
+    done = kbitc("compile", "demo", "--bits", "4", "-o", out, "--json", "--strict")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_compile_json_keeps_the_budget(compiled):
+    out, data = compiled
+    assert data["bits_per_param"] <= 4.0
+    payload = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert data["bytes"] <= payload
+    assert data["weights"]
+    assert data["left_alone"]
+
+
+def test_eval_reports_the_bits_of_the_file(compiled):
+    from kbitc.artifact import Artifact
+
+    out, data = compiled
+    done = kbitc("eval", out, "--limit-tokens", "1024", "--json")
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)
+    stored = sum(tensor.nbytes for _, tensor in Artifact.open(out).tensors())
+    assert score["bits_per_param"] == pytest.approx(8 * stored / data["parameters"], rel=1e-3)
+    assert score["bytes"] == stored
+    assert {"perplexity", "tokens", "bits_per_param", "bytes"} <= set(score)
+    assert score["tokens"] == 4 * 255
+
+
+def test_eval_against_the_source(compiled):
+    out, _ = compiled
+    score = json.loads(kbitc("eval", out, "--against", "demo", "--limit-tokens", "512", "--json").stdout)
+    assert 0 < score["kl_divergence"] < 0.5
+
+
+def test_run_continues_a_prompt(compiled):
+    out, _ = compiled
+    done = kbitc("run", out, "The function", "-n", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The function")
+    assert len(done.stdout) > len("The function") + 5
+    assert json.loads(kbitc("run", out, "The function", "-n", "8", "--json").stdout)["text"] in done.stdout
+
+
+def test_inspect_artifact_and_model(compiled, tmp_path):
+    out, data = compiled
+    page, graph = tmp_path / "r.html", tmp_path / "g.dot"
+    done = kbitc("inspect", out, "--html", page, "--dot", graph, "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["weights"]) == set(data["weights"])
+    assert "<table>" in page.read_text()
+    assert "http" not in page.read_text().replace("http-equiv", "")  # one file, nothing fetched
+    assert graph.read_text().count('label="linear"') == len(data["weights"])
+    model = json.loads(kbitc("inspect", "demo", "--json").stdout)
+    assert model["weights"]["model.embed_tokens.weight"]["aliases"] == ["lm_head.weight"]
+    assert model["parameters"] == data["parameters"]
+
+
+def test_bench_measures_both(compiled):
+    out, _ = compiled
+    done = kbitc("bench", out, "-n", "2", "--prompt-tokens", "8", "--runs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert set(rows) == {"packed", "16-bit"}
+    for row in rows.values():
+        assert row["decode"] > 0
+        assert row["prefill"] > 0
+        assert row["peak_bytes"] > row["bytes"] > 0
+
+
+def test_tables_for_people(compiled, tmp_path):
+    done = kbitc("compile", "demo", "--spec", "nf4:64", "-o", tmp_path / "x")
+    assert done.returncode == 0
+    assert "stored bits per parameter" in done.stdout
+    assert "nf4:64" in done.stdout
+    dry = kbitc("compile", "demo", "--dry-run", "-o", tmp_path / "y")
+    assert "nothing was written" in dry.stdout
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["compile"], ["inspect"], ["run"], ["eval"], ["bench"]])
+def test_help_has_examples(command):
+    done = kbitc(*command, "--help")
+    assert done.returncode == 0
+    assert "$ kbitc" in done.stdout or not command
+
+
+BAD = [
+    (["compile", "./nowhere", "--bits", "4"], 1, "no such file or folder"),
+    (["compile", "demo", "--bits", "1"], 2, "between 2 and 8"),
+    (["compile", "demo", "--bits", "9"], 2, "between 2 and 8"),
+    (["compile", "demo", "--bits", "four"], 2, "not a valid float"),
+    (["compile", "demo", "--spec", "nf4x:64"], 2, "is not a spec"),
+    (["compile", "demo", "--spec", "xx4:64"], 2, "no data type 'xx'"),
+    (["compile", "demo", "--spec", "nf4:0"], 2, "block size 0"),
+    (["compile", "demo", "--spec", "nf4:64", "--bits", "4"], 2, "exactly one"),
+    (["compile", "demo", "--plan", "none.json"], 2, "cannot be read"),
+    (["compile", "demo", "--bits", "2"], 2, "Ask for --bits"),
+    (["compile", "demo", "-o", "/proc/x"], 2, "cannot be written|not a writable"),
+    (["compile"], 2, "Missing argument"),
+    (["run", "demo-none", "hi"], 1, "no such file or folder"),
+    (["eval", "demo", "--text", "none.txt"], 2, "cannot be read"),
+    (["eval", "demo", "--context", "1"], 2, "takes 2 to"),
+    (["nonsense"], 2, "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD)
+def test_bad_usage_is_one_paragraph(arguments, code, message, tmp_path):
+    import re
+
+    done = kbitc(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_needs_force(compiled):
+    out, _ = compiled
+    done = kbitc("compile", "demo", "-o", out)
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+
+
+def test_plan_with_an_unknown_weight(compiled, tmp_path):
+    out, _ = compiled
+    plan = json.loads((out / "kbit_plan.json").read_text())
+    plan["weights"]["model.layers.0.self_attn.qq_proj.weight"] = {"spec": "nf4:64"}
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    done = kbitc("compile", "demo", "--plan", tmp_path / "p.json", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "did you mean 'model.layers.0.self_attn.q_proj.weight'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk(tmp_path):
+    """A file system with no room: /dev/full does not take folders, so a size limit stands in."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"sys.argv = ['kbitc', 'compile', 'demo', '-o', {str(tmp_path / 'out')!r}]\n"
+        "from kbitc.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_model_is_small_and_has_its_text():
+    size = sum(p.stat().st_size for p in DEMO.iterdir())
+    assert size <= 8_000_000
+    assert demo.heldout().stat().st_size > 20_000
+
+
+def test_demo_quality(compiled):
+    """4 bits a parameter cost little perplexity on text that the model has not seen."""
+    out, _ = compiled
+    torch.set_num_threads(2)
+    before = json.loads(kbitc("eval", "demo", "--limit-tokens", "6000", "--json").stdout)["perplexity"]
+    after = json.loads(kbitc("eval", out, "--limit-tokens", "6000", "--json").stdout)["perplexity"]
+    assert before < after < 1.10 * before

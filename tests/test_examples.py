@@ -1,0 +1,37 @@
+"""Every example runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_demo():
+    out = run(EXAMPLES / "demo.py")
+    assert "16-bit" in out
+    assert "compiled" in out
+    assert "continues" in out
+
+
+def test_train_demo_model(tmp_path):
+    text = tmp_path / "text.txt"
+    words = "the quick brown fox jumps over a lazy dog while seven wizards mix potent brews".split()
+    lines = (" ".join(words[(i * j) % 14] for j in range(1, 12)) + "." for i in range(1, 3000))
+    text.write_text("\n".join(lines))
+    run(
+        EXAMPLES / "train_demo_model.py", f"toy={text}", "--steps", "3", "--out", tmp_path / "out",
+        "--checkpoint", tmp_path / "c.ckpt",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
