@@ -220,9 +220,7 @@ def main() -> None:
     docs, held_text = load_sources(args.sources, args.holdout)
     bpe = train_tokenizer(docs, args.vocab)
     marks: dict[str, Any] = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, clean_up_tokenization_spaces=False, **marks
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **marks)
     held = {name: np.array(bpe.encode(text).ids) for name, text in held_text.items()}
     ids = np.array([i for e in bpe.encode_batch(docs) for i in (0, *e.ids)] + [0], np.int32)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.checkpoint.hf_folder import skeleton_of
 from kbitc.errors import UsageError
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline import PassManager
@@ -180,10 +181,6 @@ def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool 
 
 def _artifact_program(folder: Path) -> Program:
     # Capture needs shapes alone: the packed model's skeleton is the source's.
-    from kbitc.checkpoint.hf_folder import skeleton_of
-    from kbitc.loading import load
-
-    del load
     return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))
 
 

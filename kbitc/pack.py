@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kbitc import blockwise, scoring
-from kbitc.artifact import SHARED, Slot, Writer, checksum, packed_slots, shared_codebooks, stored_tensors
+from kbitc.artifact import Slot, Writer, checksum, packed_slots, shared_codebooks, stored_tensors
 from kbitc.errors import UsageError
 from kbitc.program import Program, Rest, Weight
 
@@ -152,6 +152,3 @@ def source_hash(done: Mapping[str, Mapping[str, object]]) -> str:
     """One SHA-256 over the source's tensors, from the writer's notes."""
     lines = sorted(f"{unit} {note['source']}" for unit, note in done.items() if "source" in note)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-__all__ = ["CODEBOOKS", "SHARED", "Progress", "oriented_shape", "pack_to", "payload_bytes", "slots"]

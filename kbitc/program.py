@@ -61,7 +61,7 @@ class Use:
         node: name of the canonical graph node.
         kind: "linear", "embedding" or "grouped_linear".
         parameter: the parameter's name at this use (tied weights have several).
-        feeds_output: nothing but views stands between this use and an output of the graph.
+        feeds_output: only views and arithmetic with constants stand between this use and an output.
     """
 
     node: str

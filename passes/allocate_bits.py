@@ -100,7 +100,9 @@ class AllocateBits:
         """The options of every weight. Samples are small, so weights run side by side, one thread each."""
         workers = torch.get_num_threads()
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = pool.map(lambda weight: self._options(weight, read(weight.name)), program.weights.values())
+            found = pool.map(
+                lambda weight: self._options(weight, read(weight.name)), program.weights.values()
+            )
             return dict(zip(program.weights, found, strict=True))
 
     def _options(self, weight: Weight, data: Tensor) -> list[Option]:

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from kbitc import demo
-from kbitc.checkpoint import DEMO
 
 
 def kbitc(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "kbitc", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+        [sys.executable, "-m", "kbitc", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
     )
 
 
@@ -172,7 +175,7 @@ def test_full_disk(tmp_path):
 
 
 def test_the_demo_model_is_small_and_has_its_text():
-    size = sum(p.stat().st_size for p in DEMO.iterdir())
+    size = sum(p.stat().st_size for p in demo.folder().iterdir())
     assert size <= 8_000_000
     assert demo.heldout().stat().st_size > 20_000
 

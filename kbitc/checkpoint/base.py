@@ -1,92 +1,117 @@
 """What every reader of a source model offers.
 
-The one thing to know: a checkpoint is read one tensor at a time, under the *model's* names; how the
-source names, splits or encodes its tensors stays inside the reader.
+The one thing to know: tensors go by the *model's* names; how the source names, splits, merges or
+encodes them stays inside the reader.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from kbitc.errors import SourceError
-
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the source: the model's shape, the source's dtype and bytes."""
+    """A tensor as ``read`` gives it.
+
+    Attributes:
+        shape: the model's.
+        dtype: the source's (float16 for quantized GGUF blocks).
+        nbytes: in that shape and dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
 
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> TensorInfo:
+        """The info of a tensor of that shape and dtype.
+
+        >>> TensorInfo.of((2, 3), torch.float16).nbytes
+        12
+        """
+        return TensorInfo(shape, dtype, math.prod(shape) * dtype.itemsize)
+
 
 class Checkpoint(Protocol):
-    """A source model, read lazily. Use as a context manager."""
+    """A source model, read lazily. Also a context manager that closes it."""
 
     label: str
+    """What the user typed, for messages."""
 
     def skeleton(self) -> nn.Module:
-        """The model on the meta device, in eval mode, tied; it holds no weight memory."""
+        """The model on the meta device, tied, in eval mode; without memory; not to be changed."""
+        ...
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every parameter and persistent buffer, tied ones once, by the model's first name."""
+        """Every parameter and persistent buffer by first name, tied ones once, in model order."""
+        ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the source's dtype and the model's shape."""
+        """One tensor on the CPU; its memory goes when the caller drops it. Any thread may call.
+
+        Raises:
+            SourceError: the source changed or broke since it was opened.
+        """
+        ...
+
+    def ignored(self) -> list[str]:
+        """Tensors of the source, by its own names, that the model has no place for."""
+        return []
 
     def fingerprint(self) -> str:
         """Identity of the source, cheap to take; ``--resume`` compares it."""
+        ...
 
     def save_companions(self, folder: Path) -> None:
-        """Write config, generation config and tokenizer files beside an artifact."""
+        """Write the config, and what generation and tokenizing need, into an existing folder."""
+        ...
 
-    def __enter__(self) -> Checkpoint: ...
+    def close(self) -> None:
+        """Let go of the source. Readers here hold no file open between reads."""
+        return
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def stored_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name to all names, of every parameter and persistent buffer, in the model's order."""
-    names: dict[int, list[str]] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    first = {id(p): name for name, p in model.named_parameters()}
-    grouped = {}
-    for key, found in names.items():
-        head = first.get(key, found[0])
-        grouped[head] = (head, *(name for name in found if name != head))
-    return grouped
+    """All names of every parameter and persistent buffer by the first one, in the model's order.
 
-
-def build_skeleton(config: Any, label: str) -> nn.Module:
-    """A transformers model on the meta device, from its config.
-
-    Raises:
-        SourceError: this transformers has no such model, or cannot build it.
+    >>> tied = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> tied[1].weight = tied[0].weight
+    >>> stored_names(tied)
+    {'0.weight': ('0.weight', '1.weight')}
     """
-    import transformers
+    transient = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    owner: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        if name not in transient:
+            names.setdefault(owner.setdefault(id(tensor), name), []).append(name)
+    return {first: tuple(aliases) for first, aliases in names.items()}
 
-    names = getattr(config, "architectures", None) or []
-    model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if model_class is None:
-        raise SourceError(
-            f"{label}: transformers {transformers.__version__} has no model class '{names[0]}'; install "
-            "the version that the model was made with (code that ships with a model is not run)"
-        )
-    build = getattr(model_class, "_from_config", None) or model_class.from_config
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build(config)
-    except Exception as error:
-        raise SourceError(f"{label}: its config does not build a model: {error}") from error
-    tie: Any = getattr(model, "tie_weights", None)
-    if tie is not None:
-        tie()
-    return model.eval()
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, Tensor), name
+    return tensor

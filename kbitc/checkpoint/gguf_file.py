@@ -1,151 +1,165 @@
-"""A GGUF file: llama.cpp's format, read and dequantized one tensor at a time.
+"""A GGUF file, llama.cpp's format: dequantized one tensor at a time.
 
-The one thing to know: config, names and the re-ordering of rows come from transformers' GGUF tables;
-blocks are dequantized by the ``gguf`` package and kept in float16 (float32 tensors stay float32).
+The one thing to know: blocks become float16, plain tensors keep their dtype. Config, names and the
+order of rows come from transformers, which has two ways: rules like those of safetensors for some
+architectures, "tensor processors" for the others (see `gguf_processors`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kbitc.checkpoint.base import TensorInfo, build_skeleton, stored_names
+from kbitc.checkpoint import companions
+from kbitc.checkpoint.base import Checkpoint, TensorInfo
+from kbitc.checkpoint.gguf_header import Block, Header
+from kbitc.checkpoint.gguf_processors import Processed
+from kbitc.checkpoint.hf_folder import fingerprint_of
+from kbitc.checkpoint.linked import Linked, link
+from kbitc.checkpoint.skeletons import build, first_line, load_config, model_classes
 from kbitc.errors import BackendUnavailable, SourceError
 
+ROPE_FREQS = "rope_freqs.weight"
 
-class GgufFile:
+_log = logging.getLogger(__name__)
+
+
+class GgufFile(Checkpoint):
     """Reader of one file.
 
     Raises:
         BackendUnavailable: the package gguf is missing.
-        SourceError: damaged, of an unknown architecture, or a tensor that the model needs is missing.
+        SourceError: damaged, split, of an unknown architecture, or without a tensor of the model.
     """
 
-    def __init__(self, path: Path, label: str) -> None:
-        self.label = label
+    def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
+        self.label = label or str(path)
         try:
-            import gguf
+            import gguf  # noqa: F401  # transformers needs it too
         except ImportError as error:
             raise BackendUnavailable(
-                f"{label}: reading GGUF needs the package 'gguf': pip install kbitc[gguf]"
+                f"{self.label}: reading GGUF needs the package 'gguf': pip install 'kbitc[gguf]'"
             ) from error
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        header = Header.of(path, self.label)
+        self.blocks = header.blocks
+        self.architecture = _architecture(header, path, self.label)
+        self._ignored: list[str] = []
+        self._linked = self._link()
 
-        self._gguf: Any = gguf
-        try:
-            self._reader = gguf.GGUFReader(path)
-            self._parsed: dict[str, Any] = load_gguf_checkpoint(path, return_tensors=False)
-        except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-            raise SourceError(f"{label}: not a GGUF model that can be read: {error}") from error
-        self.architecture = self._text("general.architecture")
-        self._model = self.skeleton()
-        self._places = self._match()
-        self._infos = self._describe()
+    def _link(self) -> Linked:
+        config = load_config(self.path.parent, self.label, gguf_file=self.path.name)
+        classes = model_classes(config, self.label)
+        if not classes:
+            raise SourceError(f"{self.label}: transformers has no model for '{config.model_type}'")
+        # Nearly all GGUF files are of causal models; the file itself does not say.
+        causal = [kind for kind in classes if kind.__name__.endswith("ForCausalLM")]
+        model = build((causal or classes)[0], config, self.label, _main_dtype(self.blocks))
+        sources = {name: block.info for name, block in self.blocks.items()}
+        rules = _rules(self.architecture, model)
+        if rules is not None:
+            linked = link(model, sources, rules, self._read_block, self.label)
+            self._ignored = list(linked.ignored)
+        else:
+            processed = Processed.of(self.architecture, model, sources, self._read_block, self.label)
+            linked = link(model, processed.infos, [], processed.read, self.label)
+            self._ignored = list(processed.unused)
+        if ROPE_FREQS in self._ignored:
+            _log.warning(
+                "%s: has scaled rotary frequencies (%s), which transformers does not take from "
+                "GGUF "
+                "files; long contexts may differ from llama.cpp's",
+                self.label,
+                ROPE_FREQS,
+            )
+        return linked
 
-    def _text(self, key: str) -> str:
-        field = self._reader.fields[key]
-        return bytes(field.parts[field.data[0]]).decode("utf-8")
-
-    def _config(self) -> Any:
-        from transformers import CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        values = dict(self._parsed["config"])
-        kind = values.pop("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise SourceError(f"{self.label}: transformers has no model type '{kind}'")
-        config = CONFIG_MAPPING[kind](**values)
-        config.dtype = torch.float16
-        if not config.architectures:
-            if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-                raise SourceError(f"{self.label}: '{kind}' is not a causal language model of transformers")
-            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
-        return config
+    def _read_block(self, name: str) -> Tensor:
+        return self.blocks[name].read()
 
     def skeleton(self) -> nn.Module:
-        """See :class:`Checkpoint`."""
-        return build_skeleton(self._config(), self.label)
-
-    def _match(self) -> dict[str, Any]:
-        """The file's tensor of each of the model's, by its first name."""
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
-
-        kind = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
-        make: Any = kind
-        self._processor: Any = make(config=self._parsed["config"])
-        names: Any = get_gguf_hf_weights_map
-        self._hf_name: dict[str, str] = names(self._model, self._processor)
-        first = {alias: name for name, aliases in stored_names(self._model).items() for alias in aliases}
-        places: dict[str, Any] = {}
-        for tensor in self._reader.tensors:
-            name = first.get(self._hf_name.get(tensor.name, ""))
-            if name is not None:
-                places.setdefault(name, tensor)
-        missing = [name for name in stored_names(self._model) if name not in places]
-        if missing:
-            raise SourceError(
-                f"{self.label}: the file lacks {len(missing)} tensors of {type(self._model).__name__}, the "
-                f"first is '{missing[0]}'; kbitc reads GGUF files with one file tensor a model tensor"
-            )
-        return places
-
-    def _describe(self) -> dict[str, TensorInfo]:
-        shapes = {name: tuple(t.shape) for name, t in self._model.state_dict(keep_vars=True).items()}
-        infos = {}
-        for name in stored_names(self._model):
-            tensor = self._places[name]
-            infos[name] = TensorInfo(shapes[name], self._dtype(tensor), int(tensor.n_bytes))
-        return infos
-
-    def _dtype(self, tensor: Any) -> torch.dtype:
-        kinds = self._gguf.GGMLQuantizationType
-        return torch.float32 if tensor.tensor_type == kinds.F32 else torch.float16
+        """See `Checkpoint`."""
+        return self._linked.model
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """See :class:`Checkpoint`."""
-        return self._infos
+        """See `Checkpoint`."""
+        return self._linked.infos()
 
     def read(self, name: str) -> Tensor:
-        """See :class:`Checkpoint`."""
-        tensor = self._places[name]
-        dense = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-        done = self._processor.process(
-            weights=dense, name=tensor.name, tensor_key_mapping=self._hf_name, parsed_parameters=self._parsed
-        )
-        found = torch.from_numpy(np.array(done.weights)).to(self._dtype(tensor))
-        if tuple(found.shape) != self._infos[name].shape:
-            raise SourceError(
-                f"{self.label}: '{name}' is {tuple(found.shape)} in the file, but the model has "
-                f"{self._infos[name].shape}"
-            )
-        return found
+        """See `Checkpoint`."""
+        return self._linked.read(name)
+
+    def ignored(self) -> list[str]:
+        """See `Checkpoint`."""
+        return list(self._ignored)
 
     def fingerprint(self) -> str:
-        """See :class:`Checkpoint`."""
-        stat = self.path.stat()
-        return hashlib.sha256(f"{self.path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+        """See `Checkpoint`."""
+        return fingerprint_of([self.path], b"")
 
     def save_companions(self, folder: Path) -> None:
-        """See :class:`Checkpoint`."""
+        """See `Checkpoint`; the tokenizer is converted by transformers."""
         from transformers import AutoTokenizer
 
-        self._config().save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        model: Any = self._linked.model
+        data = {
+            **json.loads(model.config.to_json_string()),
+            "architectures": [type(model).__name__],
+        }
+        companions.write_config(data, folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as error:  # noqa: BLE001  # a model without a tokenizer is still worth having
+            _log.warning(
+                "%s: transformers cannot convert its tokenizer (%s); copy the tokenizer files of "
+                "the "
+                "original model into %s",
+                self.label,
+                first_line(error),
+                folder,
+            )
+            return
         tokenizer.save_pretrained(folder)
 
-    def __enter__(self) -> GgufFile:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+def _architecture(header: Header, path: Path, label: str) -> str:
+    """The architecture of a file that is a whole model.
+
+    Raises:
+        SourceError: it is a part of one, or says nothing.
+    """
+    parts = header.metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise SourceError(
+            f"{label}: is one of {parts} parts of a model; join them first: llama-gguf-split "
+            f"--merge {path.name} whole.gguf"
+        )
+    found = header.metadata.get("general.architecture")
+    if not isinstance(found, str):
+        raise SourceError(f"{label}: does not say which architecture it is of (general.architecture)")
+    return found
+
+
+def _main_dtype(blocks: Mapping[str, Block]) -> torch.dtype:
+    """Of the matrices: norms are float32 in every file."""
+    matrices = [block.info for block in blocks.values() if len(block.info.shape) > 1]
+    return max(matrices, key=lambda info: info.nbytes).dtype if matrices else torch.float32
+
+
+def _rules(architecture: str, model: Any) -> list[Any] | None:
+    """Transformers' conversion rules for an architecture, or None if it is one with a processor."""
+    from transformers.integrations.gguf.utils import (
+        get_gguf_conversion_mapping,
+        is_gguf_arch_supported,
+    )
+
+    if not is_gguf_arch_supported(architecture):
+        return None
+    rules: list[Any] = get_gguf_conversion_mapping(architecture, model.config)
+    return rules

@@ -1,64 +1,86 @@
-"""A hub id, ``org/name`` or ``org/name@revision``: downloaded once, then read as a folder.
+"""A hub id, ``org/name`` or ``org/name@revision``: downloaded into the cache, read as a folder.
 
-The one thing to know: only configs, tokenizer files and safetensors are fetched; what is in the cache
-is used without a network.
+The one thing to know: the config comes first, alone, so that a model which cannot be compiled is
+refused before its weights are fetched; pickled weights and code are never fetched.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from kbitc.checkpoint.hf_folder import COMPANIONS, PICKLES, HfFolder, pickle_message
+from kbitc.checkpoint import companions
+from kbitc.checkpoint.folder_checks import check_folder, pickle_message, read_json
+from kbitc.checkpoint.hf_folder import HfFolder
+from kbitc.checkpoint.skeletons import first_line
 from kbitc.errors import SourceError
 
-PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-WANTED = [*COMPANIONS, "*.safetensors", "*.safetensors.index.json"]
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
+SMALL = [companions.CONFIG, *companions.PATTERNS, "model.safetensors.index.json"]
+WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 
 
-def open_hub(name: str) -> HfFolder:
-    """Download (or find in the cache) and read a model of the hub.
+def open_hub(label: str, revision: str | None = None) -> HfFolder:
+    """Download, or find in the cache, and read a model of the hub.
+
+    Args:
+        label: matches ``HUB_ID``.
+        revision: branch, tag or commit; the id's own if None.
 
     Raises:
-        SourceError: no such model, no access, no network, or no safetensors in it.
+        SourceError: no such model or revision, no access, no network, or no safetensors.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    match = HUB_ID.fullmatch(label)
+    assert match is not None, label
+    repo, revision = match["repo"], revision or match["revision"]
+    folder = _snapshot(label, repo, revision, SMALL)
+    check_folder(folder, label)
+    # The folder is named by its commit: a push between the two downloads cannot mix two models.
+    _snapshot(label, repo, folder.name, WEIGHTS)
+    if not any(folder.glob("model*.safetensors")):
+        raise SourceError(
+            f"{pickle_message(label, 'no model.safetensors is there', read_json(folder / 'config.json'))}. "
+            "Many models have converted weights at the revision refs/pr/1 of their page's discussions"
+        )
+    return HfFolder(folder, label)
 
-    repo, _, revision = name.partition("@")
+
+def _snapshot(label: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=WANTED)
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{name}: access to this model must be asked for on its page; then log in with 'hf auth login'"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{name}: neither a local path nor a model of the hub; check the spelling, or log in with "
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(f"{label}: {_reason(error, revision)}") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    reasons: dict[Any, str] = {  # subclasses first
+        errors.GatedRepoError: (
+            "access to this model has to be asked for: accept its terms on its hub page, then log in "
+            "with 'hf auth login'"
+        ),
+        errors.RepositoryNotFoundError: (
+            "is neither a local path nor a model of the hub; check the spelling, or log in with "
             "'hf auth login' if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{name}: the model has no revision '{revision}'") from error
-    except LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{name}: not a local path, not in the download cache, and the hub cannot be reached; check "
-            "the spelling and the network"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(f"{name}: downloading failed: {str(error).splitlines()[0]}") from error
-    path = Path(folder)
-    if (path / "config.json").is_file() and not list(path.glob("*.safetensors")):
-        try:
-            files = HfApi().list_repo_files(repo, revision=revision or None)
-        except (HfHubHTTPError, OSError):
-            files = []
-        pickled = next((file for file in files if file.endswith(PICKLES)), None)
-        if pickled is not None:
-            raise SourceError(pickle_message(name, pickled))
-    return HfFolder(path, name)
+        ),
+        errors.RevisionNotFoundError: (
+            f"the model has no revision '{revision}'; its branches and tags are on its hub page"
+        ),
+        errors.LocalEntryNotFoundError: (
+            "is not a local path, not in the download cache, and the hub cannot be reached; check the "
+            "spelling and the network (HF_HUB_OFFLINE, HF_ENDPOINT), or download it elsewhere and "
+            "give the folder"
+        ),
+        errors.HFValidationError: f"is neither a local path nor a hub id: {first_line(error)}",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    return (
+        f"downloading it failed: {first_line(error)} Try again, or give a folder that you downloaded"
+    )

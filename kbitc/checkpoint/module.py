@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,60 +12,89 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.checkpoint.base import TensorInfo, stored_names
+from kbitc.checkpoint import companions
+from kbitc.checkpoint.base import Checkpoint, TensorInfo, stored_names, tensor_of
+from kbitc.errors import SourceError, UsageError
+
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-class InMemory:
-    """Reader of one module, which must hold real data."""
+class InMemory(Checkpoint):
+    """Reader of one module.
+
+    Raises:
+        UsageError: a tensor holds no data, or is packed already.
+        SourceError: the module cannot be copied.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.label = type(module).__name__
         self.module = module
-        state = module.state_dict(keep_vars=True)
-        self._tensors: dict[str, Tensor] = {name: state[name].detach() for name in stored_names(module)}
+        self._tensors = {name: tensor_of(module, name) for name in stored_names(module)}
+        for name, tensor in self._tensors.items():
+            _check(self.label, name, tensor)
+        self._skeleton = _on_meta(module, self.label)
 
     def skeleton(self) -> nn.Module:
-        """See :class:`Checkpoint`."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        memo: dict[int, Any] = {}
-        for tensor in tensors:
-            empty = tensor.detach().to("meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        return copy.deepcopy(self.module, memo).eval()
+        """See `Checkpoint`."""
+        return self._skeleton
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """See :class:`Checkpoint`."""
-        return {
-            name: TensorInfo(tuple(t.shape), t.dtype, t.numel() * t.dtype.itemsize)
-            for name, t in self._tensors.items()
-        }
+        """See `Checkpoint`."""
+        return {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """See :class:`Checkpoint`."""
-        return self._tensors[name]
+        """See `Checkpoint`; shares memory with the module where that is on the CPU."""
+        return self._tensors[name].detach().cpu()
 
     def fingerprint(self) -> str:
-        """See :class:`Checkpoint`: a hash of all data, since nothing else identifies it."""
+        """See `Checkpoint`; a hash of all data, since nothing else tells two modules apart."""
         digest = hashlib.sha256()
-        for name, tensor in self._tensors.items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
-            array: Any = raw.numpy()
-            digest.update(memoryview(array))
+        for name in self._tensors:
+            tensor = self.read(name)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            raw: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(raw)
         return digest.hexdigest()
 
     def save_companions(self, folder: Path) -> None:
-        """See :class:`Checkpoint`."""
+        """See `Checkpoint`; a module without a transformers config has none."""
         config: Any = getattr(self.module, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(folder)
+        if hasattr(config, "to_json_string"):
+            data = {**json.loads(config.to_json_string()), "architectures": [self.label]}
+            companions.write_config(data, folder)
         generation: Any = getattr(self.module, "generation_config", None)
         if hasattr(generation, "save_pretrained"):
             generation.save_pretrained(folder)
 
-    def __enter__(self) -> InMemory:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+def _check(label: str, name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise UsageError(f"{label}: '{name}' has no shape yet; run the module once before compiling it")
+    if type(tensor) not in PLAIN:
+        raise UsageError(
+            f"{label}: '{name}' is a {type(tensor).__name__}, not a plain tensor: the model is packed, "
+            "quantized or distributed already; compile the model that it was made from"
+        )
+    if tensor.is_meta:
+        raise UsageError(f"{label}: '{name}' is on the meta device and holds no data; load the weights first")
+
+
+def _on_meta(module: nn.Module, label: str) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor):
+                # Neither parameter nor buffer: shared, as deepcopy refuses tensors with a history.
+                memo.setdefault(id(value), value.detach())
+    try:
+        return copy.deepcopy(module, memo).eval()
+    except Exception as error:
+        raise SourceError(
+            f"{label}: the module cannot be copied ({error}); remove what cannot be, such as open files, "
+            "locks or hooks that hold them"
+        ) from error

@@ -20,11 +20,17 @@ def test_packed_graph_equals_packed_model(family, tiny_model):
     program = Canonicalize().run(capture(model))
     run = BACKEND().lower(program, packed.state_dict(keep_vars=True) | dict(packed.named_buffers()))
     made = example_inputs(model)
-    inputs = {n: torch.ones(t.shape, dtype=t.dtype) if isinstance(t, torch.Tensor) else t for n, t in made.items()}
+    inputs = {
+        n: torch.ones(t.shape, dtype=t.dtype) if isinstance(t, torch.Tensor) else t for n, t in made.items()
+    }
     with torch.no_grad():
         wanted = packed(**inputs).logits
         got = run(*(v for v in inputs.values() if isinstance(v, torch.Tensor)))
-    first = next(t for t in torch.utils._pytree.tree_leaves(got) if isinstance(t, torch.Tensor) and t.shape == wanted.shape)
+    first = next(
+        t
+        for t in torch.utils._pytree.tree_leaves(got)
+        if isinstance(t, torch.Tensor) and t.shape == wanted.shape
+    )
     assert torch.allclose(first, wanted, atol=1e-4)
 
 

@@ -97,7 +97,7 @@ def test_fingerprint_follows_the_files(tiny_model, tmp_path):
     assert open_checkpoint(str(folder)).fingerprint() != first
 
 
-def test_companions_are_copied_and_weights_and_code_are_not(tiny_model, tmp_path):
+def test_companions_are_copied_and_weights_are_not(tiny_model, tmp_path):
     folder = save(tiny_model("llama"), tmp_path / "m")
     for name in ("tokenizer.json", "chat_template.jinja", "modeling_x.py", "notes.bin"):
         (folder / name).write_text("{}")
@@ -105,7 +105,7 @@ def test_companions_are_copied_and_weights_and_code_are_not(tiny_model, tmp_path
     out.mkdir()
     open_checkpoint(str(folder)).save_companions(out)
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
+        "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling_x.py",
     }  # fmt: skip
 
 
@@ -175,17 +175,17 @@ def break_type(folder):
     ("change", "message"),
     [
         (break_missing_shard, "shards are missing"),
-        (break_truncate, "truncated or damaged"),
-        (break_header, "truncated or damaged"),
-        (break_index, "damaged"),
-        (break_config, "not a JSON object"),
-        (break_shape, "do not match"),
-        (break_layers, "lack .* tensors of LlamaForCausalLM, the first is 'model.layers.2"),
+        (break_truncate, "is truncated, .* download it again"),
+        (break_header, "not a safetensors file"),
+        (break_index, "is not valid JSON"),
+        (break_config, "not an object"),
+        (break_shape, "do not belong together"),
+        (break_layers, "lacks 9 .* tensors of LlamaForCausalLM, the first is 'model.layers.2"),
         (break_pickle, "pickled .*save_pretrained"),
         (break_no_config, "no config.json"),
         (break_quantized, "quantized already, by 'gptq'"),
         (break_class, "no model class 'LlamaForTelepathy'"),
-        (break_type, "transformers cannot read config.json"),
+        (break_type, "cannot read the model's config"),
     ],
 )
 def test_a_broken_folder_is_one_clear_error(change, message, tiny_model, tmp_path):
@@ -199,9 +199,9 @@ def test_a_broken_folder_is_one_clear_error(change, message, tiny_model, tmp_pat
 
 def test_a_source_that_is_not_there(tmp_path):
     (tmp_path / "llama-7b").mkdir()
-    with pytest.raises(SourceError, match=r"no such file or folder; did you mean '.*llama-7b'"):
+    with pytest.raises(SourceError, match=r"no such file or folder: .*; did you mean .*llama-7b"):
         open_checkpoint(str(tmp_path / "lama-7b"))
-    with pytest.raises(SourceError, match="the folder is empty"):
+    with pytest.raises(SourceError, match="empty"):
         open_checkpoint(str(tmp_path / "llama-7b"))
     with pytest.raises(SourceError, match="pickled"):
         (tmp_path / "x.bin").write_bytes(b"")
@@ -262,12 +262,21 @@ class FakeHub(BaseHTTPRequestHandler):
             data = json.dumps(
                 tree
                 if "/tree/" in self.path
-                else {"id": "org/tiny", "sha": self.commit, "siblings": files, "private": False, "tags": [], "downloads": 0}
+                else {
+                    "id": "org/tiny",
+                    "sha": self.commit,
+                    "siblings": files,
+                    "private": False,
+                    "tags": [],
+                    "downloads": 0,
+                }
             ).encode()
             self._send(200, data, body, {"Content-Type": "application/json"})
         elif self.path.startswith("/org/tiny/resolve/") and self._file().is_file():
             data = self._file().read_bytes()
-            self._send(200, data, body, {"ETag": f'"{len(data):x}{self._file().name}"', "X-Repo-Commit": self.commit})
+            self._send(
+                200, data, body, {"ETag": f'"{len(data):x}{self._file().name}"', "X-Repo-Commit": self.commit}
+            )
         else:
             headers = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             self._send(404, b"", body, headers)
@@ -312,7 +321,9 @@ def run_with_hub(endpoint, cache, name, **extra):
         "PATH": "/usr/bin", "HOME": str(cache), "HF_HOME": str(cache), "HF_ENDPOINT": endpoint,
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", **extra,
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", READ, name], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, name], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -334,12 +345,22 @@ def test_unknown_hub_ids(hub, tmp_path):
 
 def test_importing_is_light():
     code = "import sys, kbitc.checkpoint; print([m for m in ('transformers','gguf','huggingface_hub') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
-@pytest.mark.skipif(not (REAL / "smollm2-135m.gguf").exists(), reason="needs the real model smollm2-135m.gguf")
+@pytest.mark.skipif(
+    not (REAL / "smollm2-135m.gguf").exists(), reason="needs the real model smollm2-135m.gguf"
+)
 def test_gguf_equals_the_folder_it_was_made_into(tmp_path):
-    with open_checkpoint(REAL / "smollm2-135m.gguf") as gguf, open_checkpoint(REAL / "smollm2-135m") as folder:
+    with (
+        open_checkpoint(REAL / "smollm2-135m.gguf") as gguf,
+        open_checkpoint(REAL / "smollm2-135m") as folder,
+    ):
         assert set(gguf.tensors()) == set(folder.tensors())
         for name in list(folder.tensors())[::9]:
             assert torch.equal(gguf.read(name).half(), folder.read(name)), name
@@ -373,7 +394,9 @@ def test_tiny_gguf(tmp_path):
     writer.add_vocab_size(vocabulary)
 
     def permute(weight, count):
-        return weight.reshape(count, 2, weight.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        return (
+            weight.reshape(count, 2, weight.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        )
 
     names = {
         "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
@@ -387,14 +410,20 @@ def test_tiny_gguf(tmp_path):
     for theirs, ours in names.items():
         full = ours if ours.startswith("model.") else f"model.layers.0.{ours}"
         dense = state[full].numpy()
-        stored = permute(dense, heads if "attn_q" in theirs else 2) if "attn_q" in theirs or "attn_k." in theirs else dense
+        stored = (
+            permute(dense, heads if "attn_q" in theirs else 2)
+            if "attn_q" in theirs or "attn_k." in theirs
+            else dense
+        )
         if dense.ndim == 1:
             writer.add_tensor(theirs, dense.astype(np.float32))
             wanted[full] = state[full]
         elif "ffn_up" in theirs:
             packed = gguf.quants.quantize(stored, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(theirs, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-            wanted[full] = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)).half()
+            wanted[full] = torch.from_numpy(
+                gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+            ).half()
         else:
             writer.add_tensor(theirs, stored.astype(np.float16))
             wanted[full] = state[full].half()

@@ -1,0 +1,178 @@
+"""The header of a GGUF file: its scalar metadata and where its tensors lie.
+
+The one thing to know: ``gguf.GGUFReader`` makes a numpy array of every token of the vocabulary (2 s
+for 49 thousand of them); this walks past arrays, takes milliseconds, and checks the file's size.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from kbitc.checkpoint.base import TensorInfo
+from kbitc.checkpoint.safetensors_file import AGAIN, read_bytes
+from kbitc.errors import SourceError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters
+STRING, ARRAY = 8, 9
+CHUNK = 1 << 22  # elements dequantized at once: their float32 form, 16 MB, stays near the cache
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tensor of the file.
+
+    Attributes:
+        path: the file.
+        offset: from the file's start.
+        nbytes: in the file.
+        kind: number of its ``gguf.GGMLQuantizationType``.
+        info: dequantized.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    kind: int
+    info: TensorInfo
+
+    def read(self) -> Tensor:
+        """The tensor, dequantized some rows at a time."""
+        from gguf import GGMLQuantizationType, quants
+
+        raw = read_bytes(self.path, self.offset, self.nbytes)
+        if self.kind in _plain():
+            return raw.view(self.info.dtype).reshape(self.info.shape)
+        *lead, width = self.info.shape
+        rows = raw.reshape(torch.Size(lead).numel(), -1).numpy()
+        dense = torch.empty((len(rows), width), dtype=self.info.dtype)
+        step = max(1, CHUNK // width)
+        for start in range(0, len(rows), step):
+            part = quants.dequantize(rows[start : start + step], GGMLQuantizationType(self.kind))
+            dense[start : start + step] = torch.from_numpy(part)
+        return dense.reshape(self.info.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        metadata: scalars and strings by key; no arrays.
+        blocks: tensors by name.
+    """
+
+    metadata: dict[str, object]
+    blocks: dict[str, Block]
+
+    @staticmethod
+    def of(path: Path, label: str) -> Header:
+        """Read the header of a file.
+
+        Raises:
+            SourceError: not a GGUF file, truncated, or one that cannot be read here.
+        """
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            if handle.read(4) != MAGIC:
+                raise SourceError(f"{label}: does not start like a GGUF file; {AGAIN}")
+            try:
+                return _read(_Cursor(handle, size), path, label)
+            except (EOFError, UnicodeDecodeError, KeyError) as error:
+                raise SourceError(
+                    f"{label}: its header is cut off or damaged ({error!r}); {AGAIN}"
+                ) from error
+
+
+class _Cursor:
+    """Reads little-endian values from a file, and never past its end."""
+
+    def __init__(self, handle: BinaryIO, size: int) -> None:
+        self.handle, self.size = handle, size
+
+    def numbers(self, form: str) -> tuple[int, ...]:
+        raw = self.bytes(struct.calcsize(f"<{form}"))
+        return struct.unpack(f"<{form}", raw)
+
+    def bytes(self, count: int) -> bytes:
+        raw = self.handle.read(count) if count <= self.size else b""
+        if len(raw) < count:
+            raise EOFError(f"{count} bytes wanted, {len(raw)} left")
+        return raw
+
+    def text(self) -> str:
+        return self.bytes(self.numbers("Q")[0]).decode("utf-8")
+
+    def value(self, kind: int) -> object:
+        """A scalar or string; None for an array, which is walked past."""
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.numbers(SCALARS[kind])[0]
+        inner, count = self.numbers("IQ")
+        if inner in SCALARS:
+            self.bytes(count * struct.calcsize(f"<{SCALARS[inner]}"))
+            return None
+        for _ in range(count):
+            self.bytes(self.numbers("Q")[0]) if inner == STRING else self.value(inner)
+        return None
+
+
+def _read(cursor: _Cursor, path: Path, label: str) -> Header:
+    version, tensors, entries = cursor.numbers("IQQ")
+    if version not in VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+        what = "of big-endian byte order" if swapped else f"of GGUF version {version}"
+        raise SourceError(f"{label}: is {what}; kbitc reads little-endian files of version 2 and 3")
+    metadata: dict[str, object] = {}
+    for _ in range(entries):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.numbers("I")[0])
+    places: list[tuple[str, tuple[int, ...], int, int]] = []
+    for _ in range(tensors):
+        name = cursor.text()
+        dims = cursor.numbers(f"{cursor.numbers('I')[0]}Q")
+        kind, offset = cursor.numbers("IQ")
+        places.append((name, tuple(reversed(dims)), kind, offset))
+    alignment = metadata.get("general.alignment", 32)
+    assert isinstance(alignment, int)
+    start = -(-cursor.handle.tell() // alignment) * alignment
+    blocks = {
+        name: _block(path, label, name, shape, kind, start + offset) for name, shape, kind, offset in places
+    }
+    end = max((block.offset + block.nbytes for block in blocks.values()), default=start)
+    if cursor.size < end:
+        raise SourceError(
+            f"{label}: is truncated, {cursor.size} of {end} bytes; {AGAIN} (an unfinished download "
+            "looks like this)"
+        )
+    return Header(metadata, blocks)
+
+
+def _plain() -> dict[int, torch.dtype]:
+    from gguf import GGMLQuantizationType as Kind
+
+    return {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+
+
+def _block(path: Path, label: str, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Block:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    known = {int(member): member.name for member in GGMLQuantizationType}
+    plain = _plain()
+    if kind not in plain and kind not in quants._type_traits:
+        raise SourceError(
+            f"{label}: '{name}' is stored as {known.get(kind, f'type {kind}')}, which the "
+            "installed gguf package cannot dequantize; upgrade it, or take a file of another "
+            "quantization"
+        )
+    elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    info = TensorInfo.of(shape, plain.get(kind, torch.float16))
+    return Block(path, offset, torch.Size(shape).numel() // elements * nbytes, kind, info)

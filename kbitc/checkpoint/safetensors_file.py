@@ -1,0 +1,149 @@
+"""One safetensors file: its header, checked against the file, and single tensors by ``readinto``.
+
+The one thing to know: no memory map. Touched pages of a map count as resident until it is closed; a
+read into a fresh buffer costs exactly the tensor, and is as fast (2.6 GB/s against 2.1 GB/s from
+the page cache for 1 GB in tensors of 8 to 90 MB, 2-core Xeon).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.checkpoint.base import TensorInfo
+from kbitc.errors import SourceError
+
+MAX_HEADER = 100_000_000  # the format's own limit
+AGAIN = "copy or download it again"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file."""
+
+    file: Path
+    offset: int
+    info: TensorInfo
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            SourceError: the file changed since its header was read.
+        """
+        return (
+            read_bytes(self.file, self.offset, self.info.nbytes)
+            .view(self.info.dtype)
+            .reshape(self.info.shape)
+        )
+
+
+def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
+    """Bytes of a file as a uint8 tensor.
+
+    Raises:
+        SourceError: fewer than that are there, or the file is gone.
+    """
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    array: Any = buffer.numpy()
+    view = memoryview(array)
+    done = 0
+    try:
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            while done < nbytes:
+                count = handle.readinto(view[done:])
+                if not count:
+                    break
+                done += count
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if done < nbytes:
+        raise SourceError(
+            f"{file}: ends {nbytes - done} bytes before the end of a tensor, so it changed while it "
+            f"was being read; {AGAIN}"
+        )
+    return buffer
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Every tensor of a file by name; reads the header alone.
+
+    Raises:
+        SourceError: not a safetensors file, damaged or truncated.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            raw = handle.read(length) if 0 < length <= min(MAX_HEADER, size - 8) else None
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if raw is None:
+        raise SourceError(
+            f"{file}: is not a safetensors file, or cut off within its header ({size} bytes, a header "
+            f"of {length}); {AGAIN}"
+        )
+    start = 8 + length
+    try:
+        header = json.loads(raw)
+        found = {
+            name: _stored(file, start, name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{file}: its header is damaged ({error!r}); {AGAIN}") from error
+    end = max((s.offset + s.info.nbytes for s in found.values()), default=start)
+    if size < end:
+        raise SourceError(
+            f"{file}: is truncated, {size} of {end} bytes; {AGAIN} (an unfinished download looks like this)"
+        )
+    return found
+
+
+def _stored(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Stored:
+    dtype, dims, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise SourceError(
+            f"{file}: '{name}' has dtype {dtype}, which no 16- or 32-bit model has; give the model "
+            "before it was quantized"
+        )
+    if not _are_sizes(dims) or not _are_sizes(span):
+        raise ValueError(name)
+    begin, end = span
+    info = TensorInfo.of(tuple(dims), DTYPES[str(dtype)])
+    if end - begin != info.nbytes or math.prod(info.shape) < 0:
+        raise ValueError(f"{name}: {end - begin} bytes for {info.shape} of {dtype}")
+    return Stored(file, start + begin, info)
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)

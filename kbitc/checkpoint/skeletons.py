@@ -1,0 +1,146 @@
+"""From a transformers config to a model on the meta device: its shape without its memory.
+
+The one thing to know: only classes of the installed transformers are built; code that lies in a
+model folder is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitc.checkpoint.base import tensor_of
+from kbitc.errors import SourceError
+
+
+def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> Any:
+    """The transformers config of a folder, or of a GGUF file in it.
+
+    Raises:
+        SourceError: the installed transformers cannot read it.
+    """
+    import transformers
+
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:
+        raise SourceError(
+            f"{label}: transformers {transformers.__version__} cannot read the model's config: "
+            f"{first_line(error)} Install the version that the model was made with (code that comes "
+            "with a model is not run)"
+        ) from error
+
+
+def model_classes(config: Any, label: str) -> list[Any]:
+    """Classes that the config may mean: the one it names as architecture, else guesses, best first.
+
+    Raises:
+        SourceError: transformers has no such class.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        return _guesses(config)
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return [found]
+    if getattr(config, "auto_map", None):
+        raise SourceError(
+            f"{label}: '{names[0]}' is code that comes with the model, which kbitc does not run "
+            "(trust_remote_code is off); use a model whose class is part of transformers, or build "
+            "this one yourself and pass the module to kbitc.compile"
+        )
+    near = difflib.get_close_matches(names[0], dir(transformers), n=1)
+    hint = f"; did you mean '{near[0]}'? Correct 'architectures' in config.json" if near else ""
+    raise SourceError(
+        f"{label}: transformers {transformers.__version__} has no model class '{names[0]}'{hint}, or "
+        "install the version that the model was made with"
+    )
+
+
+def _guesses(config: Any) -> list[Any]:
+    """Without ``architectures``: encoders are in the tables of masked and causal models alike."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    tables = (
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_MAPPING_NAMES,
+    )
+    names = [table[config.model_type] for table in tables if config.model_type in table]
+    flat = [name if isinstance(name, str) else name[0] for name in names]
+    return [getattr(transformers, name) for name in dict.fromkeys(flat)]
+
+
+def build(model_class: Any, config: Any, label: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A model on the meta device, tied, in eval mode.
+
+    Raises:
+        SourceError: the class does not take the config.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # an artifact's: the shape of the model is the source's
+    try:
+        with torch.device("meta"):
+            model: Any = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model.tie_weights()
+    except Exception as error:
+        raise SourceError(
+            f"{label}: {model_class.__name__} cannot be built from the config: {first_line(error)}"
+        ) from error
+    skeleton: nn.Module = model.eval()
+    return skeleton
+
+
+def untie(model: nn.Module, name: str) -> None:
+    """Give a tied name a parameter of its own, on the meta device."""
+    path, _, leaf = name.rpartition(".")
+    own = nn.Parameter(torch.empty_like(tensor_of(model, name)), requires_grad=False)
+    setattr(model.get_submodule(path), leaf, own)
+    known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    known.pop(name, None)
+
+
+def default_buffer(model: nn.Module, name: str) -> Tensor | None:
+    """What the model's own initialization puts into a buffer, or None if it leaves that open.
+
+    Older checkpoints lack buffers that the model sets by itself (BART's ``final_logits_bias``).
+    Initialization runs twice on the buffer's module alone, over different contents: what it sets
+    comes out equal, what it leaves alone or draws at random does not.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    outcomes = []
+    for content in (0, 1):
+        twin = copy.copy(owner)
+        twin._parameters = {k: _filled(p, content) for k, p in owner._parameters.items()}
+        twin._buffers = {k: _filled(b, content) for k, b in owner._buffers.items()}
+        with torch.no_grad():
+            model._init_weights(twin)  # type: ignore[operator]
+        outcome = twin._buffers[leaf]
+        assert outcome is not None
+        outcomes.append(outcome)
+    return outcomes[0] if torch.equal(*outcomes) else None
+
+
+def _filled(tensor: Tensor | None, content: int) -> Any:
+    if tensor is None:
+        return None
+    full = torch.full(tensor.shape, content, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".") + "."
