@@ -1,4 +1,4 @@
-"""Train the demo model of kbitc: a small LLaMA with its own byte-level BPE tokenizer.
+r"""Train the demo model of kbitc: a small LLaMA with its own byte-level BPE tokenizer.
 
 A source is NAME=PATH[,PATH...]; a folder stands for all *.txt files below it. The documents named
 by --holdout are never trained on; a source without such a document holds out its last 5 %. The
@@ -7,7 +7,7 @@ token, with interpolated modified Kneser-Ney n-gram models of the same training 
 
 Examples:
   python train_demo_model.py poems=poems.txt --out demo --steps 200
-  python train_demo_model.py docs=html/_sources/faq,html/_sources/howto books=a.txt,b.txt \\
+  python train_demo_model.py docs=html/_sources/faq,html/_sources/howto books=a.txt,b.txt \
       --holdout faq/design.rst.txt howto/sockets.rst.txt --out demo
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,10 @@ from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# The models are tiny, and two workers share two cores: one thread each is faster than two.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 VOCABULARY = 101  # odd, so that no block size divides anything by luck
 

@@ -206,10 +206,10 @@ def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(SourceError, match="pickled"):
         (tmp_path / "x.bin").write_bytes(b"")
         open_checkpoint(str(tmp_path / "x.bin"))
-    with pytest.raises(SourceError, match="give the model's folder"):
+    with pytest.raises(SourceError, match="give its folder"):
         (tmp_path / "x.safetensors").write_bytes(b"")
         open_checkpoint(str(tmp_path / "x.safetensors"))
-    with pytest.raises(SourceError, match="not a GGUF model"):
+    with pytest.raises(SourceError, match="GGUF file"):
         (tmp_path / "x.gguf").write_bytes(b"junk" * 100)
         open_checkpoint(str(tmp_path / "x.gguf"))
 
