@@ -188,7 +188,9 @@ def train_model(
             print(line, flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
-            torch.save(state, args.checkpoint)
+            part = args.checkpoint.with_suffix(".part")  # an interruption spoils no checkpoint
+            torch.save(state, part)
+            part.replace(args.checkpoint)
             for name, test in held.items():
                 print(f"  held-out {name}: {model_loss(model, test[:8193], args.context):.4f}")
 
