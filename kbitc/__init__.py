@@ -14,8 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kbitc import huggingface as _huggingface
+from kbitc.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path

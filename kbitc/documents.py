@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-import kbitc
 from kbitc.artifact import FORMAT, PLAN_FILE
 from kbitc.errors import UsageError
 from kbitc.huggingface import quantization_config
 from kbitc.plan import Choice
 from kbitc.report import render
+from kbitc.version import VERSION
 
 
 def weight_entry(
@@ -55,7 +55,7 @@ def documents(
     """
     plan: dict[str, Any] = {
         "format": FORMAT,
-        "kbitc": kbitc.__version__,
+        "kbitc": VERSION,
         **facts,
         "bits_per_param": 8 * facts["bytes"] / facts["parameters"],
         "weights": dict(weights),

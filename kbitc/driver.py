@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import kbitc
 from kbitc import pack
 from kbitc.artifact import Writer, check_target
 from kbitc.capture import capture
@@ -29,6 +28,9 @@ from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline import Pass, PassManager
 from kbitc.plan import Choice, Plan
 from kbitc.program import Program
+from kbitc.spec import parse
+from kbitc.tensor import quantize
+from kbitc.version import VERSION
 
 Event = Callable[[str, int, int], None]
 """Progress: ``(what, bytes done, bytes in all)``; ``what`` is a phase or a tensor's name."""
@@ -69,7 +71,7 @@ class Request:
         if self.bits is not None:
             return AllocateBits(budget=self.bits)
         if self.spec is not None:
-            kbitc.parse_spec(self.spec)
+            parse(self.spec)
             entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
             return ApplyPlan({"weights": {"*": entry}}, label="--spec")
         if isinstance(self.plan, Mapping):
@@ -213,7 +215,7 @@ def _writer(
     identity = {
         "source": checkpoint.fingerprint(),
         "specs": {name: str(choice.spec) for name, choice in program.plan.weights.items()},
-        "kbitc": kbitc.__version__,
+        "kbitc": VERSION,
         "torch": torch.__version__,
     }
     return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
@@ -281,7 +283,7 @@ def pack_module(module: nn.Module, plan: Plan, program: Program) -> nn.Module:
         if choice.spec.is_left_alone:
             continue
         source = parameters[name]
-        packed = kbitc.quantize(
+        packed = quantize(
             source.detach(), choice.spec, is_transposed=program.weights[name].is_transposed, name=name
         )
         # deepcopy looks here first: the copy gets the packed weight and never copies the dense one.

@@ -15,6 +15,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ARTIFACT = "kbit_plan.json"
 METHOD = "kbit"
+WANTED = "give a Hugging Face model folder (config.json and model.safetensors)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def check_folder(folder: Path, label: str) -> None:
         raise SourceError(f"{label}: is compiled already; compile the model that it was made from")
     config = folder / "config.json"
     if not config.exists():
-        raise SourceError(f"{label}: has no config.json. {_instead_of_config(folder)}")
+        raise SourceError(f"{label}: no config.json; {_instead_of_config(folder)}")
     check_unquantized(read_json(config), label)
 
 
@@ -70,22 +71,23 @@ def check_unquantized(config: Mapping[str, Any], label: str) -> None:
 def _instead_of_config(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
-        return "The folder is empty; give a Hugging Face model folder (config.json and model.safetensors)"
+        return f"the folder is empty; {WANTED}"
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
-        return f"It holds GGUF files: give one of them, such as {folder / ggufs[0]}"
+        return f"it holds GGUF files: give one of them, such as {folder / ggufs[0]}"
     if "adapter_config.json" in names:
         return (
-            "It holds an adapter: merge it into its base model (PEFT: merge_and_unload), and save that"
+            "it holds an adapter: merge it into its base model first (PEFT: merge_and_unload), and "
+            "give the folder of the result"
         )
     if "model_index.json" in names:
-        return f"It holds a pipeline of several models: give one of its folders{_inner(folder)}"
+        return f"it holds a pipeline of several models: give one of its folders{_inner(folder)}"
     inner = _inner(folder)
     if inner:
-        return f"Did you mean one of its folders?{inner}"
+        return f"did you mean one of its folders?{inner}"
     return (
-        f"It holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; give a Hugging Face "
-        "model folder (config.json and model.safetensors), or convert the model to one"
+        f"it holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {WANTED}, or convert "
+        "the model to one"
     )
 
 

@@ -82,7 +82,7 @@ class Header:
         size = path.stat().st_size
         with path.open("rb") as handle:
             if handle.read(4) != MAGIC:
-                raise SourceError(f"{label}: does not start like a GGUF file; {AGAIN}")
+                raise SourceError(f"{label}: not a GGUF model: it does not start like one; {AGAIN}")
             try:
                 return _read(_Cursor(handle, size), path, label)
             except (EOFError, UnicodeDecodeError, KeyError) as error:
@@ -147,7 +147,7 @@ def _read(cursor: _Cursor, path: Path, label: str) -> Header:
     blocks = {
         name: _block(path, label, name, shape, kind, start + offset) for name, shape, kind, offset in places
     }
-    end = max((block.offset + block.nbytes for block in blocks.values()), default=start)
+    end = max((block.offset + block.nbytes for block in blocks.values()), default=0)
     if cursor.size < end:
         raise SourceError(
             f"{label}: is truncated, {cursor.size} of {end} bytes; {AGAIN} (an unfinished download "

@@ -1,8 +1,8 @@
 """GGUF architectures that transformers converts with "tensor processors": names, then numpy code.
 
 The one thing to know: a processor takes one of the file's tensors and returns it permuted, or puts
-its part of a merged tensor into a dictionary. Here it is called for one model tensor at a time, with
-a dictionary of its own.
+its part of a merged tensor into a dictionary. Here it is called for one model tensor at a time,
+with a dictionary of its own.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Processed:
 
 
 def _info(model: nn.Module, name: str, parts: list[TensorInfo]) -> TensorInfo:
-    """Processors permute, transpose or add a dimension: sizes are checked here, the shape when read."""
+    """Processors permute, transpose, add a dimension: sizes are checked now, shapes when read."""
     wanted = tuple(tensor_of(model, name).shape)
     info = TensorInfo.of(wanted, parts[0].dtype)
     numel = sum(torch.Size(part.shape).numel() for part in parts)

@@ -101,7 +101,7 @@ class HfFolder(Checkpoint):
 
 
 def skeleton_of(folder: Path) -> nn.Module:
-    """The model of a folder's config on the meta device; an artifact gives the model it was made from.
+    """The model of a folder's config on the meta device; of an artifact, the one it was made from.
 
     Raises:
         SourceError: transformers has no such model.

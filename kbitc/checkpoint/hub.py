@@ -39,9 +39,11 @@ def open_hub(label: str, revision: str | None = None) -> HfFolder:
     # The folder is named by its commit: a push between the two downloads cannot mix two models.
     _snapshot(label, repo, folder.name, WEIGHTS)
     if not any(folder.glob("model*.safetensors")):
+        config = folder / companions.CONFIG
         raise SourceError(
-            f"{pickle_message(label, 'no model.safetensors is there', read_json(folder / 'config.json'))}. "
-            "Many models have converted weights at the revision refs/pr/1 of their page's discussions"
+            f"{pickle_message(label, 'it has no model.safetensors', read_json(config))}. "
+            "Many models have converted weights at the revision refs/pr/1 of their page's "
+            "discussions"
         )
     return HfFolder(folder, label)
 
@@ -59,10 +61,14 @@ def _snapshot(label: str, repo: str, revision: str | None, patterns: list[str]) 
 def _reason(error: Exception, revision: str | None) -> str:
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(
+        error.__cause__, errors.HfHubHTTPError
+    ):
+        error = error.__cause__  # the hub answered, but with an error
     reasons: dict[Any, str] = {  # subclasses first
         errors.GatedRepoError: (
-            "access to this model has to be asked for: accept its terms on its hub page, then log in "
-            "with 'hf auth login'"
+            "access to this model has to be asked for: accept its terms on its hub page, then log "
+            "in with 'hf auth login'"
         ),
         errors.RepositoryNotFoundError: (
             "is neither a local path nor a model of the hub; check the spelling, or log in with "
@@ -72,9 +78,9 @@ def _reason(error: Exception, revision: str | None) -> str:
             f"the model has no revision '{revision}'; its branches and tags are on its hub page"
         ),
         errors.LocalEntryNotFoundError: (
-            "is not a local path, not in the download cache, and the hub cannot be reached; check the "
-            "spelling and the network (HF_HUB_OFFLINE, HF_ENDPOINT), or download it elsewhere and "
-            "give the folder"
+            "is not a local path, not in the download cache, and the hub cannot be reached; check "
+            "the spelling and the network (HF_HUB_OFFLINE, HF_ENDPOINT), or download it elsewhere "
+            "and give the folder"
         ),
         errors.HFValidationError: f"is neither a local path nor a hub id: {first_line(error)}",
     }
@@ -82,5 +88,5 @@ def _reason(error: Exception, revision: str | None) -> str:
         if isinstance(error, kind):
             return reason
     return (
-        f"downloading it failed: {first_line(error)} Try again, or give a folder that you downloaded"
+        f"downloading it failed: {first_line(error)} Try again, or download it elsewhere and give the folder"
     )

@@ -111,17 +111,15 @@ def _defaults(model: nn.Module, missing: Sequence[str]) -> dict[str, Tensor]:
 def _check_missing(missing: Sequence[str], model: Any, ignored: Sequence[str], label: str) -> None:
     if not missing:
         return
-    tied = model._tied_weights_keys or {}
-    could_tie = (
-        ""
-        if missing[0] not in tied
-        else (' If the model shares it with the embedding, set "tie_word_embeddings": true in config.json.')
-    )
-    unused = f" It has {len(ignored)} tensors that nothing uses, such as '{ignored[0]}'." if ignored else ""
+    hints = []
+    if ignored:
+        hints.append(f"nothing uses {len(ignored)} that are there, such as '{ignored[0]}'")
+    if missing[0] in (model._tied_weights_keys or {}):
+        hints.append('if it is the embedding again, set "tie_word_embeddings": true in config.json')
+    hints.append("else weights are missing, or config.json names another class than they are of")
     raise SourceError(
-        f"{label}: the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}, the "
-        f"first is '{missing[0]}'.{unused}{could_tie} Otherwise the weights are incomplete, or "
-        "'architectures' in config.json names another class than they are of"
+        f"{label}: the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}, "
+        f"the first is '{missing[0]}'; {'; '.join(hints)}"
     )
 
 
@@ -129,13 +127,14 @@ def _check_fit(model: nn.Module, recipes: Mapping[str, Recipe], label: str) -> N
     for name, recipe in recipes.items():
         wanted, info = tensor_of(model, name), recipe.info
         where = f"{label}: '{name}' (from '{recipe.sources[0][1]}')"
+        is_plain = info.dtype.is_floating_point and info.dtype.itemsize > 1
+        if wanted.is_floating_point() and not is_plain:
+            raise SourceError(
+                f"{where} is stored as {str(info.dtype).removeprefix('torch.')}: the checkpoint is "
+                "quantized already; compile the 16-bit model that it was made from"
+            )
         if tuple(wanted.shape) != info.shape:
             raise SourceError(
-                f"{where} is {info.shape} in the checkpoint, but {tuple(wanted.shape)} in the model of "
-                "config.json; config and weights do not belong together"
-            )
-        if wanted.is_floating_point() and (info.dtype.itemsize == 1 or not info.dtype.is_floating_point):
-            raise SourceError(
-                f"{where} is stored as {str(info.dtype).removeprefix('torch.')}: the checkpoint is quantized "
-                "already; compile the 16-bit model that it was made from"
+                f"{where} is {info.shape} in the checkpoint, but {tuple(wanted.shape)} in the "
+                "model of config.json; config and weights do not belong together"
             )

@@ -73,8 +73,8 @@ def _check(label: str, name: str, tensor: Tensor) -> None:
         raise UsageError(f"{label}: '{name}' has no shape yet; run the module once before compiling it")
     if type(tensor) not in PLAIN:
         raise UsageError(
-            f"{label}: '{name}' is a {type(tensor).__name__}, not a plain tensor: the model is packed, "
-            "quantized or distributed already; compile the model that it was made from"
+            f"{label}: '{name}' is a {type(tensor).__name__}, not a plain tensor: the model is "
+            "packed, quantized or distributed already; compile the model that it was made from"
         )
     if tensor.is_meta:
         raise UsageError(f"{label}: '{name}' is on the meta device and holds no data; load the weights first")
@@ -95,6 +95,6 @@ def _on_meta(module: nn.Module, label: str) -> nn.Module:
         return copy.deepcopy(module, memo).eval()
     except Exception as error:
         raise SourceError(
-            f"{label}: the module cannot be copied ({error}); remove what cannot be, such as open files, "
-            "locks or hooks that hold them"
+            f"{label}: the module cannot be copied ({error}); remove what cannot be, such as open "
+            "files, locks or hooks that hold them"
         ) from error

@@ -66,11 +66,11 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         raise SourceError(pickle_message(label, path.name))
     if path.suffix in (".safetensors", ".json"):
         raise SourceError(
-            f"{label}: is one file of a model; give its folder, {path.parent}, which holds config.json too"
+            f"{label}: is one file of a model; give its folder, {path.parent}, with config.json in it"
         )
     raise SourceError(
-        f"{label}: is a file, but not a .gguf; give a GGUF file, a model folder, a hub id (org/name) or "
-        f"'{DEMO}'"
+        f"{label}: is a file, but not a .gguf; give a GGUF file, a model folder, a hub id "
+        f"(org/name) or '{DEMO}'"
     )
 
 
@@ -79,14 +79,14 @@ def _open_hub(label: str, path: Path, revision: str | None) -> Checkpoint:
 
     near = _near(path)
     if HUB_ID.fullmatch(label) is None or path.suffix == ".gguf":
-        hub = "" if "/" in label else "; a model of the hub is named org/name"
-        raise SourceError(f"no such file or folder: {label}{f'; did you mean {near}?' if near else hub}")
+        hint = f"did you mean '{near}'?" if near else "a model of the hub is named org/name"
+        raise SourceError(f"no such file or folder: {label}; {hint}")
     try:
         return open_hub(label, revision)
     except SourceError as error:
         if not near:
             raise
-        raise SourceError(f"{error}. If you meant a path: did you mean {near}?") from error
+        raise SourceError(f"{error}. If you meant a path: did you mean '{near}'?") from error
 
 
 def _near(path: Path) -> str | None:

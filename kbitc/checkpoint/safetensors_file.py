@@ -87,8 +87,8 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
         raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
     if done < nbytes:
         raise SourceError(
-            f"{file}: ends {nbytes - done} bytes before the end of a tensor, so it changed while it "
-            f"was being read; {AGAIN}"
+            f"{file}: ends {nbytes - done} bytes before the end of a tensor, so it changed while "
+            f"it was being read; {AGAIN}"
         )
     return buffer
 
@@ -108,8 +108,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
     if raw is None:
         raise SourceError(
-            f"{file}: is not a safetensors file, or cut off within its header ({size} bytes, a header "
-            f"of {length}); {AGAIN}"
+            f"{file}: is not a safetensors file, or cut off within its header ({size} bytes); {AGAIN}"
         )
     start = 8 + length
     try:
@@ -124,7 +123,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     end = max((s.offset + s.info.nbytes for s in found.values()), default=start)
     if size < end:
         raise SourceError(
-            f"{file}: is truncated, {size} of {end} bytes; {AGAIN} (an unfinished download looks like this)"
+            f"{file}: is truncated, {size} of {end} bytes, as by an unfinished download; {AGAIN}"
         )
     return found
 

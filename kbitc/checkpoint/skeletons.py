@@ -31,9 +31,9 @@ def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> An
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise SourceError(
-            f"{label}: transformers {transformers.__version__} cannot read the model's config: "
-            f"{first_line(error)} Install the version that the model was made with (code that comes "
-            "with a model is not run)"
+            f"{label}: transformers cannot read the model's config: {first_line(error)} "
+            f"This is transformers {transformers.__version__}: install the version that the model "
+            "was made with (code that comes with a model is not run)"
         ) from error
 
 
@@ -60,8 +60,8 @@ def model_classes(config: Any, label: str) -> list[Any]:
     near = difflib.get_close_matches(names[0], dir(transformers), n=1)
     hint = f"; did you mean '{near[0]}'? Correct 'architectures' in config.json" if near else ""
     raise SourceError(
-        f"{label}: transformers {transformers.__version__} has no model class '{names[0]}'{hint}, or "
-        "install the version that the model was made with"
+        f"{label}: transformers {transformers.__version__} has no model class '{names[0]}'{hint}, "
+        "or install the version that the model was made with"
     )
 
 

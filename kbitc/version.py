@@ -1,0 +1,5 @@
+"""The version, for artifacts and the package alike."""
+
+from __future__ import annotations
+
+VERSION = "0.1.0"
