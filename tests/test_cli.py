@@ -115,7 +115,7 @@ BAD = [
     (["compile", "./nowhere", "--bits", "4"], 1, "no such file or folder"),
     (["compile", "demo", "--bits", "1"], 2, "between 2 and 8"),
     (["compile", "demo", "--bits", "9"], 2, "between 2 and 8"),
-    (["compile", "demo", "--bits", "four"], 2, "not a valid float"),
+    (["compile", "demo", "--bits", "four"], 2, "Invalid value"),
     (["compile", "demo", "--spec", "nf4x:64"], 2, "is not a spec"),
     (["compile", "demo", "--spec", "xx4:64"], 2, "no data type 'xx'"),
     (["compile", "demo", "--spec", "nf4:0"], 2, "block size 0"),

@@ -345,3 +345,25 @@ def test_ctrl_c_of_the_command_line(llama, tmp_path):
         done = subprocess.run([*command, "--resume"], check=False)
         assert done.returncode == 0
     assert (tmp_path / "out").exists()
+
+
+def test_a_sharded_artifact_loads(llama, tmp_path, monkeypatch):
+    compile_to(str(llama), tmp_path / "whole", Request(spec="nf4:64"))
+    monkeypatch.setattr("kbitc.artifact.SHARD_BYTES", 30_000)
+    compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        whole, parts = (kbitc.load(tmp_path / name)(IDS).logits for name in ("whole", "out"))
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_the_dense_model_of_a_source_opens_for_comparison(family, tiny_model, tmp_path):
+    from kbitc import loading
+
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "source")
+    loaded = loading.open_model(str(tmp_path / "source"))
+    assert loaded.bits_per_param == pytest.approx(32, rel=0.02)
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(IDS % 20).logits, model(IDS % 20).logits, atol=1e-5)

@@ -82,7 +82,7 @@ class Header:
         size = path.stat().st_size
         with path.open("rb") as handle:
             if handle.read(4) != MAGIC:
-                raise SourceError(f"{label}: not a GGUF model: it does not start like one; {AGAIN}")
+                raise SourceError(f"{label}: is not a GGUF file, as it does not start like one; {AGAIN}")
             try:
                 return _read(_Cursor(handle, size), path, label)
             except (EOFError, UnicodeDecodeError, KeyError) as error:

@@ -201,8 +201,8 @@ def big_endian(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b""), "not a GGUF model"),
-        (lambda path: path.write_bytes(b"junk" * 99), "not a GGUF model"),
+        (lambda path: path.write_bytes(b""), "is not a GGUF file"),
+        (lambda path: path.write_bytes(b"junk" * 99), "is not a GGUF file"),
         (lambda path: path.write_bytes(write(path, "llama").read_bytes()[:200]), "cut off or damaged"),
         (lambda path: path.write_bytes(write(path, "llama").read_bytes()[:-100]), "is truncated, .* bytes"),
         (split, "one of 3 parts of a model; join them first"),
