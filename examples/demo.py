@@ -12,7 +12,7 @@ from pathlib import Path
 from kbitc import demo, evaluation, loading
 from kbitc.driver import Request, compile_to
 
-PROMPT = "The function returns"
+PROMPT = "Python is a programming language that"
 
 
 def describe(name: str, loaded: loading.Loaded, text: str) -> str:

@@ -7,7 +7,7 @@ Each option (data type, bits, block size) is measured on a sample of the weight'
 start at their smallest option; the step with the largest gain in ``importance * n * error^2`` for a
 byte, along each weight's convex hull, is taken while it fits; what is left over buys whatever single
 change helps most. The sum of relative squared errors is HIGGS' linear model of the loss (2411.17525)
-with equal layer factors but for the output head, whose error reaches the logits undamped.
+with equal layer factors, but a larger one for the output head, whose error nothing damps.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ FAMILIES_BY_BITS: Mapping[int, tuple[str, ...]] = {
     8: ("int",),
 }
 BLOCKS = (32, 64, 128, 256)
+# Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
+# perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Measured sensitivity replaces it.
+HEAD_IMPORTANCE = 8.0
 # Double quantization stores the same scales in half the bits; its error is part of what is measured.
 CANDIDATES = tuple(
     parse(f"{family}{bits}:{block}+dq")
@@ -74,7 +77,7 @@ class AllocateBits:
     budget: float = 4.0
     candidates: Sequence[Spec] = CANDIDATES
     quantizer: str = "absmax"
-    head_importance: float = 1.0
+    head_importance: float = HEAD_IMPORTANCE
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.PLANNED
