@@ -109,6 +109,8 @@ def _convert(
     """One source tensor as it is stored, and what to note about it."""
     assert program.plan is not None
     if isinstance(entry, Rest):
+        # Whole numbers take the model's width: a source may hold its index buffers in another.
+        source = source if source.is_floating_point() else source.to(entry.dtype)
         return {entry.name: to_rest(entry.name, source, must_be_finite=entry.is_parameter)}, {}
     spec = program.plan.weights[entry.name].spec
     if spec.is_left_alone:
