@@ -106,9 +106,12 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     budget = 4.0 if bits is None and spec is None and plan is None else bits
     request = driver.Request(budget, spec, plan, is_strict=strict)
     if isinstance(model, torch_nn.Module):
-        if out is not None:
-            driver.compile_to(model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs)
-        return driver.compile_module(model, request, example_inputs)
+        if out is None:
+            return driver.compile_module(model, request, example_inputs)
+        done = driver.compile_to(
+            model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs
+        )
+        return driver.pack_module(model, done.program)
     if out is not None:
         driver.compile_to(model, LocalPath(out), request, is_forced=force)
         return loading.load(out, verify=False)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kbitc.artifact import FORMAT, PLAN_FILE
-from kbitc.errors import UsageError
 from kbitc.huggingface import quantization_config
 from kbitc.plan import Choice
 from kbitc.report import render
@@ -67,20 +65,3 @@ def documents(
         entry = {"quantization_config": quantization_config(plan)}
         files["config.json"] = json.dumps(config | entry, indent=2) + "\n"
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UsageError: missing, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: expected a JSON object")
-    return data

@@ -20,13 +20,14 @@ from kbitc import pack
 from kbitc.artifact import Writer, check_target
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
-from kbitc.documents import documents, read_json, weight_entry
+from kbitc.checkpoint.folder_checks import read_json
+from kbitc.documents import documents, weight_entry
 from kbitc.errors import UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline import Pass, PassManager
-from kbitc.plan import Choice, Plan
+from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
 from kbitc.spec import parse
 from kbitc.tensor import quantize
@@ -77,7 +78,7 @@ class Request:
         if isinstance(self.plan, Mapping):
             return ApplyPlan(self.plan)
         assert self.plan is not None
-        return ApplyPlan(read_json(self.plan), label=str(self.plan))
+        return ApplyPlan(read_rules(self.plan), label=str(self.plan))
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,10 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
     }
-    left = {name: {"reason": rest.reason, "shape": list(rest.shape)} for name, rest in program.rest.items()}
+    left = {
+        name: {"reason": rest.reason, "shape": list(rest.shape), "aliases": list(rest.aliases)}
+        for name, rest in program.rest.items()
+    }
     config = writer.partial / "config.json"
     return documents(facts, weights, left, writer.checksums, read_json(config) if config.exists() else None)
 
@@ -272,14 +276,15 @@ def compile_module(
         program = PassManager([Canonicalize(), request.planner()]).run(program)
     if request.is_strict:
         _check_strict(program)
-    return pack_module(module, program.plan or Plan(), program)
+    return pack_module(module, program)
 
 
-def pack_module(module: nn.Module, plan: Plan, program: Program) -> nn.Module:
+def pack_module(module: nn.Module, program: Program) -> nn.Module:
     """Deep copy of a module with every planned parameter, tied ones too, replaced by its packed form."""
+    assert program.plan is not None
     parameters = dict(module.named_parameters(remove_duplicate=False))
     memo: dict[int, Any] = {}
-    for name, choice in plan.weights.items():
+    for name, choice in program.plan.weights.items():
         if choice.spec.is_left_alone:
             continue
         source = parameters[name]

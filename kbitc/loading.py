@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kbitc.artifact import PLAN_FILE, Artifact, Slot, Writer, shared_codebooks, stored_tensors
 from kbitc.checkpoint import open_checkpoint
-from kbitc.documents import documents, read_json, weight_entry
+from kbitc.checkpoint.folder_checks import read_json
+from kbitc.documents import documents, weight_entry
 from kbitc.errors import SourceError, UsageError
 from kbitc.huggingface import register
 from kbitc.pack import CODEBOOKS, to_rest
@@ -111,7 +112,7 @@ def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> 
             state[name] = nn.Parameter(tensor, requires_grad=False)
         state.update(dict.fromkeys(entry["aliases"], state[name]))
     for name, entry in artifact.plan["left_alone"].items():
-        state.update(dict.fromkeys(entry.get("aliases", ()), state[name]))
+        state.update(dict.fromkeys(entry["aliases"], state[name]))
     outcome = module.load_state_dict(state, strict=False, assign=True)
     if outcome.missing_keys or outcome.unexpected_keys:
         raise UsageError(

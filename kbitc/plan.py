@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kbitc.errors import UsageError, did_you_mean
 from kbitc.spec import Spec, parse
@@ -70,16 +71,12 @@ class Plan:
             UsageError: not a plan, a newer format, a key that names no weight, a weight without a
                 key, or a bad spec.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: cannot be read as a plan: {error}") from error
-        return cls.from_json(data, names, label=str(path))
+        return cls.from_json(read_rules(path), names, label=str(path))
 
     @classmethod
     def from_json(cls, data: object, names: Iterable[str], *, label: str = "plan") -> Plan:
         """As :meth:`from_file`, from parsed JSON."""
-        if not isinstance(data, dict) or not isinstance(data.get("weights"), dict):
+        if not isinstance(data, Mapping) or not isinstance(data.get("weights"), Mapping):
             raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
         version = data.get("format", PLAN_FORMAT)
         if not isinstance(version, int) or version > PLAN_FORMAT:
@@ -94,6 +91,18 @@ class Plan:
         chosen = {name: _match(label, name, rules) for name in known}
         budget = data.get("budget")
         return cls(chosen, budget if isinstance(budget, (int, float)) else None)
+
+
+def read_rules(path: Path) -> Any:
+    """The parsed contents of a plan file, not yet checked.
+
+    Raises:
+        UsageError: missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a plan: {error}") from error
 
 
 def _choice(label: str, key: str, entry: object) -> Choice:

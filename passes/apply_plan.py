@@ -31,7 +31,7 @@ class ApplyPlan:
 
     def run(self, program: Program) -> Program:
         """Raises UsageError on a key that names no weight, and on a weight that no key names."""
-        plan = Plan.from_json(dict(self.rules), program.weights, label=self.label)
+        plan = Plan.from_json(self.rules, program.weights, label=self.label)
         return replace(program, plan=plan, stage=Stage.PLANNED)
 
 
