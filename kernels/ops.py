@@ -5,6 +5,7 @@ order of ``kbitc.blockwise.Operands``, and never a data type's name. A backend r
 for its device against the same op; where it has none, the reference here runs.
 
 ``linear``          x (..., in)             -> (..., rows)            x @ W.T + bias
+``linears``         x (..., in)             -> (..., sum of rows)     the same of several W, side by side
 ``embedding``       ids (...)               -> (..., in)              W[ids]
 ``grouped_linear``  x (tokens, in), offsets -> (tokens, rows)         x[group e] @ W[e].T
 ``dequantize``                              -> (*lead, rows, in)      W
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kbitc.blockwise import Operands
 from kbitc.kernels import reference
 
 WEIGHT = (
@@ -27,6 +29,7 @@ WEIGHT = (
     "Tensor? scale_absmax, Tensor? scale_mean, Tensor? outlier_values, Tensor? outlier_index, "
     "int in_features, int bits, int block"
 )
+TENSORS = 9
 OPERANDS = 12
 
 library = torch.library.Library("kbit", "DEF")
@@ -64,6 +67,52 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
     _check_input("linear", x, operands[9])
     return reference.linear(x, operands, bias)  # type: ignore[arg-type]
+
+
+def _split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Operands]:
+    """The operands of each weight, from the flat lists that ``linears`` takes."""
+    count = len(numbers) // 3
+    if count == 0 or len(numbers) != 3 * count or len(weights) != TENSORS * count:
+        raise RuntimeError(
+            f"kbit::linears: expected {TENSORS} tensors and 3 numbers for each weight, "
+            f"got {len(weights)} and {len(numbers)}"
+        )
+    return [
+        (*weights[TENSORS * i : TENSORS * (i + 1)], *numbers[3 * i : 3 * (i + 1)])  # type: ignore[misc]
+        for i in range(count)
+    ]
+
+
+def _fake_linears(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    biases: Sequence[Tensor | None],
+) -> Tensor:
+    del biases
+    each = _split_weights(weights, numbers)
+    for operands in each:
+        _check_input("linears", x, operands[9])
+    return x.new_empty(*x.shape[:-1], sum(operands[0].shape[0] for operands in each))
+
+
+@_op("linears", "(Tensor x, Tensor?[] weights, int[] numbers, Tensor?[] biases) -> Tensor", _fake_linears)
+def _linears(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    biases: Sequence[Tensor | None],
+) -> Tensor:
+    """Several weights with one input (queries, keys and values): one call, the results side by side.
+
+    The weights may have different formats. ``weights`` holds the nine tensors of each, flat;
+    ``numbers`` its in_features, bits and block; ``biases`` one entry a weight.
+    """
+    each = _split_weights(weights, numbers)
+    return torch.cat(
+        [torch.ops.kbit.linear(x, *operands, bias) for operands, bias in zip(each, biases, strict=True)],
+        dim=-1,
+    )
 
 
 @_op(
