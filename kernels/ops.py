@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kbitc.blockwise import Operands
 from kbitc.kernels import reference
+from kbitc.kernels.cpu import build as native
 
 WEIGHT = (
     "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
@@ -36,13 +37,23 @@ library = torch.library.Library("kbit", "DEF")
 
 
 def _op(
-    name: str, signature: str, fake: Callable[..., Any]
+    name: str, signature: str, fake: Callable[..., Any], *, is_native: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define ``kbit::name``, with the decorated function as its kernel on every device."""
+    """Define ``kbit::name``, with the decorated function as its kernel wherever there is no better one.
+
+    ``is_native``: ``kernels/cpu`` has a kernel for it. It registers itself when its library loads, which
+    the first op on the CPU sees to; from then on the dispatcher goes straight to it.
+    """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def first(*args: Any, **kwargs: Any) -> Any:
+            tensor = next(value for value in args if isinstance(value, Tensor))
+            if tensor.device.type == "cpu" and native.load():
+                return getattr(torch.ops.kbit, name)(*args, **kwargs)
+            return kernel(*args, **kwargs)
+
         library.define(f"{name}{signature}")
-        library.impl(name, kernel, "CompositeExplicitAutograd")
+        library.impl(name, first if is_native else kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kbit::{name}", fake, lib=library)
         return kernel
 
@@ -181,6 +192,7 @@ def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
     "select",
     f"(Tensor experts, {WEIGHT}) -> Tensor[]",
     _fake_select,
+    is_native=False,
 )
 def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
     at = experts.long()

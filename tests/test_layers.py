@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["kbitc.errors", "kbitc.version"],
     ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise", "kbitc.scoring"],
-    ["kbitc.kernels.reference", "kbitc.kernels.ops"],
+    ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
     ["kbitc.tensor"],
     ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.pipeline"],
     ["kbitc.passes.canonicalize", "kbitc.passes.allocate_bits", "kbitc.passes.apply_plan", "kbitc.passes"],

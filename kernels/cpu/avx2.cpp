@@ -1,0 +1,314 @@
+// AVX2 with FMA and F16C (Haswell, Zen and later): 32 codes, one group, at a time.
+//
+// 16-bit table values are built from bytes: `pshufb` gives the low and the high byte of sixteen
+// levels. More levels take one pair of look-ups for every sixteen: `pshufb` answers 0 where bit 7 of
+// the index is set, so after subtracting 16 t from the code only codes of table t or above answer,
+// and with each table stored as its difference (xor) from the one before, the xor of all answers is
+// the level. Weights whose levels are evenly spaced need no table: `pmaddubsw` takes their codes.
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "scalar.h"
+
+namespace kbit {
+namespace {
+
+constexpr int LANES = 16;
+constexpr int STEP = 32;
+constexpr int STEPS = 8;
+constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
+constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
+constexpr int TILE_COLS = 2;
+
+using Vec = __m256i;
+using VecF = __m256;
+
+INLINE Vec zero() { return _mm256_setzero_si256(); }
+INLINE VecF zero_float() { return _mm256_setzero_ps(); }
+INLINE Vec load(const int16_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE void store(int16_t* p, Vec v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, sum);
+}
+INLINE VecF multiply(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
+INLINE float sum_lanes(VecF v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+INLINE void store_half(uint8_t* p, Vec v, int) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+INLINE void prefetch(const uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 2048 + i), _MM_HINT_T0);
+}
+
+constexpr int natural(int, int step, int byte) { return step * 32 + byte; }
+
+// Interleaving low and high bytes works within halves of 16 bytes.
+constexpr int place(int, int lane) { return lane % LANES / 8 * 16 + lane / LANES * 8 + lane % 8; }
+
+INLINE Vec bytes_at(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE Vec all(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+INLINE Vec shift(Vec v, int right) {
+  return right == 0 ? v : (right > 0 ? _mm256_srli_epi16(v, right) : _mm256_slli_epi16(v, -right));
+}
+// Group `group` of the plane of this width, moved to bit `to`.
+INLINE Vec field(const uint8_t* plane, int width, int group, int to) {
+  const int per_byte = 8 / width;
+  const Vec bytes = shift(bytes_at(plane + group / per_byte * 32), width * (group % per_byte) - to);
+  return width == 8 ? bytes : _mm256_and_si256(bytes, all(((1 << width) - 1) << to));
+}
+
+template <int K>
+INLINE Vec codes(const uint8_t* p, int step) {
+  if constexpr (K == 2 || K == 4 || K == 8) return field(p, K, step, 0);
+  if constexpr (K == 3) return _mm256_or_si256(field(p, 2, step, 0), field(p + 64, 1, step, 2));
+  if constexpr (K == 5) return _mm256_or_si256(field(p, 4, step, 0), field(p + 128, 1, step, 4));
+  if constexpr (K >= 6) {
+    const Vec six = _mm256_or_si256(field(p, 4, step, 0), field(p + 128, 2, step, 4));
+    return K == 6 ? six : _mm256_or_si256(six, field(p + 192, 1, step, 6));
+  }
+}
+
+template <int K>
+INLINE Vec clean(Vec v) {
+  return v;
+}
+
+template <int K>
+struct Lut {
+  static constexpr int COUNT = K <= 4 ? 1 : 1 << (K - 4);
+  Vec low[COUNT], high[COUNT];
+  explicit Lut(const Table& table) {
+    for (int t = 0; t < COUNT; ++t) {
+      alignas(16) uint8_t bytes[2][16];
+      for (int i = 0; i < 16; ++i) {
+        uint16_t value = static_cast<uint16_t>(table.value[16 * t + i]);
+        if (t % 8 != 0) value ^= static_cast<uint16_t>(table.value[16 * t + i - 16]);
+        bytes[0][i] = static_cast<uint8_t>(value & 0xff);
+        bytes[1][i] = static_cast<uint8_t>(value >> 8);
+      }
+      low[t] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+      high[t] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    }
+  }
+};
+
+// Levels of COUNT tables from FIRST on, for indices within [0, 128); 0 for those with bit 7 set.
+template <int K, int FIRST, int COUNT>
+INLINE void lookup_half(const Lut<K>& lut, Vec index, Vec& low, Vec& high) {
+  low = _mm256_shuffle_epi8(lut.low[FIRST], index);
+  high = _mm256_shuffle_epi8(lut.high[FIRST], index);
+  unroll<COUNT - 1>([&](auto t) INLINE_LAMBDA {
+    index = _mm256_subs_epi8(index, all(16));
+    low = _mm256_xor_si256(low, _mm256_shuffle_epi8(lut.low[FIRST + t + 1], index));
+    high = _mm256_xor_si256(high, _mm256_shuffle_epi8(lut.high[FIRST + t + 1], index));
+  });
+}
+
+template <int K>
+INLINE void lookup_bytes(const Lut<K>& lut, Vec c, Vec out[2]) {
+  constexpr int COUNT = Lut<K>::COUNT;
+  Vec low, high;
+  lookup_half<K, 0, COUNT < 8 ? COUNT : 8>(lut, c, low, high);
+  if constexpr (COUNT > 8) {
+    Vec more_low, more_high;
+    lookup_half<K, 8, 8>(lut, _mm256_xor_si256(c, all(0x80)), more_low, more_high);
+    low = _mm256_or_si256(low, more_low);
+    high = _mm256_or_si256(high, more_high);
+  }
+  out[0] = _mm256_unpacklo_epi8(low, high);
+  out[1] = _mm256_unpackhi_epi8(low, high);
+}
+
+// Not inlined: 20 instructions and more, eight times a chunk.
+template <int K>
+__attribute__((noinline)) void lookup_many(const Lut<K>& lut, const Vec& c, Vec out[2]) {
+  lookup_bytes(lut, c, out);
+}
+
+template <int K>
+INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
+  if constexpr (K <= 5) {
+    lookup_bytes(lut, c, out);
+  } else {
+    lookup_many(lut, c, out);
+  }
+}
+
+template <int K, int G>
+INLINE VecF unit_scale(const float* scales, int u) {
+  return _mm256_broadcast_ss(scales + u);
+}
+
+// x as bytes: for each step 32 high ones, then 32 low ones.
+INLINE void split_bytes(const int32_t* q, const uint8_t* from, int8_t* out) {
+  for (int s = 0; s < STEPS; ++s) {
+    for (int i = 0; i < STEP; ++i) {
+      const int32_t value = q[from[s * STEP + i]];
+      const int32_t high = (value + 64) >> 7;
+      out[2 * s * STEP + i] = static_cast<int8_t>(high);
+      out[2 * s * STEP + STEP + i] = static_cast<int8_t>(value - high * 128);
+    }
+  }
+}
+
+template <int K, int COUNT>
+INLINE Vec affine_unit(Vec first, Vec second, const int8_t* x) {
+  const auto at = [x](int i) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(x + i * STEP)); };
+  const Vec ones = _mm256_set1_epi16(1), wide = _mm256_set1_epi16(128);
+  Vec high = _mm256_maddubs_epi16(first, at(0));
+  Vec low = _mm256_maddubs_epi16(first, at(1));
+  if constexpr (COUNT == 1) return _mm256_add_epi32(_mm256_madd_epi16(high, wide), _mm256_madd_epi16(low, ones));
+  const Vec more_high = _mm256_maddubs_epi16(second, at(2));
+  const Vec more_low = _mm256_maddubs_epi16(second, at(3));
+  if constexpr (K < 8) {  // 4 * 127 * 64 fits in 16 bits
+    high = _mm256_add_epi16(high, more_high);
+    low = _mm256_add_epi16(low, more_low);
+    return _mm256_add_epi32(_mm256_madd_epi16(high, wide), _mm256_madd_epi16(low, ones));
+  }
+  const Vec highs = _mm256_add_epi32(_mm256_madd_epi16(high, wide), _mm256_madd_epi16(more_high, wide));
+  const Vec lows = _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(more_low, ones));
+  return _mm256_add_epi32(highs, lows);
+}
+
+INLINE void find_peak(const float* x, int64_t count, float* peak, float* nan) {
+  const VecF sign = _mm256_set1_ps(-0.0f);
+  VecF largest = zero_float(), total = zero_float();
+  for (int64_t i = 0; i < count; i += 8) {
+    const VecF v = _mm256_loadu_ps(x + i);
+    largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v));
+    total = _mm256_fmadd_ps(v, zero_float(), total);
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, largest);
+  float found = lanes[0];
+  for (int i = 1; i < 8; ++i) found = lanes[i] > found ? lanes[i] : found;
+  *peak = found;
+  *nan = sum_lanes(total);
+}
+
+INLINE void round_scaled(const float* x, int64_t count, float by, int32_t* out) {
+  for (int64_t i = 0; i < count; i += 8) {
+    const VecF scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(by));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_cvtps_epi32(scaled));
+  }
+}
+
+INLINE float dot_floats(const float* a, const float* b, int64_t count) {
+  VecF sum = zero_float(), more = zero_float();
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
+    more = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), more);
+  }
+  for (; i + 8 <= count; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
+  float total = sum_lanes(_mm256_add_ps(sum, more));
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    if (type == Type::f32) {
+      _mm256_storeu_ps(out + i, _mm256_loadu_ps(static_cast<const float*>(data) + at + i));
+      continue;
+    }
+    const void* from = static_cast<const uint16_t*>(data) + at + i;
+    const __m128i raw = _mm_loadu_si128(static_cast<const __m128i*>(from));
+    const VecF value = type == Type::f16
+                           ? _mm256_cvtph_ps(raw)
+                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+    _mm256_storeu_ps(out + i, value);
+  }
+  for (; i < count; ++i) out[i] = read_number(data, type, at + i);
+}
+
+INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t count, float scale, float zero,
+                        bool has_zero, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i));
+    VecF value = _mm256_i32gather_ps(codebook, _mm256_cvtepu8_epi32(raw), 4);
+    value = _mm256_mul_ps(value, _mm256_set1_ps(scale));
+    if (has_zero) value = _mm256_add_ps(value, _mm256_set1_ps(zero));
+    _mm256_storeu_ps(out + i, value);
+  }
+  for (; i < count; ++i) {
+    const float value = codebook[codes[i]] * scale;
+    out[i] = has_zero ? value + zero : value;
+  }
+}
+
+// The last chunk of a row, shorter than the others, as bytes in natural order.
+template <int K>
+struct Tail {
+  struct Codes {
+    alignas(32) uint8_t bytes[CHUNK];
+    INLINE Vec operator()(int step) const {
+      return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes + step * STEP));
+    }
+  };
+  int64_t count;
+  int steps;
+  explicit Tail(int64_t rest) : count(rest), steps(static_cast<int>((rest + STEP - 1) / STEP)) {}
+
+  INLINE Codes read(const uint8_t* packed) const {
+    Codes out;
+    for (int64_t i = count / STEP * STEP; i < CHUNK; i += STEP) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out.bytes + i), zero());
+    }
+    const int64_t lanes = (count + 7) / 8;
+    if (lanes == 8) {
+      unpack_eights(packed, out.bytes);
+    } else {
+      unpack_chunk(packed, count, K, out.bytes);
+    }
+    return out;
+  }
+
+  // Eight lanes: a group is 8 bytes, so a plane's row of 8 bytes goes to every 64-bit lane of a register,
+  // and each lane shifts by its own phase.
+  static INLINE void unpack_eights(const uint8_t* packed, uint8_t* out) {
+    int widths[3];
+    const int planes = plane_widths(K, widths);
+    Vec parts[2] = {zero(), zero()};
+    int below = 0;
+    for (int p = 0; p < planes; ++p) {
+      const int width = widths[p];
+      const int per_byte = 8 / width;
+      for (int h = 0; h < 2; ++h) {
+        int64_t rows[4];
+        int64_t by[4];
+        for (int i = 0; i < 4; ++i) {
+          std::memcpy(&rows[i], packed + (4 * h + i) / per_byte * 8, 8);
+          by[i] = width * ((4 * h + i) % per_byte);
+        }
+        Vec v = _mm256_srlv_epi64(_mm256_set_epi64x(rows[3], rows[2], rows[1], rows[0]),
+                                  _mm256_set_epi64x(by[3], by[2], by[1], by[0]));
+        if (width < 8) v = _mm256_and_si256(v, all((1 << width) - 1));
+        parts[h] = _mm256_or_si256(parts[h], _mm256_sll_epi16(v, _mm_cvtsi32_si128(below)));
+      }
+      packed += width * 8;
+      below += width;
+    }
+    for (int h = 0; h < 2; ++h) _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * h), parts[h]);
+  }
+};
+
+}  // namespace
+}  // namespace kbit
+
+#include "driver.h"
+
+namespace kbit {
+
+const Kernels* avx2_kernels() {
+  static const Kernels kernels = {"avx2", is_fast_weight, prepare, gemv, gemm, decode, dot_floats};
+  return &kernels;
+}
+
+}  // namespace kbit

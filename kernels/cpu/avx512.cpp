@@ -1,0 +1,331 @@
+// AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 64 codes at a time.
+//
+// A step is a pair of groups of 32 codes, one in each half of the register, chosen so that both are
+// cut out of the packed bytes by the same shift. 16-bit table values come straight from `vpermw`
+// (up to 32 levels), `vpermi2w` (64) or `vpermi2b` (128, and twice for 256), and `vpdpwssd` multiplies
+// and adds; weights whose levels are evenly spaced need no table: `vpdpbusd` takes their codes.
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "scalar.h"
+
+namespace kbit {
+namespace {
+
+constexpr int LANES = 32;
+constexpr int STEP = 64;
+constexpr int STEPS = 4;
+constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
+constexpr int TILE_ROWS = 4;  // of a weight, and of x: what a matmul keeps in registers
+constexpr int TILE_COLS = 2;
+
+using Vec = __m512i;
+using VecF = __m512;
+
+INLINE Vec zero() { return _mm512_setzero_si512(); }
+INLINE VecF zero_float() { return _mm512_setzero_ps(); }
+INLINE Vec load(const int16_t* p) { return _mm512_load_si512(p); }
+INLINE void store(int16_t* p, Vec v) { _mm512_store_si512(p, v); }
+INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return _mm512_dpwssd_epi32(acc, a, b); }
+INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, sum);
+}
+INLINE VecF multiply(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
+INLINE float sum_lanes(VecF v) { return _mm512_reduce_add_ps(v); }
+INLINE void store_half(uint8_t* p, Vec v, int half) {
+  const __m256i part = half == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), part);
+}
+INLINE void prefetch(const uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 4096 + i), _MM_HINT_T0);
+}
+
+// The groups of 32 in the two halves of a step.
+constexpr int group_of(int K, int step, int half) {
+  return K <= 3 ? step + 4 * half : (step & 2) * 2 + (step & 1) + 2 * half;
+}
+constexpr int natural(int K, int step, int byte) { return group_of(K, step, byte / 32) * 32 + byte % 32; }
+
+// Up to 64 levels a lane of 16 bits is looked up as it stands: even bytes first, then odd ones.
+constexpr int place(int K, int lane) {
+  return K <= 6 ? 2 * (lane % LANES) + lane / LANES
+                : lane % LANES / 8 * 16 + lane / LANES * 8 + lane % 8;
+}
+
+INLINE Vec both(const uint8_t* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+INLINE Vec shift_high_half(Vec v, int by) {
+  return _mm512_srlv_epi64(v, _mm512_set_epi64(by, by, by, by, 0, 0, 0, 0));
+}
+INLINE Vec merge(Vec low, Vec high, int low_bits) {  // low's low bits, high's others, byte by byte
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>((1 << low_bits) - 1)), low, high, 0xca);
+}
+INLINE Vec shift(Vec v, int right) {  // bits that cross a byte's border land where nobody looks
+  return right == 0 ? v : (right > 0 ? _mm512_srli_epi16(v, right) : _mm512_slli_epi16(v, -right));
+}
+
+template <int K>
+INLINE Vec codes(const uint8_t* p, int step) {
+  const int pair = step >> 1;
+  const int odd = step & 1;
+  if constexpr (K == 2) {
+    return shift(_mm512_loadu_si512(p), 2 * step);
+  } else if constexpr (K == 3) {
+    const Vec low = shift(_mm512_loadu_si512(p), 2 * step);
+    return merge(low, shift(shift_high_half(both(p + 64), 4), step - 2), 2);
+  } else if constexpr (K == 8) {
+    const uint8_t* at = p + 32 * (4 * pair + odd);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))),
+                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 64)), 1);
+  } else {
+    const Vec low = shift(_mm512_loadu_si512(p + 64 * pair), 4 * odd);
+    if constexpr (K == 4) return low;
+    if constexpr (K == 5) {
+      return merge(low, shift(shift_high_half(both(p + 128), 2), 4 * pair + odd - 4), 4);
+    }
+    if constexpr (K >= 6) {
+      const Vec six = merge(low, shift(shift_high_half(both(p + 128 + 32 * pair), 4), 2 * odd - 4), 4);
+      if constexpr (K == 6) return six;
+      return merge(six, shift(shift_high_half(both(p + 192), 2), 4 * pair + odd - 6), 6);
+    }
+  }
+}
+
+template <int K>
+INLINE Vec clean(Vec v) {
+  return K == 8 ? v : _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>((1 << K) - 1)));
+}
+
+// 16-bit levels in registers.
+template <int K>
+struct Lut {
+  static constexpr int COUNT = K <= 5 ? 1 : (K == 6 ? 2 : (K == 7 ? 4 : 8));
+  Vec part[COUNT];
+  explicit Lut(const Table& table) {
+    alignas(64) int16_t words[64];
+    alignas(64) uint8_t bytes[64];
+    if constexpr (K <= 6) {  // levels repeat, so that dirty bits do no harm
+      for (int i = 0; i < 64; ++i) words[i] = table.value[i & ((1 << K) - 1)];
+      for (int i = 0; i < COUNT; ++i) part[i] = _mm512_load_si512(words + 32 * i);
+    } else {
+      for (int i = 0; i < COUNT; ++i) {  // low bytes of 64 levels each, then high bytes
+        const int first = i % (COUNT / 2) * 64;
+        const int by = i < COUNT / 2 ? 0 : 8;
+        for (int j = 0; j < 64; ++j) bytes[j] = static_cast<uint8_t>(table.value[first + j] >> by);
+        part[i] = _mm512_load_si512(bytes);
+      }
+    }
+  }
+};
+
+template <int K>
+INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
+  if constexpr (K <= 5) {
+    out[0] = _mm512_permutexvar_epi16(c, lut.part[0]);
+    out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), lut.part[0]);
+  } else if constexpr (K == 6) {
+    out[0] = _mm512_permutex2var_epi16(lut.part[0], c, lut.part[1]);
+    out[1] = _mm512_permutex2var_epi16(lut.part[0], _mm512_srli_epi16(c, 8), lut.part[1]);
+  } else {
+    Vec low = _mm512_permutex2var_epi8(lut.part[0], c, lut.part[1]);
+    constexpr int HIGH = Lut<K>::COUNT / 2;
+    Vec high = _mm512_permutex2var_epi8(lut.part[HIGH], c, lut.part[HIGH + 1]);
+    if constexpr (K == 8) {
+      const __mmask64 upper = _mm512_movepi8_mask(c);
+      low = _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(lut.part[2], c, lut.part[3]));
+      high = _mm512_mask_mov_epi8(high, upper, _mm512_permutex2var_epi8(lut.part[6], c, lut.part[7]));
+    }
+    out[0] = _mm512_unpacklo_epi8(low, high);
+    out[1] = _mm512_unpackhi_epi8(low, high);
+  }
+}
+
+// The scales of the two halves of unit `u`: of its blocks of 64, or (G = 32) of its groups.
+template <int K, int G>
+INLINE VecF unit_scale(const float* scales, int u) {
+  const int first = G == 64 ? group_of(K, 2 * u, 0) / 2 : group_of(K, u, 0);
+  const int second = G == 64 ? group_of(K, 2 * u, 1) / 2 : group_of(K, u, 1);
+  const VecF low = _mm512_set1_ps(scales[first]);
+  return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + second));
+}
+
+// x as bytes: for each step 64 high ones, then 64 low ones.
+INLINE void split_bytes(const int32_t* q, const uint8_t* from, int8_t* out) {
+  for (int s = 0; s < STEPS; ++s) {
+    for (int i = 0; i < STEP; ++i) {
+      const int32_t value = q[from[s * STEP + i]];
+      const int8_t low = static_cast<int8_t>(value & 0xff);
+      out[2 * s * STEP + i] = static_cast<int8_t>((value - low) >> 8);
+      out[2 * s * STEP + STEP + i] = low;
+    }
+  }
+}
+
+template <int K, int COUNT>
+INLINE Vec affine_unit(Vec first, Vec second, const int8_t* x) {
+  Vec acc = _mm512_dpbusd_epi32(zero(), first, _mm512_load_si512(x));
+  if constexpr (COUNT == 2) acc = _mm512_dpbusd_epi32(acc, second, _mm512_load_si512(x + 2 * STEP));
+  acc = _mm512_slli_epi32(acc, 8);
+  acc = _mm512_dpbusd_epi32(acc, first, _mm512_load_si512(x + STEP));
+  if constexpr (COUNT == 2) acc = _mm512_dpbusd_epi32(acc, second, _mm512_load_si512(x + 3 * STEP));
+  return acc;
+}
+
+INLINE void find_peak(const float* x, int64_t count, float* peak, float* nan) {
+  VecF largest = zero_float(), total = zero_float();
+  for (int64_t i = 0; i < count; i += 16) {
+    const VecF v = _mm512_loadu_ps(x + i);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+    total = _mm512_fmadd_ps(v, zero_float(), total);
+  }
+  *peak = _mm512_reduce_max_ps(largest);
+  *nan = _mm512_reduce_add_ps(total);
+}
+
+INLINE void round_scaled(const float* x, int64_t count, float by, int32_t* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    _mm512_store_si512(out + i, _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(by))));
+  }
+}
+
+INLINE float dot_floats(const float* a, const float* b, int64_t count) {
+  VecF sum = zero_float(), more = zero_float();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sum);
+    more = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), more);
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, a + i), _mm512_maskz_loadu_ps(here, b + i), sum);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
+}
+
+inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out) {
+  int64_t i = 0;
+  if (type == Type::f16) {
+    for (; i + 16 <= count; i += 16) {
+      const void* from = static_cast<const uint16_t*>(data) + at + i;
+      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+    }
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    if (type == Type::f32) {
+      _mm512_mask_storeu_ps(out + i, here, _mm512_maskz_loadu_ps(here, static_cast<const float*>(data) + at + i));
+      continue;
+    }
+    const __m256i raw = _mm256_maskz_loadu_epi16(here, static_cast<const uint16_t*>(data) + at + i);
+    const VecF value = type == Type::f16
+                           ? _mm512_cvtph_ps(raw)
+                           : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    _mm512_mask_storeu_ps(out + i, here, value);
+  }
+}
+
+// codebook[code] * scale (+ zero), rounded after each step as the reference does.
+INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t count, float scale, float zero,
+                        bool has_zero, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const Vec at = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes + i));
+    VecF value = _mm512_mask_i32gather_ps(zero_float(), here, at, codebook, 4);
+    value = _mm512_mul_ps(value, _mm512_set1_ps(scale));
+    if (has_zero) value = _mm512_add_ps(value, _mm512_set1_ps(zero));
+    _mm512_mask_storeu_ps(out + i, here, value);
+  }
+}
+
+// The last chunk of a row, shorter than the others: each plane's bytes are permuted so that lane n of
+// a step belongs to code n, then a multishift cuts out that code's field.
+template <int K>
+struct Tail {
+  struct Codes {
+    Vec step[STEPS];
+    INLINE Vec operator()(int s) const { return step[s]; }
+  };
+  static constexpr int PLANES = __builtin_popcount(K);
+  int widths[3];
+  int steps = 0;
+  int64_t start[PLANES];  // of each plane, in bytes
+  __mmask64 present[PLANES][2];  // which of its bytes exist, 64 at a time
+  __mmask32 half[STEPS][2];  // K = 8: the same for the halves of each step
+  Vec byte[STEPS][PLANES];
+  Vec bit[STEPS][PLANES];
+
+  explicit Tail(int64_t count) {
+    plane_widths(K, widths);
+    if (count == 0) return;
+    const int64_t lanes = (count + 7) / 8;
+    int64_t at = 0;
+    for (int p = 0; p < PLANES; ++p) {
+      const int64_t bytes = widths[p] * lanes;
+      start[p] = at;
+      present[p][0] = mask(bytes);
+      present[p][1] = mask(bytes - 64);
+      at += bytes;
+    }
+    for (int s = 0; s < STEPS; ++s) {
+      if (natural(K, s, 0) < count || natural(K, s, 32) < count) steps = s + 1;
+      for (int h = 0; h < 2; ++h) half[s][h] = static_cast<__mmask32>(mask(8 * lanes - natural(K, s, 32 * h)));
+      for (int p = 0; p < PLANES; ++p) {
+        alignas(64) uint8_t index[STEP], field[STEP];
+        const int per_byte = 8 / widths[p];
+        for (int i = 0; i < STEP; ++i) {
+          const int code = natural(K, s, i);
+          const int64_t group = code < 8 * lanes ? code / lanes : 0;
+          const int64_t lane = code < 8 * lanes ? code % lanes : 0;
+          index[i] = static_cast<uint8_t>(group / per_byte * lanes + lane);
+          field[i] = static_cast<uint8_t>(8 * (i % 8) + widths[p] * (group % per_byte));
+        }
+        byte[s][p] = _mm512_load_si512(index);
+        bit[s][p] = _mm512_load_si512(field);
+      }
+    }
+  }
+
+  static uint64_t mask(int64_t bytes) { return bytes >= 64 ? ~0ull : (bytes <= 0 ? 0 : (1ull << bytes) - 1); }
+
+  INLINE Codes read(const uint8_t* packed) const {
+    Codes out;
+    if constexpr (K == 8) {
+      for (int s = 0; s < steps; ++s) {
+        const __m256i low = _mm256_maskz_loadu_epi8(half[s][0], packed + natural(K, s, 0));
+        const __m256i high = _mm256_maskz_loadu_epi8(half[s][1], packed + natural(K, s, 32));
+        out.step[s] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      }
+      return out;
+    }
+    int below = 0;
+    for (int p = 0; p < PLANES; ++p) {
+      const Vec first = _mm512_maskz_loadu_epi8(present[p][0], packed + start[p]);
+      const Vec second = _mm512_maskz_loadu_epi8(present[p][1], packed + start[p] + 64);
+      const Vec low_bits = _mm512_set1_epi8(static_cast<char>((1 << widths[p]) - 1));
+      for (int s = 0; s < steps; ++s) {
+        Vec field = _mm512_permutex2var_epi8(first, byte[s][p], second);
+        field = _mm512_and_si512(_mm512_multishift_epi64_epi8(bit[s][p], field), low_bits);
+        out.step[s] = p == 0 ? field : _mm512_or_si512(out.step[s], _mm512_sll_epi16(field, _mm_cvtsi32_si128(below)));
+      }
+      below += widths[p];
+    }
+    return out;
+  }
+};
+
+}  // namespace
+}  // namespace kbit
+
+#include "driver.h"
+
+namespace kbit {
+
+const Kernels* avx512_kernels() {
+  static const Kernels kernels = {"avx512", is_fast_weight, prepare, gemv, gemm, decode, dot_floats};
+  return &kernels;
+}
+
+}  // namespace kbit

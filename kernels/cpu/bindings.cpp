@@ -1,0 +1,636 @@
+// torch.ops.kbit.* on the CPU: checks of what was given, threads, and the choice of a kernel set.
+//
+// linear    one row of x: `gemv`; more: `gemm`, a panel of rows at a time; both on x quantized to 16 bits
+//           block by block. Blocks that are not a multiple of 32 take the decoded rows and float32.
+// the rest  rows decoded to float32, a tile at a time.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace kbit {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+constexpr int64_t ROWS_AT_ONCE = 4;  // rows of a weight that a thread takes at least
+constexpr int64_t SERIAL = 1 << 16;  // multiplications below which a second thread does not pay
+constexpr int64_t TILE = 1 << 18;  // weights decoded at a time
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = [] {
+    const char* wanted = std::getenv("KBITC_CPU");
+    const std::string name = wanted == nullptr ? "" : wanted;
+    std::vector<const Kernels*> sets;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      sets.push_back(avx512_kernels());
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(avx2_kernels());
+#endif
+    sets.push_back(portable_kernels());
+    std::string known;
+    for (const Kernels* set : sets) {
+      if (name.empty() || name == "auto" || name == set->name) return set;
+      known += (known.empty() ? "" : ", ") + std::string(set->name);
+    }
+    TORCH_CHECK(false, "KBITC_CPU is '", name, "'; this machine runs ", known, " (or auto)");
+  }();
+  return *chosen;
+}
+
+// The weight as it came ------------------------------------------------------------------------
+
+struct Operands {
+  Tensor planes, scales, codebook;
+  OptTensor zeros, scale_codebook, scale_absmax, scale_mean, outlier_values, outlier_index;
+  int64_t in_features, bits, block;
+};
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::f32;
+    case at::kHalf:
+      return Type::f16;
+    case at::kBFloat16:
+      return Type::bf16;
+    case at::kByte:
+      return Type::code;
+    default:
+      TORCH_CHECK(false, "kbit: ", name, " are ", t.scalar_type(), "; expected float16, bfloat16, float32 or codes");
+  }
+}
+
+// A checked weight of any number of dimensions, seen as one matrix after another.
+class Packed {
+ public:
+  explicit Packed(const Operands& given) : kept_(given) {
+    Operands& o = kept_;
+    TORCH_CHECK(o.bits >= 2 && o.bits <= 8, "kbit: ", o.bits, " bits; expected 2 to 8");
+    TORCH_CHECK(o.block >= 1 && o.in_features >= 1, "kbit: block ", o.block, ", ", o.in_features, " features");
+    const int64_t row_bytes = o.bits * ((o.in_features + 7) / 8);
+    const int64_t blocks = (o.in_features + o.block - 1) / o.block;
+    const Tensor& planes = keep(o.planes, "planes");
+    TORCH_CHECK(planes.scalar_type() == at::kByte && (planes.dim() == 2 || planes.dim() == 3) &&
+                    planes.size(-1) == row_bytes,
+                "kbit: planes are ", planes.scalar_type(), " of shape ", planes.sizes(), "; expected (rows, ", row_bytes,
+                ") bytes for ", o.in_features, " codes of ", o.bits, " bits");
+    const auto lead = planes.sizes().slice(0, planes.dim() - 1);
+    base_.rows = planes.size(-2);
+    base_.cols = o.in_features;
+    base_.blocks = blocks;
+    base_.row_bytes = row_bytes;
+    base_.block = o.block;
+    base_.bits = static_cast<int>(o.bits);
+    count_ = planes.dim() == 3 ? planes.size(0) : 1;
+    base_.planes = planes.const_data_ptr<uint8_t>();
+
+    base_.scale_type = type_of(keep(o.scales, "scales"), "scales");
+    check(o.scales, lead, blocks, "scales");
+    base_.scales = o.scales.const_data_ptr();
+    read_codebook();
+    if (o.zeros.has_value()) {
+      base_.zero_type = type_of(keep(*o.zeros, "zeros"), "zeros");
+      TORCH_CHECK(base_.zero_type != Type::code, "kbit: zeros are bytes");
+      check(*o.zeros, lead, blocks, "zeros");
+      base_.zeros = o.zeros->const_data_ptr();
+    }
+    if (base_.scale_type == Type::code) read_constants();
+    if (o.outlier_values.has_value()) read_outliers(lead);
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+
+  int64_t count() const { return count_; }
+  int dim() const { return static_cast<int>(kept_.planes.dim()); }
+  const Weight& matrix() const {
+    TORCH_CHECK(dim() == 2, "kbit: expected a 2-D weight, got planes of shape ", kept_.planes.sizes());
+    return base_;
+  }
+  const Table& table() const { return table_; }
+
+  Weight expert(int64_t index) const {
+    Weight w = base_;
+    w.planes += index * w.rows * w.row_bytes;
+    const int64_t scale = index * w.rows * w.blocks;
+    w.scales = moved(w.scales, w.scale_type, scale);
+    w.first_scale = scale;
+    w.zeros = moved(w.zeros, w.zero_type, scale);
+    w.outlier_values = moved(w.outlier_values, w.outlier_type, index * w.rows * w.outliers);
+    return w;
+  }
+
+ private:
+  static const Tensor& keep(Tensor& t, const char* name) {
+    TORCH_CHECK(t.device().is_cpu(), "kbit: ", name, " are on ", t.device(), ", not on the CPU");
+    t = t.contiguous();
+    return t;
+  }
+
+  static void check(const Tensor& t, at::IntArrayRef lead, int64_t last, const char* name) {
+    TORCH_CHECK(t.dim() == static_cast<int64_t>(lead.size()) + 1 && t.sizes().slice(0, lead.size()) == lead &&
+                    t.size(-1) == last,
+                "kbit: ", name, " have shape ", t.sizes(), "; expected ", lead, " and then ", last);
+  }
+
+  static const void* moved(const void* data, Type type, int64_t by) {
+    if (data == nullptr) return nullptr;
+    const int64_t size = type == Type::f32 ? 4 : (type == Type::code ? 1 : 2);
+    return static_cast<const char*>(data) + by * size;
+  }
+
+  void read_codebook() {
+    const Tensor& book = keep(kept_.codebook, "codebook");
+    const int64_t most = int64_t{1} << base_.bits;
+    TORCH_CHECK(book.scalar_type() == at::kFloat && book.dim() == 1 && book.numel() >= 1 && book.numel() <= most,
+                "kbit: the codebook is ", book.scalar_type(), " of shape ", book.sizes(), "; expected 1 to ", most,
+                " float32 levels");
+    base_.levels = static_cast<int>(book.numel());
+    const float* levels = book.const_data_ptr<float>();
+    float largest = 0.0f;
+    for (int i = 0; i < 256; ++i) {
+      levels_[i] = i < base_.levels ? levels[i] : 0.0f;  // a damaged code reads 0, nothing else
+      largest = std::max(largest, std::abs(levels_[i]));
+    }
+    base_.codebook = levels_;
+    Table& t = table_;
+    t.unit = largest / static_cast<float>(TABLE_MAX);
+    t.first = levels[0];
+    t.step = base_.levels > 1 ? (levels[base_.levels - 1] - levels[0]) / static_cast<float>(base_.levels - 1) : 0.0f;
+    t.is_affine = t.step > 0.0f;
+    for (int i = 0; i < base_.levels; ++i) {
+      t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
+    }
+    for (int i = 0; i < 256; ++i) {
+      t.value[i] = largest > 0.0f ? static_cast<int16_t>(std::lrint(levels_[i] / t.unit)) : int16_t{0};
+    }
+  }
+
+  void read_constants() {
+    Operands& o = kept_;
+    TORCH_CHECK(o.scale_codebook.has_value() && o.scale_absmax.has_value() && o.scale_mean.has_value(),
+                "kbit: scales are codes, but their codebook, absmax or mean is missing");
+    const Tensor& book = keep(*o.scale_codebook, "scale_codebook");
+    const Tensor& absmax = keep(*o.scale_absmax, "scale_absmax");
+    const Tensor& mean = keep(*o.scale_mean, "scale_mean");
+    const int64_t groups = (o.scales.numel() + SCALE_GROUP - 1) / SCALE_GROUP;
+    TORCH_CHECK(book.scalar_type() == at::kFloat && book.numel() == 256, "kbit: scale_codebook needs 256 float32");
+    TORCH_CHECK(absmax.scalar_type() == at::kFloat && absmax.numel() == groups, "kbit: scale_absmax has ",
+                absmax.numel(), " values; expected ", groups, " float32");
+    TORCH_CHECK(mean.scalar_type() == at::kFloat && mean.numel() == 1, "kbit: scale_mean needs one float32");
+    base_.scale_codebook = book.const_data_ptr<float>();
+    base_.scale_absmax = absmax.const_data_ptr<float>();
+    base_.scale_mean = *mean.const_data_ptr<float>();
+  }
+
+  void read_outliers(at::IntArrayRef lead) {
+    Operands& o = kept_;
+    TORCH_CHECK(o.outlier_index.has_value(), "kbit: outlier values without their indices");
+    const Tensor& index = keep(*o.outlier_index, "outlier_index");
+    TORCH_CHECK(index.scalar_type() == at::kInt && index.dim() == 1, "kbit: outlier_index needs int32 indices");
+    base_.outliers = index.numel();
+    base_.outlier_index = index.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < base_.outliers; ++i) {
+      TORCH_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
+                        base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
+    }
+    base_.outlier_type = type_of(keep(*o.outlier_values, "outlier_values"), "outlier values");
+    TORCH_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");
+    check(*o.outlier_values, lead, base_.outliers, "outlier_values");
+    base_.outlier_values = o.outlier_values->const_data_ptr();
+  }
+
+  Operands kept_;
+  Weight base_{};
+  Table table_{};
+  int64_t count_ = 1;
+  float levels_[256];
+};
+
+// Memory that a thread keeps between calls, so that large activations are not mapped anew each time.
+class Arena {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (used_ + bytes > parts_.size_bytes) {
+      older_.push_back(std::move(parts_));
+      parts_ = Block(std::max(2 * bytes, size_t{1} << 20));
+      used_ = 0;
+    }
+    T* at = reinterpret_cast<T*>(parts_.data + used_);
+    used_ += bytes;
+    return at;
+  }
+  void clear() {
+    older_.clear();
+    used_ = 0;
+  }
+
+ private:
+  struct Block {
+    Block() = default;
+    explicit Block(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, bytes))), size_bytes(bytes) {
+      if (data == nullptr) throw std::bad_alloc();
+    }
+    Block(Block&& other) noexcept : data(other.data), size_bytes(other.size_bytes) {
+      other.data = nullptr;
+      other.size_bytes = 0;
+    }
+    Block& operator=(Block&& other) noexcept {
+      std::swap(data, other.data);
+      std::swap(size_bytes, other.size_bytes);
+      return *this;
+    }
+    ~Block() { std::free(data); }
+    char* data = nullptr;
+    size_t size_bytes = 0;
+  };
+  Block parts_;
+  std::vector<Block> older_;
+  size_t used_ = 0;
+};
+
+struct Lease {  // of the calling thread's arena, for one call
+  Lease() { arena().clear(); }
+  ~Lease() { arena().clear(); }
+  static Arena& arena() {
+    thread_local Arena mine;
+    return mine;
+  }
+};
+
+// Threads --------------------------------------------------------------------------------------
+
+template <class F>
+void over_rows(int64_t rows, int64_t work, const F& body) {
+  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region()) {
+    body(int64_t{0}, rows);
+    return;
+  }
+  const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    body(begin * ROWS_AT_ONCE, std::min(rows, end * ROWS_AT_ONCE));
+  });
+}
+
+// Linear ---------------------------------------------------------------------------------------
+
+// x prepared for a weight; weights that agree on all of this share it.
+struct Prepared {
+  Activation x{};
+  int bits = 0;
+  int64_t block = 0;
+
+  bool fits(const Weight& w, bool is_affine) const {
+    return x.rows > 0 && bits == w.bits && block == w.block && x.is_affine == is_affine && w.outliers == 0 &&
+           x.outliers == nullptr;
+  }
+};
+
+Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t rows) {
+  Arena& arena = Lease::arena();
+  const int64_t chunks = (w.cols + CHUNK - 1) / CHUNK;
+  Prepared out;
+  out.bits = w.bits;
+  out.block = w.block;
+  Activation& a = out.x;
+  a.rows = rows;
+  a.is_affine = rows == 1 && table.is_affine;
+  a.granule = w.block % 64 == 0 ? 64 : 32;
+  a.segments = chunks * (CHUNK / a.granule);
+  a.values = arena.take<int16_t>(rows * chunks * CHUNK);
+  a.scales = arena.take<float>(rows * a.segments);
+  a.sums = arena.take<float>(rows * w.blocks);
+  if (w.outliers > 0) {
+    a.outliers = arena.take<float>(rows * w.outliers);
+    float* without = arena.take<float>(rows * w.cols);
+    std::copy(x, x + rows * w.cols, without);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < w.outliers; ++i) {
+        float& value = without[m * w.cols + w.outlier_index[i]];
+        a.outliers[m * w.outliers + i] = x[m * w.cols + w.outlier_index[i]];
+        value = 0.0f;
+      }
+    }
+    x = without;
+  }
+  over_rows(rows, rows == 1 ? 0 : rows * w.cols,
+            [&](int64_t begin, int64_t end) { kernels().prepare(w, x, begin, end, a); });
+  return out;
+}
+
+// Rows [begin, end) of a weight times every row of x, into out[m * stride + r].
+void multiply(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+              int64_t stride) {
+  if (x.rows == 1) {
+    kernels().gemv(w, table, x, begin, end, out + begin);
+    return;
+  }
+  for (int64_t first = 0; first < x.rows; first += PANEL) {
+    kernels().gemm(w, table, x, first, std::min(PANEL, x.rows - first), begin, end, out + first * stride + begin,
+                   stride);
+  }
+}
+
+// Any block size, any number of rows: float32 all the way.
+void multiply_decoded(const Weight& w, const float* x, int64_t count, float* out, int64_t stride) {
+  if (count <= 16) {
+    over_rows(w.rows, w.rows * w.cols, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(static_cast<size_t>(w.cols));
+      for (int64_t r = begin; r < end; ++r) {
+        kernels().decode(w, r, row.data());
+        for (int64_t m = 0; m < count; ++m) out[m * stride + r] = kernels().dot(row.data(), x + m * w.cols, w.cols);
+      }
+    });
+    return;
+  }
+  const int64_t step = std::max(int64_t{16}, TILE / w.cols);
+  Tensor tile = at::empty({std::min(step, w.rows), w.cols}, at::kFloat);
+  const Tensor input = at::from_blob(const_cast<float*>(x), {count, w.cols}, at::kFloat);
+  Tensor result = at::from_blob(out, {count, w.rows}, {stride, 1}, at::kFloat);
+  for (int64_t first = 0; first < w.rows; first += step) {
+    const int64_t here = std::min(step, w.rows - first);
+    float* data = tile.mutable_data_ptr<float>();
+    over_rows(here, here * w.cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) kernels().decode(w, first + r, data + r * w.cols);
+    });
+    result.narrow(1, first, here).copy_(at::mm(input, tile.narrow(0, 0, here).t()));
+  }
+}
+
+Tensor dense_tile(const Weight& w, int64_t first, int64_t count, at::ScalarType dtype) {
+  Tensor tile = at::empty({count, w.cols}, at::kFloat);
+  float* data = tile.mutable_data_ptr<float>();
+  over_rows(count, count * w.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) kernels().decode(w, first + r, data + r * w.cols);
+  });
+  return dtype == at::kFloat ? tile : tile.to(dtype);
+}
+
+Tensor checked_input(const char* name, const Tensor& x, int64_t features) {
+  TORCH_CHECK(x.is_floating_point() && x.dim() > 0 && x.size(-1) == features, "kbit::", name,
+              ": expected a float input whose last dimension is ", features, ", got ", x.scalar_type(), " of shape ",
+              x.sizes());
+  return x.reshape({-1, features});
+}
+
+struct Part {
+  const Weight* weight;
+  const Table* table;
+  const Tensor* bias;
+  int64_t first;  // column of the output
+};
+
+// x (rows, cols) times every part, side by side.
+Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t width) {
+  const int64_t count = x.size(0);
+  if (x.scalar_type() == at::kDouble) {
+    std::vector<Tensor> each;
+    for (const Part& part : parts) {
+      Tensor y = at::empty({count, part.weight->rows}, x.options());
+      const int64_t step = std::max(int64_t{16}, TILE / part.weight->cols);
+      for (int64_t r = 0; r < part.weight->rows; r += step) {
+        const int64_t here = std::min(step, part.weight->rows - r);
+        y.narrow(1, r, here).copy_(at::mm(x, dense_tile(*part.weight, r, here, at::kDouble).t()));
+      }
+      each.push_back(part.bias == nullptr ? y : y + *part.bias);
+    }
+    return each.size() == 1 ? each[0] : at::cat(each, 1);
+  }
+  const Tensor input = x.to(at::kFloat).contiguous();
+  Tensor out = at::empty({count, width}, at::kFloat);
+  if (count == 0 || width == 0) return out.to(x.scalar_type());
+  const Lease lease;
+  const float* from = input.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  std::vector<Prepared> prepared(parts.size());
+  int64_t work = 0;
+  const Prepared* last = nullptr;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Weight& w = *parts[i].weight;
+    if (!kernels().is_fast(w)) {
+      multiply_decoded(w, from, count, to + parts[i].first, width);
+      continue;
+    }
+    const bool is_affine = count == 1 && parts[i].table->is_affine;
+    prepared[i] = last != nullptr && last->fits(w, is_affine) ? *last : prepare(w, *parts[i].table, from, count);
+    last = &prepared[i];
+    work += w.rows * w.cols * count;
+  }
+  if (work > 0) {
+    over_rows(width, work, [&](int64_t begin, int64_t end) {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        if (prepared[i].x.rows == 0) continue;
+        const int64_t first = parts[i].first;
+        const int64_t low = std::max(begin, first) - first;
+        const int64_t high = std::min(end, first + parts[i].weight->rows) - first;
+        if (low < high) multiply(*parts[i].weight, *parts[i].table, prepared[i].x, low, high, to + first, width);
+      }
+    });
+  }
+  for (const Part& part : parts) {
+    if (part.bias != nullptr) out.narrow(1, part.first, part.weight->rows).add_(*part.bias);
+  }
+  return out.to(x.scalar_type());
+}
+
+at::DimVector shape_like(const Tensor& x, int64_t last) {
+  at::DimVector shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+void check_bias(const OptTensor& bias, int64_t rows) {
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == rows), "kbit::linear: a bias of shape ",
+              bias.has_value() ? bias->sizes() : at::IntArrayRef(), "; expected (", rows, ")");
+}
+
+#define KBIT_WEIGHT                                                                                              \
+  const Tensor &planes, const Tensor &scales, const Tensor &codebook, const OptTensor &zeros,                    \
+      const OptTensor &scale_codebook, const OptTensor &scale_absmax, const OptTensor &scale_mean,               \
+      const OptTensor &outlier_values, const OptTensor &outlier_index, int64_t in_features, int64_t bits,        \
+      int64_t block
+#define KBIT_PACKED                                                                                              \
+  Packed({planes, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean, outlier_values, outlier_index, \
+          in_features, bits, block})
+
+Tensor linear(const Tensor& x, KBIT_WEIGHT, const OptTensor& bias) {
+  const Tensor flat = checked_input("linear", x, in_features);
+  const Packed packed = KBIT_PACKED;
+  const Weight& w = packed.matrix();
+  check_bias(bias, w.rows);
+  const std::vector<Part> parts = {{&w, &packed.table(), bias.has_value() ? &*bias : nullptr, 0}};
+  return multiply_parts(flat, parts, w.rows).view(shape_like(x, w.rows));
+}
+
+Tensor linears(const Tensor& x, const c10::List<OptTensor>& weights, at::IntArrayRef numbers,
+               const c10::List<OptTensor>& biases) {
+  constexpr size_t TENSORS = 9;
+  const size_t count = numbers.size() / 3;
+  TORCH_CHECK(count > 0 && numbers.size() == 3 * count && weights.size() == TENSORS * count && biases.size() == count,
+              "kbit::linears: expected ", TENSORS, " tensors, 3 numbers and a bias for each weight, got ",
+              weights.size(), ", ", numbers.size(), " and ", biases.size());
+  const Tensor flat = checked_input("linears", x, numbers[0]);
+  std::vector<std::unique_ptr<Packed>> packed;
+  std::vector<Tensor> kept;
+  kept.reserve(count);
+  std::vector<Part> parts;
+  int64_t width = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const auto at = [&](size_t j) -> OptTensor { return weights.get(TENSORS * i + j); };
+    TORCH_CHECK(at(0).has_value() && at(1).has_value() && at(2).has_value(), "kbit::linears: weight ", i,
+                " lacks planes, scales or codebook");
+    packed.push_back(std::make_unique<Packed>(Operands{*at(0), *at(1), *at(2), at(3), at(4), at(5), at(6), at(7), at(8),
+                                                       numbers[3 * i], numbers[3 * i + 1], numbers[3 * i + 2]}));
+    const Weight& w = packed.back()->matrix();
+    TORCH_CHECK(w.cols == numbers[0], "kbit::linears: weight ", i, " takes ", w.cols, " features, not ", numbers[0]);
+    const OptTensor bias = biases.get(i);
+    check_bias(bias, w.rows);
+    if (bias.has_value()) kept.push_back(*bias);
+    parts.push_back({&w, &packed.back()->table(), bias.has_value() ? &kept.back() : nullptr, width});
+    width += w.rows;
+  }
+  return multiply_parts(flat, parts, width).view(shape_like(x, width));
+}
+
+// grad (count, rows) @ W (rows, cols), a tile of rows at a time.
+void add_input_grad(const Weight& w, const Tensor& grad, Tensor out) {
+  const int64_t step = std::max(int64_t{16}, TILE / w.cols);
+  for (int64_t r = 0; r < w.rows; r += step) {
+    const int64_t here = std::min(step, w.rows - r);
+    out.addmm_(grad.narrow(1, r, here), dense_tile(w, r, here, grad.scalar_type()));
+  }
+}
+
+at::ScalarType wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor input_grad(const Tensor& grad, KBIT_WEIGHT) {
+  const Packed packed = KBIT_PACKED;
+  const Weight& w = packed.matrix();
+  const Tensor flat = checked_input("input_grad", grad, w.rows).to(wide(grad));
+  Tensor out = at::zeros({flat.size(0), w.cols}, flat.options());
+  add_input_grad(w, flat, out);
+  return out.to(grad.scalar_type()).view(shape_like(grad, w.cols));
+}
+
+std::vector<int64_t> group_ends(const Tensor& offsets, int64_t experts, int64_t tokens) {
+  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == experts && !offsets.is_floating_point(),
+              "kbit: offsets need one integer for each of ", experts, " experts, got ", offsets.scalar_type(),
+              " of shape ", offsets.sizes());
+  const Tensor ends = offsets.to(at::kLong).cpu().contiguous();
+  std::vector<int64_t> out(ends.const_data_ptr<int64_t>(), ends.const_data_ptr<int64_t>() + experts);
+  int64_t last = 0;
+  for (const int64_t end : out) {
+    TORCH_CHECK(end >= last && end <= tokens, "kbit: offsets must rise from 0 to ", tokens, ", got ", out);
+    last = end;
+  }
+  return out;
+}
+
+const Packed& grouped(const Packed& packed) {
+  TORCH_CHECK(packed.dim() == 3, "kbit: a grouped matmul needs a 3-D weight");
+  return packed;
+}
+
+Tensor grouped_linear(const Tensor& x, KBIT_WEIGHT, const Tensor& offsets) {
+  const Tensor flat = checked_input("grouped_linear", x, in_features);
+  const Packed packed = KBIT_PACKED;
+  const int64_t rows = grouped(packed).expert(0).rows;
+  Tensor out = at::zeros({flat.size(0), rows}, x.options());
+  int64_t start = 0, index = 0;
+  for (const int64_t end : group_ends(offsets, packed.count(), flat.size(0))) {
+    if (end > start) {
+      const Weight w = packed.expert(index);
+      const std::vector<Part> parts = {{&w, &packed.table(), nullptr, 0}};
+      out.narrow(0, start, end - start).copy_(multiply_parts(flat.narrow(0, start, end - start), parts, rows));
+    }
+    start = end;
+    ++index;
+  }
+  return out;
+}
+
+Tensor grouped_input_grad(const Tensor& grad, KBIT_WEIGHT, const Tensor& offsets) {
+  const Packed packed = KBIT_PACKED;
+  const Tensor flat = checked_input("grouped_input_grad", grad, grouped(packed).expert(0).rows).to(wide(grad));
+  Tensor out = at::zeros({flat.size(0), in_features}, flat.options());
+  int64_t start = 0, index = 0;
+  for (const int64_t end : group_ends(offsets, packed.count(), flat.size(0))) {
+    if (end > start) {
+      add_input_grad(packed.expert(index), flat.narrow(0, start, end - start), out.narrow(0, start, end - start));
+    }
+    start = end;
+    ++index;
+  }
+  return out.to(grad.scalar_type());
+}
+
+// Rows of the weight -----------------------------------------------------------------------------
+
+Tensor embedding(const Tensor& ids, KBIT_WEIGHT, at::ScalarType dtype) {
+  const Packed packed = KBIT_PACKED;
+  const Weight& w = packed.matrix();
+  TORCH_CHECK(!ids.is_floating_point() && ids.scalar_type() != at::kBool, "kbit::embedding: ids are ",
+              ids.scalar_type(), "; expected integers");
+  const Tensor flat = ids.to(at::kLong).contiguous().view({-1});
+  const int64_t* at = flat.const_data_ptr<int64_t>();
+  const int64_t count = flat.size(0);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < w.rows, "kbit::embedding: an id is outside 0 ... ", w.rows - 1);
+  }
+  Tensor out = at::empty({count, w.cols}, at::kFloat);
+  float* to = out.mutable_data_ptr<float>();
+  over_rows(count, count * w.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels().decode(w, at[i], to + i * w.cols);
+  });
+  at::DimVector shape(ids.sizes().begin(), ids.sizes().end());
+  shape.push_back(w.cols);
+  return out.to(dtype).view(shape);
+}
+
+Tensor dequantize(KBIT_WEIGHT, at::ScalarType dtype) {
+  const Packed packed = KBIT_PACKED;
+  at::DimVector shape(planes.sizes().begin(), planes.sizes().end());
+  shape.back() = in_features;
+  Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
+  const Weight first = packed.expert(0);
+  Tensor flat = out.view({-1, first.cols});
+  const int64_t step = std::max(int64_t{16}, TILE / first.cols);
+  for (int64_t index = 0; index < packed.count(); ++index) {
+    const Weight w = packed.expert(index);
+    for (int64_t r = 0; r < w.rows; r += step) {
+      const int64_t here = std::min(step, w.rows - r);
+      flat.narrow(0, index * w.rows + r, here).copy_(dense_tile(w, r, here, at::kFloat));
+    }
+  }
+  return out;
+}
+
+std::string name_of_kernels() { return kernels().name; }
+
+}  // namespace
+}  // namespace kbit
+
+TORCH_LIBRARY_FRAGMENT(kbit, m) { m.def("cpu_kernels() -> str", kbit::name_of_kernels); }
+
+TORCH_LIBRARY_IMPL(kbit, CPU, m) {
+  m.impl("linear", kbit::linear);
+  m.impl("linears", kbit::linears);
+  m.impl("input_grad", kbit::input_grad);
+  m.impl("embedding", kbit::embedding);
+  m.impl("grouped_linear", kbit::grouped_linear);
+  m.impl("grouped_input_grad", kbit::grouped_input_grad);
+  m.impl("dequantize", kbit::dequantize);
+}

@@ -1,0 +1,224 @@
+"""Native CPU kernels: compiled once with the machine's compiler, kept in a cache, loaded on first use.
+
+The one thing to know: :func:`load` is called by the first ``kbit::`` op that runs on the CPU. It
+compiles (under a lock, so that processes that start together compile once), moves the finished library
+into the cache in one step and loads it; the library registers its kernels with the dispatcher, and no
+Python runs between an op and its kernel from then on. Without a compiler, or with ``KBITC_CPU=off``,
+the reference kernels stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kbitc.errors import BackendUnavailable
+
+FOLDER = Path(__file__).parent
+COMPILERS = ("g++", "clang++", "c++")
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to compile: files with their own flags, and how to link them.
+
+    Attributes:
+        sources: ``(file, flags)``; the slowest first.
+        headers: files that they include.
+        flags: for every file.
+        link: after the objects, when linking.
+    """
+
+    sources: tuple[tuple[Path, tuple[str, ...]], ...]
+    headers: tuple[Path, ...] = ()
+    flags: tuple[str, ...] = COMMON
+    link: tuple[str, ...] = ()
+
+    def key(self, compiler: str) -> str:
+        """Changes whenever the library could: files, flags, torch, compiler, machine."""
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+        parts = [torch.__version__, platform.machine(), compiler, version.stdout, repr(self)]
+        found = hashlib.sha256("\0".join(parts).encode())
+        for path in (*(path for path, _ in self.sources), *self.headers):
+            found.update(path.read_bytes())
+        return found.hexdigest()[:20]
+
+
+def kernel_recipe() -> Recipe:
+    """The kernels of this folder, for this torch.
+
+    ``KBITC_SANITIZE`` (for example "address,undefined") adds the compiler's sanitizers.
+    """
+    root = Path(torch.__file__).parent
+    include = (f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    openmp = _openmp(root)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    # The library must share torch's OpenMP: a second one would have threads of its own.
+    sources = [(FOLDER / "bindings.cpp", (*include, abi, *(("-fopenmp",) if openmp else ())))]
+    if is_x86:
+        sources = [
+            (FOLDER / "avx2.cpp", AVX2),
+            *sources,
+            (FOLDER / "avx512.cpp", (*AVX2, *AVX512)),
+        ]
+    sources.append((FOLDER / "portable.cpp", ()))
+    sanitize = os.environ.get("KBITC_SANITIZE")
+    extra = (f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g") if sanitize else ()
+    library = root / "lib"
+    return Recipe(
+        sources=tuple(sources),
+        headers=tuple(sorted(FOLDER.glob("*.h"))),
+        flags=(*COMMON, *extra),
+        link=(*extra, f"-L{library}", "-ltorch_cpu", "-lc10", *openmp, f"-Wl,-rpath,{library}"),
+    )
+
+
+def _openmp(root: Path) -> tuple[str, ...]:
+    """Torch's own OpenMP library, wherever its wheel keeps it."""
+    if sys.platform != "linux":
+        return ()
+    for folder in (root / "lib", root.parent / "torch.libs"):
+        found = sorted(folder.glob("libgomp*.so*"))
+        if found:
+            return (str(found[0]), f"-Wl,-rpath,{folder}")
+    return ("-lgomp",)
+
+
+def find_compiler() -> str:
+    """``$CXX``, or the first C++ compiler on the path.
+
+    Raises:
+        BackendUnavailable: there is none.
+    """
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    looked = f"$CXX = {wanted}" if wanted else ", ".join(COMPILERS)
+    raise BackendUnavailable(
+        f"no C++ compiler was found ({looked}); install one (Debian: apt install g++) to get kbitc's fast "
+        "CPU kernels"
+    )
+
+
+def cache_folder() -> Path:
+    """``$KBITC_CACHE``, or ``~/.cache/kbitc``."""
+    given = os.environ.get("KBITC_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else base / "kbitc"
+
+
+def build(recipe: Recipe | None = None, *, force: bool = False) -> Path:
+    """Compile the kernels, unless the cache holds them; safe when several processes do so at once.
+
+    Args:
+        recipe: what to compile; by default the kernels of this folder.
+        force: compile even if the cache holds them.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        BackendUnavailable: no compiler, a compiler error, or a cache that cannot be written.
+    """
+    recipe = recipe or kernel_recipe()
+    compiler = find_compiler()
+    folder = cache_folder() / "kernels"
+    target = folder / f"{recipe.key(compiler)}.so"
+    if target.exists() and not force:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_suffix(".lock")):
+            if not target.exists() or force:
+                _compile(recipe, compiler, target)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the kernels cannot be written to {folder} ({error.strerror}); set KBITC_CACHE to another folder"
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; the operating system lets go of it even when the process is killed."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(recipe: Recipe, compiler: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as name:
+        scratch = Path(name)
+        commands = [
+            [compiler, *recipe.flags, *flags, "-c", str(path), "-o", str(scratch / f"{path.stem}.o")]
+            for path, flags in recipe.sources
+        ]
+        with _progress(len(commands)) as advance, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for _ in pool.map(_run, commands):
+                advance()
+            objects = [command[-1] for command in commands]
+            library = scratch / target.name
+            _run([compiler, "-shared", *objects, *recipe.link, "-o", str(library)])
+        library.replace(target)
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BackendUnavailable(f"compiling kbitc's CPU kernels failed: {' | '.join(lines[:3])}")
+
+
+@contextlib.contextmanager
+def _progress(count: int) -> Iterator[functools.partial[None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("compiling the CPU kernels, once (about a minute)", total=count)
+        yield functools.partial(bar.advance, task)
+
+
+@functools.cache
+def load() -> bool:
+    """Make the native kernels the ones that run; the first call may compile them.
+
+    Returns:
+        Whether they are. If not, a warning has said why.
+    """
+    if os.environ.get("KBITC_CPU") == "off":
+        return False
+    try:
+        library = build()
+        torch.ops.load_library(str(library))
+        torch.ops.kbit.cpu_kernels()  # a wrong KBITC_CPU is an error here, not in the middle of a model
+    except BackendUnavailable as error:
+        warnings.warn(
+            f"{error}. Until then packed weights run on slow reference kernels (KBITC_CPU=off hides this)",
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -1,0 +1,433 @@
+// The loops that the vector kernel sets share. Included once by each of them, after its primitives:
+//
+//   LANES             16-bit lanes of a vector
+//   STEP, STEPS       codes that are unpacked together, and how many of these make a chunk
+//   Vec, VecF         a vector of integers, of floats
+//   Lut<K>            the 16-bit table of a k-bit weight in registers
+//   natural(K, s, b)  natural position, within a chunk, of byte b of step s
+//   place(K, i)       byte of a step that becomes 16-bit lane i of its two vectors
+//   codes<K, S>(p)    step S of a packed chunk, as bytes whose bits above k may be dirty
+//   lookup(lut, c, v) bytes to two vectors of 16-bit table values
+//   mul_add(acc, a, b), add_scaled(sum, acc, scales), sum_lanes, scale_pair...
+//
+// Equations (row r, block b): out[r] = unit * sum_b scale[r, b] * xscale[b] * (sum_j T[code_j] * q_j)
+//                                      + sum_b zero[r, b] * sum_{j in b} x_j + outliers
+#pragma once
+
+namespace kbit {
+namespace {
+
+// Memory that a kernel needs for the duration of a call.
+struct Scratch {
+  explicit Scratch(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data;
+};
+
+inline int64_t chunk_count(const Weight& w) { return (w.cols + CHUNK - 1) / CHUNK; }
+
+inline bool is_fast_weight(const Weight& w) { return w.block % 32 == 0; }
+
+inline int64_t granule_of(const Weight& w) { return w.block % 64 == 0 ? 64 : 32; }
+
+// x, quantized ---------------------------------------------------------------------------------
+
+// One granule of floats to integers within [-largest, largest]; returns the scale. NaN and infinity
+// must reach the output: a scale of NaN times anything is NaN.
+inline float quantize_granule(const float* x, int64_t count, int64_t granule, float largest, int32_t* out) {
+  alignas(64) float padded[64];
+  if (count < granule) {
+    for (int64_t i = 0; i < granule; ++i) padded[i] = i < count ? x[i] : 0.0f;
+    x = padded;
+  }
+  float peak, nan;
+  find_peak(x, granule, &peak, &nan);
+  const float inverse = peak > 0.0f ? largest / peak : 0.0f;
+  const bool is_usable = nan == 0.0f && inverse <= 3.0e38f;  // else: NaN, or nothing but sub-normals
+  round_scaled(x, granule, is_usable ? inverse : 0.0f, out);
+  if (nan != 0.0f) return nan;
+  return is_usable ? peak / largest : 0.0f;
+}
+
+template <int K>
+void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
+  const int64_t chunks = chunk_count(w);
+  const float largest = out.is_affine ? AFFINE_MAX : static_cast<float>(TABLE_MAX);
+  uint8_t from[CHUNK];  // kernel order to natural order
+  for (int s = 0; s < STEPS; ++s) {
+    for (int i = 0; i < STEP; ++i) {
+      const int byte = out.is_affine ? i : place(K, i);
+      from[s * STEP + i] = static_cast<uint8_t>(natural(K, s, byte));
+    }
+  }
+  for (int64_t m = begin; m < end; ++m) {
+    const float* row = x + m * w.cols;
+    float* sums = out.sums + m * w.blocks;
+    for (int64_t b = 0; b < w.blocks; ++b) sums[b] = 0.0f;
+    for (int64_t c = 0; c < chunks; ++c) {
+      alignas(64) int32_t q[CHUNK];
+      const int64_t first = c * CHUNK;
+      for (int64_t g = 0; g < CHUNK; g += out.granule) {
+        const int64_t at = first + g;
+        const int64_t left = w.cols - at;
+        const int64_t here = left < 0 ? 0 : (left < out.granule ? left : out.granule);
+        const float scale = quantize_granule(row + (here > 0 ? at : 0), here, out.granule, largest, q + g);
+        out.scales[m * out.segments + at / out.granule] = scale;
+        if (here == 0) continue;
+        if (out.is_affine) {  // of the quantized x, so that codes minus their middle cancel exactly
+          int32_t total = 0;
+          for (int64_t i = 0; i < out.granule; ++i) total += q[g + i];
+          sums[at / w.block] += static_cast<float>(total) * scale;
+        } else {
+          float total = 0.0f;
+          for (int64_t i = 0; i < here; ++i) total += row[at + i];
+          sums[at / w.block] += total;
+        }
+      }
+      int16_t* to = out.values + (m * chunks + c) * CHUNK;
+      if (out.is_affine) {
+        split_bytes(q, from, reinterpret_cast<int8_t*>(to));
+      } else {
+        for (int i = 0; i < CHUNK; ++i) to[i] = static_cast<int16_t>(q[from[i]]);
+      }
+    }
+  }
+}
+
+// Scales ---------------------------------------------------------------------------------------
+
+// The scale of each granule of one row of the weight, times `x` where given; zero past the end.
+inline void spread_scales(const Weight& w, const float* scales, const float* x, int64_t granule,
+                          int64_t segments, float* out) {
+  const int64_t valid = (w.cols + granule - 1) / granule;
+  if (w.block == granule && x != nullptr) {
+    for (int64_t j = 0; j < valid; ++j) out[j] = scales[j] * x[j];
+  } else {
+    const int64_t ratio = w.block / granule;
+    for (int64_t b = 0, j = 0; b < w.blocks; ++b) {
+      const int64_t stop = j + ratio < valid ? j + ratio : valid;
+      for (; j < stop; ++j) out[j] = x == nullptr ? scales[b] : scales[b] * x[j];
+    }
+  }
+  for (int64_t j = valid; j < segments; ++j) out[j] = 0.0f;
+}
+
+// sum_b (scale[b] * first + zero[b]) * sums[b]: what the codes' offset adds.
+inline float offset_of(const Weight& w, const float* scales, const float* zeros, float first,
+                       const float* sums) {
+  float total = 0.0f;
+  if (zeros == nullptr) return first * dot_floats(scales, sums, w.blocks);
+  total = dot_floats(zeros, sums, w.blocks);
+  return first == 0.0f ? total : total + first * dot_floats(scales, sums, w.blocks);
+}
+
+// One row of x ---------------------------------------------------------------------------------
+
+template <int K>
+struct PackedCodes {
+  const uint8_t* at;
+  INLINE Vec operator()(int step) const { return codes<K>(at, step); }
+};
+
+// sum += scale of each unit * (its codes' values times x), over the first `steps` steps of a chunk.
+template <int K, bool AFFINE, int G, class Codes>
+INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, const int16_t* x, const float* scales,
+                           VecF sum) {
+  constexpr int PER_UNIT = G == 64 ? 2 : 1;
+  unroll<STEPS / PER_UNIT>([&](auto u) INLINE_LAMBDA {
+    constexpr int FIRST = u * PER_UNIT;
+    if (FIRST >= steps) return;
+    Vec acc = zero();
+    if constexpr (AFFINE) {
+      const Vec second = PER_UNIT == 2 ? clean<K>(codes(FIRST + PER_UNIT - 1)) : zero();
+      acc = affine_unit<K, PER_UNIT>(clean<K>(codes(FIRST)), second, reinterpret_cast<const int8_t*>(x + FIRST * STEP));
+    } else {
+      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA {
+        Vec v[2];
+        lookup(lut, codes(FIRST + i), v);
+        acc = mul_add(acc, v[0], load(x + (FIRST + i) * STEP));
+        acc = mul_add(acc, v[1], load(x + (FIRST + i) * STEP + LANES));
+      });
+    }
+    sum = add_scaled(sum, acc, unit_scale<K, G>(scales, u));
+  });
+  return sum;
+}
+
+// R rows of the weight side by side, so that x is loaded once for all of them.
+template <int K, bool AFFINE, int G, int R>
+INLINE void gemv_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tail<K>& tail, const Activation& x,
+                      int64_t row, float* scratch, float* out) {
+  const int64_t full = w.cols / CHUNK;
+  float* scales = scratch;  // (blocks)
+  float* zeros = scales + w.blocks;  // (blocks)
+  float* spread = zeros + w.blocks;  // (R, segments)
+  float offset[R];
+  for (int r = 0; r < R; ++r) {
+    read_scales(w, row + r, scales);
+    spread_scales(w, scales, x.scales, G, x.segments, spread + r * x.segments);
+    offset[r] = 0.0f;
+    if (w.zero_type != Type::none) read_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, w.blocks, zeros);
+    if (AFFINE || w.zero_type != Type::none) {
+      const float* given = w.zero_type == Type::none ? nullptr : zeros;
+      offset[r] = offset_of(w, scales, given, AFFINE ? table.first : 0.0f, x.sums);
+    }
+  }
+  const uint8_t* packed = w.planes + row * w.row_bytes;
+  VecF sum[R];
+  unroll<R>([&](auto r) INLINE_LAMBDA { sum[r] = zero_float(); });
+  for (int64_t c = 0; c < full; ++c) {
+    unroll<R>([&](auto r) INLINE_LAMBDA {
+      const PackedCodes<K> codes{packed + r * w.row_bytes + c * K * (CHUNK / 8)};
+      prefetch(codes.at, K * (CHUNK / 8));
+      const float* here = spread + r * x.segments + c * (CHUNK / G);
+      sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, STEPS, x.values + c * CHUNK, here, sum[r]);
+    });
+  }
+  if (w.cols % CHUNK != 0) {
+    unroll<R>([&](auto r) INLINE_LAMBDA {
+      const auto codes = tail.read(packed + r * w.row_bytes + full * K * (CHUNK / 8));
+      const float* here = spread + r * x.segments + full * (CHUNK / G);
+      sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, tail.steps, x.values + full * CHUNK, here, sum[r]);
+    });
+  }
+  const float unit = AFFINE ? table.step : table.unit;
+  for (int r = 0; r < R; ++r) out[r] = sum_lanes(sum[r]) * unit + offset[r];
+}
+
+inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
+  float values[256];
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t i = 0; i < w.outliers; i += 256) {
+      const int64_t count = w.outliers - i < 256 ? w.outliers - i : 256;
+      read_numbers(w.outlier_values, w.outlier_type, row * w.outliers + i, count, values);
+      out[row - begin] += dot_floats(values, x + i, count);
+    }
+  }
+}
+
+template <int K, bool AFFINE, int G>
+void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
+  constexpr int R = 2;
+  const Scratch scratch(sizeof(float) * static_cast<size_t>(2 * w.blocks + R * x.segments));
+  float* floats = reinterpret_cast<float*>(scratch.data);
+  const Lut<K> lut(table);
+  const Tail<K> tail(w.cols % CHUNK);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) {
+    gemv_tile<K, AFFINE, G, R>(w, table, lut, tail, x, row, floats, out + row - begin);
+  }
+  for (; row < end; ++row) gemv_tile<K, AFFINE, G, 1>(w, table, lut, tail, x, row, floats, out + row - begin);
+  if (w.outliers > 0) add_outliers(w, x.outliers, begin, end, out);
+}
+
+// Several rows of x ----------------------------------------------------------------------------
+
+// Codes of one chunk to 16-bit values, in kernel order.
+template <int K>
+INLINE void decode_chunk(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* packed, bool is_full, int16_t* out) {
+  const auto write = [&](const auto& codes, int s) INLINE_LAMBDA {
+    Vec v[2];
+    lookup(lut, codes(s), v);
+    store(out + s * STEP, v[0]);
+    store(out + s * STEP + LANES, v[1]);
+  };
+  if (is_full) {
+    unroll<STEPS>([&](auto s) INLINE_LAMBDA { write(PackedCodes<K>{packed}, s); });
+  } else {
+    const auto codes = tail.read(packed);
+    for (int s = 0; s < tail.steps; ++s) write(codes, s);
+  }
+}
+
+// R rows of decoded values times C rows of x, over the first `steps` steps of a chunk.
+//   sums (C, stride of TILE_ROWS) += unit scales of the weight (R, units) * of x * integer products
+template <int K, int G, int R, int C>
+INLINE void multiply_chunk(const int16_t* values, int steps, const int16_t* x, int64_t x_stride, const float* x_scales,
+                           int64_t segments, const VecF* scales, VecF* sums) {
+  constexpr int PER_UNIT = G == 64 ? 2 : 1;
+  constexpr int UNITS = STEPS / PER_UNIT;
+  VecF sum[C * R];
+  unroll<C * R>([&](auto i) INLINE_LAMBDA { sum[i] = sums[i / R * TILE_ROWS + i % R]; });
+  for (int u = 0; u < UNITS; ++u) {
+    if (u * PER_UNIT >= steps) break;
+    Vec acc[C * R];
+    unroll<C * R>([&](auto i) INLINE_LAMBDA { acc[i] = zero(); });
+    unroll<2 * PER_UNIT>([&](auto i) INLINE_LAMBDA {
+      const int at = u * PER_UNIT * STEP + i * LANES;
+      Vec q[C];
+      unroll<C>([&](auto m) INLINE_LAMBDA { q[m] = load(x + m * x_stride + at); });
+      unroll<R>([&](auto r) INLINE_LAMBDA {
+        const Vec v = load(values + r * CHUNK + at);
+        unroll<C>([&](auto m) INLINE_LAMBDA { acc[m * R + r] = mul_add(acc[m * R + r], v, q[m]); });
+      });
+    });
+    unroll<C>([&](auto m) INLINE_LAMBDA {
+      const VecF x_scale = unit_scale<K, G>(x_scales + m * segments, u);
+      unroll<R>([&](auto r) INLINE_LAMBDA {
+        const VecF both = multiply(x_scale, scales[r * UNITS + u]);
+        sum[m * R + r] = add_scaled(sum[m * R + r], acc[m * R + r], both);
+      });
+    });
+  }
+  unroll<C * R>([&](auto i) INLINE_LAMBDA { sums[i / R * TILE_ROWS + i % R] = sum[i]; });
+}
+
+template <int K, int G, int R>
+void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tail<K>& tail, const Activation& x,
+               int64_t first, int64_t count, int64_t row, char* scratch, float* out, int64_t stride) {
+  constexpr int UNITS = STEPS / (G == 64 ? 2 : 1);
+  const int64_t chunks = chunk_count(w);
+  const int64_t full = w.cols / CHUNK;
+  VecF* sums = reinterpret_cast<VecF*>(scratch);  // (PANEL, TILE_ROWS)
+  VecF* units = sums + PANEL * TILE_ROWS;  // (R, UNITS): the weight's scales in this chunk
+  int16_t* values = reinterpret_cast<int16_t*>(units + R * UNITS);  // (R, CHUNK)
+  float* spread = reinterpret_cast<float*>(values + R * CHUNK);  // (R, segments)
+  float* scales = spread + R * x.segments;  // (R, blocks)
+  float* zeros = scales + R * w.blocks;  // (R, blocks)
+  for (int r = 0; r < R; ++r) {
+    read_scales(w, row + r, scales + r * w.blocks);
+    spread_scales(w, scales + r * w.blocks, nullptr, G, x.segments, spread + r * x.segments);
+    if (w.zero_type != Type::none) {
+      read_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, w.blocks, zeros + r * w.blocks);
+    }
+  }
+  for (int64_t i = 0; i < count * TILE_ROWS; ++i) sums[i] = zero_float();
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int steps = c < full ? STEPS : tail.steps;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* packed = w.planes + (row + r) * w.row_bytes + c * K * (CHUNK / 8);
+      prefetch(packed, K * (CHUNK / 8));
+      decode_chunk<K>(lut, tail, packed, c < full, values + r * CHUNK);
+      for (int u = 0; u < UNITS; ++u) {
+        units[r * UNITS + u] = unit_scale<K, G>(spread + r * x.segments + c * (CHUNK / G), u);
+      }
+    }
+    const int16_t* q = x.values + (first * chunks + c) * CHUNK;
+    const float* x_scales = x.scales + first * x.segments + c * (CHUNK / G);
+    const int64_t next = chunks * CHUNK;
+    int64_t m = 0;
+    for (; m + TILE_COLS <= count; m += TILE_COLS) {
+      multiply_chunk<K, G, R, TILE_COLS>(values, steps, q + m * next, next, x_scales + m * x.segments, x.segments, units,
+                                         sums + m * TILE_ROWS);
+    }
+    for (; m < count; ++m) {
+      multiply_chunk<K, G, R, 1>(values, steps, q + m * next, next, x_scales + m * x.segments, x.segments, units,
+                                 sums + m * TILE_ROWS);
+    }
+  }
+  for (int64_t m = 0; m < count; ++m) {
+    for (int r = 0; r < R; ++r) {
+      float value = sum_lanes(sums[m * TILE_ROWS + r]) * table.unit;
+      if (w.zero_type != Type::none) {
+        value += dot_floats(zeros + r * w.blocks, x.sums + (first + m) * w.blocks, w.blocks);
+      }
+      out[m * stride + r] = value;
+    }
+    if (w.outliers > 0) add_outliers(w, x.outliers + (first + m) * w.outliers, row, row + R, out + m * stride);
+  }
+}
+
+template <int K, int G>
+void gemm_rows(const Weight& w, const Table& table, const Activation& x, int64_t first, int64_t count, int64_t begin,
+               int64_t end, float* out, int64_t stride) {
+  constexpr int R = TILE_ROWS;
+  const size_t floats = static_cast<size_t>(R * x.segments + 2 * R * w.blocks);
+  const Scratch scratch((PANEL + STEPS) * R * sizeof(VecF) + R * CHUNK * sizeof(int16_t) + sizeof(float) * floats);
+  const Lut<K> lut(table);
+  const Tail<K> tail(w.cols % CHUNK);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) {
+    gemm_tile<K, G, R>(w, table, lut, tail, x, first, count, row, scratch.data, out + row - begin, stride);
+  }
+  for (; row < end; ++row) {
+    gemm_tile<K, G, 1>(w, table, lut, tail, x, first, count, row, scratch.data, out + row - begin, stride);
+  }
+}
+
+// Floats ---------------------------------------------------------------------------------------
+
+template <int K>
+void decode_row(const Weight& w, int64_t row, float* out) {
+  const Scratch scratch(sizeof(float) * static_cast<size_t>(2 * w.blocks));
+  float* scales = reinterpret_cast<float*>(scratch.data);
+  float* zeros = scales + w.blocks;
+  read_scales(w, row, scales);
+  if (w.zero_type != Type::none) read_numbers(w.zeros, w.zero_type, row * w.blocks, w.blocks, zeros);
+  const uint8_t* packed = w.planes + row * w.row_bytes;
+  alignas(64) uint8_t bytes[CHUNK];
+  for (int64_t at = 0; at < w.cols; at += CHUNK, packed += K * (CHUNK / 8)) {
+    const int64_t count = w.cols - at < CHUNK ? w.cols - at : CHUNK;
+    if (count == CHUNK) {
+      for (int s = 0; s < STEPS; ++s) {
+        const Vec c = clean<K>(codes<K>(packed, s));
+        for (int half = 0; half < STEP / 32; ++half) store_half(bytes + natural(K, s, 32 * half), c, half);
+      }
+    } else {
+      unpack_chunk(packed, count, K, bytes);
+    }
+    for (int64_t i = 0; i < count;) {
+      const int64_t b = (at + i) / w.block;
+      const int64_t end = (b + 1) * w.block - at;
+      const int64_t stop = end < count ? end : count;
+      const float zero = w.zero_type == Type::none ? 0.0f : zeros[b];
+      scale_codes(w.codebook, bytes + i, stop - i, scales[b], zero, w.zero_type != Type::none, out + at + i);
+      i = stop;
+    }
+  }
+  float values[256];
+  for (int64_t i = 0; i < w.outliers; i += 256) {
+    const int64_t count = w.outliers - i < 256 ? w.outliers - i : 256;
+    read_numbers(w.outlier_values, w.outlier_type, row * w.outliers + i, count, values);
+    for (int64_t j = 0; j < count; ++j) out[w.outlier_index[i + j]] = values[j];
+  }
+}
+
+// The table of kernels -------------------------------------------------------------------------
+
+#define KBIT_BY_BITS(bits, call) \
+  switch (bits) {                \
+    case 2: { constexpr int K = 2; call; break; } \
+    case 3: { constexpr int K = 3; call; break; } \
+    case 4: { constexpr int K = 4; call; break; } \
+    case 5: { constexpr int K = 5; call; break; } \
+    case 6: { constexpr int K = 6; call; break; } \
+    case 7: { constexpr int K = 7; call; break; } \
+    default: { constexpr int K = 8; call; break; } \
+  }
+
+void prepare(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
+  KBIT_BY_BITS(w.bits, prepare_rows<K>(w, x, begin, end, out));
+}
+
+void gemv(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
+  if (x.is_affine) {
+    if (x.granule == 64) {
+      KBIT_BY_BITS(w.bits, (gemv_rows<K, true, 64>(w, table, x, begin, end, out)));
+    } else {
+      KBIT_BY_BITS(w.bits, (gemv_rows<K, true, 32>(w, table, x, begin, end, out)));
+    }
+  } else if (x.granule == 64) {
+    KBIT_BY_BITS(w.bits, (gemv_rows<K, false, 64>(w, table, x, begin, end, out)));
+  } else {
+    KBIT_BY_BITS(w.bits, (gemv_rows<K, false, 32>(w, table, x, begin, end, out)));
+  }
+}
+
+void gemm(const Weight& w, const Table& table, const Activation& x, int64_t first, int64_t count, int64_t begin,
+          int64_t end, float* out, int64_t stride) {
+  if (x.granule == 64) {
+    KBIT_BY_BITS(w.bits, (gemm_rows<K, 64>(w, table, x, first, count, begin, end, out, stride)));
+  } else {
+    KBIT_BY_BITS(w.bits, (gemm_rows<K, 32>(w, table, x, first, count, begin, end, out, stride)));
+  }
+}
+
+void decode(const Weight& w, int64_t row, float* out) { KBIT_BY_BITS(w.bits, decode_row<K>(w, row, out)); }
+
+}  // namespace
+}  // namespace kbit

@@ -1,0 +1,74 @@
+// What a kernel set offers, and the plain structures that it works on. No ATen here: the files
+// that are compiled for one instruction set include nothing that another file might share with them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kbit {
+
+constexpr int64_t CHUNK = 256;  // codes that are packed together (kbitc/packing.py)
+constexpr int64_t SCALE_GROUP = 256;  // double-quantized scales that share a constant
+constexpr int64_t PANEL = 32;  // rows of x that a matmul takes at a time
+constexpr int64_t TABLE_MAX = 16383;  // largest 16-bit table value: 8 products of two fit in 31 bits
+
+enum class Type : int { none, f32, f16, bf16, code };
+
+// A 2-D packed weight, or one expert of a 3-D one.
+struct Weight {
+  const uint8_t* planes;
+  const void* scales;  // (rows, blocks); `code` is the 8-bit code of a double-quantized scale
+  const void* zeros;
+  const float* codebook;
+  const float* scale_codebook;
+  const float* scale_absmax;
+  const void* outlier_values;  // (rows, outliers)
+  const int32_t* outlier_index;
+  int64_t rows, cols, blocks, row_bytes, outliers;
+  int64_t first_scale;  // position of scale (0, 0) in the whole tensor: double quantization counts from there
+  int64_t block;
+  int bits, levels;
+  Type scale_type, zero_type, outlier_type;
+  float scale_mean;
+};
+
+// How a weight's codes become numbers inside integer dot products.
+struct Table {
+  alignas(64) int16_t value[256];  // codebook / unit, rounded
+  float unit;
+  bool is_affine;  // codebook[i] = step * i + first, up to rounding
+  float step, first;
+};
+
+// Rows of x, quantized block by block in the order in which the kernel visits codes.
+struct Activation {
+  int16_t* values;  // (rows, chunks * 256); or pairs of int8 vectors (high, low) for affine weights
+  float* scales;  // (rows, segments): one for each `granule` weights
+  float* sums;  // (rows, blocks): sum of x over the block
+  float* outliers;  // (rows, outliers)
+  int64_t rows, segments, granule;
+  bool is_affine;
+};
+
+struct Kernels {
+  const char* name;
+  // Whether blocks of this size can use integer dot products; what cannot goes through `decode`.
+  bool (*is_fast)(const Weight& weight);
+  // Quantize rows [begin, end) of x (rows, cols), outlier features already set to zero.
+  void (*prepare)(const Weight& weight, const float* x, int64_t begin, int64_t end, Activation& out);
+  // out[r] for r in [begin, end): one row of x.
+  void (*gemv)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end,
+               float* out);
+  // out[m * stride + r] for r in [begin, end) and up to PANEL rows m of x from `first` on.
+  void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t first, int64_t count,
+               int64_t begin, int64_t end, float* out, int64_t stride);
+  // Row `row` as `cols` floats, outlier columns in place: codebook[code] * scale + zero.
+  void (*decode)(const Weight& weight, int64_t row, float* out);
+  float (*dot)(const float* a, const float* b, int64_t count);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace kbit

@@ -1,0 +1,132 @@
+// Plain helpers that every kernel set includes; each gets a copy of its own (hence the anonymous
+// namespace), compiled for its own instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace kbit {
+namespace {
+
+// A loop whose index is a constant, so that arrays which it indexes live in registers.
+template <int VALUE>
+struct Constant {
+  constexpr operator int() const { return VALUE; }
+};
+
+template <int COUNT, class Body>
+INLINE void unroll(const Body& body) {
+  if constexpr (COUNT > 0) {
+    unroll<COUNT - 1>(body);
+    body(Constant<COUNT - 1>{});
+  }
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float from_half(uint16_t half) {
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  float size;
+  if (exponent == 0) {
+    size = static_cast<float>(mantissa) * 0x1p-24f;
+  } else if (exponent == 31) {
+    size = from_bits(0x7f800000u | (mantissa << 13));
+  } else {
+    size = from_bits(((exponent + 112) << 23) | (mantissa << 13));
+  }
+  return (half & 0x8000u) ? -size : size;
+}
+
+inline float read_number(const void* data, Type type, int64_t at) {
+  switch (type) {
+    case Type::f32:
+      return static_cast<const float*>(data)[at];
+    case Type::bf16:
+      return from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16);
+    case Type::f16:
+      return from_half(static_cast<const uint16_t*>(data)[at]);
+    default:
+      return 0.0f;
+  }
+}
+
+inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out);
+
+// Scale of block b of a row.
+inline float read_scale(const Weight& w, int64_t row, int64_t b) {
+  const int64_t at = row * w.blocks + b;
+  if (w.scale_type != Type::code) return read_number(w.scales, w.scale_type, at);
+  const float value = w.scale_codebook[static_cast<const uint8_t*>(w.scales)[at]];
+  return value * w.scale_absmax[(w.first_scale + at) / SCALE_GROUP] + w.scale_mean;
+}
+
+// The scales of one row as floats.
+[[maybe_unused]] inline void read_scales(const Weight& w, int64_t row, float* out) {
+  const int64_t at = row * w.blocks;
+  if (w.scale_type != Type::code) {
+    read_numbers(w.scales, w.scale_type, at, w.blocks, out);
+    return;
+  }
+  const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
+  const int64_t first = w.first_scale + at;
+  for (int64_t i = 0; i < w.blocks;) {
+    const int64_t group = (first + i) / SCALE_GROUP;
+    const int64_t left = (group + 1) * SCALE_GROUP - (first + i);
+    const int64_t stop = i + left < w.blocks ? i + left : w.blocks;
+    const float absmax = w.scale_absmax[group];
+    for (; i < stop; ++i) out[i] = w.scale_codebook[codes[i]] * absmax + w.scale_mean;
+  }
+}
+
+// Widths of the bit planes of k-bit codes, lowest bits first.
+inline int plane_widths(int bits, int widths[3]) {
+  int count = 0;
+  for (int width = 8; width >= 1; width /= 2) {
+    if (bits & width) widths[count++] = width;
+  }
+  return count;
+}
+
+// Codes of one chunk of `count` codes, in natural order.
+inline void unpack_chunk(const uint8_t* packed, int64_t count, int bits, uint8_t* codes) {
+  const int64_t lanes = (count + 7) / 8;
+  int widths[3];
+  const int planes = plane_widths(bits, widths);
+  for (int64_t group = 0; group < 8; ++group) {
+    uint8_t* out = codes + group * lanes;
+    const int64_t here = count - group * lanes < lanes ? count - group * lanes : lanes;
+    const uint8_t* plane = packed;
+    int shift = 0;
+    for (int p = 0; p < planes; ++p) {
+      const int width = widths[p];
+      const int per_byte = 8 / width;
+      const uint8_t* bytes = plane + group / per_byte * lanes;
+      const int phase = width * (static_cast<int>(group) % per_byte);
+      const int mask = (1 << width) - 1;
+      if (shift == 0) {
+        for (int64_t lane = 0; lane < here; ++lane) {
+          out[lane] = static_cast<uint8_t>((bytes[lane] >> phase) & mask);
+        }
+      } else {
+        for (int64_t lane = 0; lane < here; ++lane) {
+          out[lane] = static_cast<uint8_t>(out[lane] | (((bytes[lane] >> phase) & mask) << shift));
+        }
+      }
+      plane += width * lanes;
+      shift += width;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kbit
