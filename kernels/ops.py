@@ -233,5 +233,27 @@ def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (torch.ops.kbit.grouped_input_grad(grad, *rest), *[None] * (OPERANDS + 1))
 
 
+def _save_linears(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the weights: flat, with gaps, as ``linears`` takes them."""
+    del output
+    _, weights, ctx.numbers, biases = inputs
+    if any(bias is not None and bias.requires_grad for bias in biases):
+        raise RuntimeError("kbit::linears has no gradient for its biases; call kbit::linear for each weight")
+    ctx.present = [value is not None for value in weights]
+    ctx.save_for_backward(*(value for value in weights if value is not None))
+
+
+def _linears_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    each = _split_weights([next(saved) if is_present else None for is_present in ctx.present], ctx.numbers)
+    parts = grad.split([operands[0].shape[0] for operands in each], dim=-1)
+    grad_x = sum(
+        torch.ops.kbit.input_grad(part.contiguous(), *operands)
+        for part, operands in zip(parts, each, strict=True)
+    )
+    return grad_x, None, None, None
+
+
+torch.library.register_autograd("kbit::linears", _linears_backward, setup_context=_save_linears, lib=library)
 torch.library.register_autograd("kbit::linear", _linear_backward, setup_context=_save, lib=library)
 torch.library.register_autograd("kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library)

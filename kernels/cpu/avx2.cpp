@@ -227,6 +227,50 @@ inline void read_numbers(const void* data, Type type, int64_t at, int64_t count,
   for (; i < count; ++i) out[i] = read_number(data, type, at + i);
 }
 
+INLINE VecF halves(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
+  VecF sum = zero_float();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) sum = _mm256_fmadd_ps(halves(a + i), _mm256_loadu_ps(b + i), sum);
+  float total = sum_lanes(sum);
+  for (; i < count; ++i) total += from_half(a[i]) * b[i];
+  return total;
+}
+
+INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
+  }
+  for (; i < count; ++i) out[i] = a[i] * b[i];
+}
+
+// Double-quantized scales, looked up one by one as bits, then scaled together.
+class ScaleTable {
+ public:
+  explicit ScaleTable(const Weight& w) : levels_(w.scale_codebook) {}
+  // level * absmax + mean.
+  INLINE void read(const uint8_t* codes, int64_t count, int64_t, float absmax, float mean, float* out) const {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      unroll<8>([&](auto j) INLINE_LAMBDA { std::memcpy(out + i + j, levels_ + codes[i + j], 4); });
+    }
+    for (; i < count; ++i) out[i] = levels_[codes[i]];
+    const VecF by = _mm256_set1_ps(absmax), plus = _mm256_set1_ps(mean);
+    for (i = 0; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_loadu_ps(out + i), by, plus));
+    }
+    for (; i < count; ++i) out[i] = __builtin_fmaf(out[i], absmax, mean);
+  }
+
+ private:
+  const float* levels_;
+};
+
+// codebook[code] * scale (+ zero), rounded after each step as the reference does.
 INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t count, float scale, float zero,
                         bool has_zero, float* out) {
   int64_t i = 0;

@@ -227,6 +227,68 @@ inline void read_numbers(const void* data, Type type, int64_t at, int64_t count,
   }
 }
 
+INLINE __mmask16 lanes(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+INLINE VecF halves(__mmask16 here, const uint16_t* p) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, p)); }
+
+INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
+  VecF sum = zero_float();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 here = lanes(count - i);
+    sum = _mm512_fmadd_ps(halves(here, a + i), _mm512_maskz_loadu_ps(here, b + i), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i)));
+  }
+  if (i < count) {
+    const __mmask16 here = lanes(count - i);
+    const VecF both = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, a + i), _mm512_maskz_loadu_ps(here, b + i));
+    _mm512_mask_storeu_ps(out + i, here, both);
+  }
+}
+
+// Double-quantized scales, looked up as 16-bit integers whose rounding is 2^-16 of the group's constant.
+class ScaleTable {
+ public:
+  explicit ScaleTable(const Weight& w) : unit_(0.0f), lut_(table(w, &unit_)) {}
+  // level * absmax + mean; writes up to a step beyond `count`, reads `safe` codes at most.
+  INLINE void read(const uint8_t* codes, int64_t count, int64_t safe, float absmax, float mean, float* out) const {
+    const __m256 by = _mm256_set1_ps(absmax * unit_), plus = _mm256_set1_ps(mean);
+    for (int64_t i = 0; i < count; i += STEP) {
+      const int64_t left = safe - i;
+      const __mmask64 here = left >= 64 ? ~0ull : (1ull << left) - 1;
+      Vec v[2];
+      lookup(lut_, _mm512_maskz_loadu_epi8(here, codes + i), v);
+      unroll<8>([&](auto part) INLINE_LAMBDA {
+        const __m128i levels = _mm512_extracti32x4_epi32(v[part % 2], part / 2);
+        const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(levels));
+        _mm256_storeu_ps(out + i + 8 * part, _mm256_fmadd_ps(value, by, plus));
+      });
+    }
+  }
+
+ private:
+  static Table table(const Weight& w, float* unit) {
+    Table t{};
+    if (w.scale_type != Type::code) return t;
+    float largest = 0.0f;
+    for (int i = 0; i < 256; ++i) largest = std::fmax(largest, std::fabs(w.scale_codebook[i]));
+    *unit = largest / 32767.0f;
+    for (int i = 0; i < 256 && largest > 0.0f; ++i) {
+      t.value[i] = static_cast<int16_t>(std::lrintf(w.scale_codebook[i] / *unit));
+    }
+    return t;
+  }
+  float unit_;
+  Lut<8> lut_;
+};
+
 // codebook[code] * scale (+ zero), rounded after each step as the reference does.
 INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t count, float scale, float zero,
                         bool has_zero, float* out) {

@@ -100,14 +100,52 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
 
 // Scales ---------------------------------------------------------------------------------------
 
+// Scales of consecutive rows as floats. Several rows at a time, so that what is written has left the
+// store buffer when the dot products read it.
+class ScaleReader {
+ public:
+  explicit ScaleReader(const Weight& weight) : w_(weight), table_(weight) {}
+
+  // `out` needs room for (count, blocks) floats and a step more.
+  INLINE void read(int64_t row, int64_t count, float* out) const {
+    const int64_t at = row * w_.blocks;
+    const int64_t total = count * w_.blocks;
+    if (w_.scale_type != Type::code) {
+      read_numbers(w_.scales, w_.scale_type, at, total, out);
+      return;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(w_.scales) + at;
+    const int64_t first = w_.first_scale + at;
+    const int64_t safe = w_.rows * w_.blocks - at;  // bytes from `codes` to the end
+    for (int64_t i = 0; i < total;) {
+      const int64_t group = (first + i) / SCALE_GROUP;
+      const int64_t end = (group + 1) * SCALE_GROUP - first;
+      const int64_t stop = end < total ? end : total;
+      table_.read(codes + i, stop - i, safe - i, w_.scale_absmax[group], w_.scale_mean, out + i);
+      i = stop;
+    }
+  }
+
+ private:
+  const Weight& w_;
+  const ScaleTable table_;
+};
+
 // The scale of each granule of one row of the weight, times `x` where given; zero past the end.
 inline void spread_scales(const Weight& w, const float* scales, const float* x, int64_t granule,
                           int64_t segments, float* out) {
   const int64_t valid = (w.cols + granule - 1) / granule;
-  if (w.block == granule && x != nullptr) {
-    for (int64_t j = 0; j < valid; ++j) out[j] = scales[j] * x[j];
+  const int64_t ratio = w.block / granule;
+  if (ratio == 1 && x != nullptr) {
+    multiply_floats(scales, x, valid, out);
+  } else if (ratio == 2 && x != nullptr) {
+    const int64_t pairs = valid / 2;
+    for (int64_t b = 0; b < pairs; ++b) {
+      out[2 * b] = scales[b] * x[2 * b];
+      out[2 * b + 1] = scales[b] * x[2 * b + 1];
+    }
+    if (valid % 2 != 0) out[valid - 1] = scales[pairs] * x[valid - 1];
   } else {
-    const int64_t ratio = w.block / granule;
     for (int64_t b = 0, j = 0; b < w.blocks; ++b) {
       const int64_t stop = j + ratio < valid ? j + ratio : valid;
       for (; j < stop; ++j) out[j] = x == nullptr ? scales[b] : scales[b] * x[j];
@@ -116,13 +154,17 @@ inline void spread_scales(const Weight& w, const float* scales, const float* x, 
   for (int64_t j = valid; j < segments; ++j) out[j] = 0.0f;
 }
 
-// sum_b (scale[b] * first + zero[b]) * sums[b]: what the codes' offset adds.
-inline float offset_of(const Weight& w, const float* scales, const float* zeros, float first,
-                       const float* sums) {
+// Dot product of stored 16- or 32-bit numbers with floats.
+inline float dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
+  if (type == Type::f16) return dot_halves(static_cast<const uint16_t*>(data) + at, x, count);
+  float values[256];
   float total = 0.0f;
-  if (zeros == nullptr) return first * dot_floats(scales, sums, w.blocks);
-  total = dot_floats(zeros, sums, w.blocks);
-  return first == 0.0f ? total : total + first * dot_floats(scales, sums, w.blocks);
+  for (int64_t i = 0; i < count; i += 256) {
+    const int64_t here = count - i < 256 ? count - i : 256;
+    read_numbers(data, type, at + i, here, values);
+    total += dot_floats(values, x + i, here);
+  }
+  return total;
 }
 
 // One row of x ---------------------------------------------------------------------------------
@@ -160,29 +202,16 @@ INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, con
 
 // R rows of the weight side by side, so that x is loaded once for all of them.
 template <int K, bool AFFINE, int G, int R>
-INLINE void gemv_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tail<K>& tail, const Activation& x,
-                      int64_t row, float* scratch, float* out) {
+INLINE void gemv_tile(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
+                      int64_t end, const float* spread, float* out) {
   const int64_t full = w.cols / CHUNK;
-  float* scales = scratch;  // (blocks)
-  float* zeros = scales + w.blocks;  // (blocks)
-  float* spread = zeros + w.blocks;  // (R, segments)
-  float offset[R];
-  for (int r = 0; r < R; ++r) {
-    read_scales(w, row + r, scales);
-    spread_scales(w, scales, x.scales, G, x.segments, spread + r * x.segments);
-    offset[r] = 0.0f;
-    if (w.zero_type != Type::none) read_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, w.blocks, zeros);
-    if (AFFINE || w.zero_type != Type::none) {
-      const float* given = w.zero_type == Type::none ? nullptr : zeros;
-      offset[r] = offset_of(w, scales, given, AFFINE ? table.first : 0.0f, x.sums);
-    }
-  }
-  const uint8_t* packed = w.planes + row * w.row_bytes;
+  int64_t rows[R];  // past the end: the last one again, for nothing
+  unroll<R>([&](auto r) INLINE_LAMBDA { rows[r] = row + r < end ? row + r : end - 1; });
   VecF sum[R];
   unroll<R>([&](auto r) INLINE_LAMBDA { sum[r] = zero_float(); });
   for (int64_t c = 0; c < full; ++c) {
     unroll<R>([&](auto r) INLINE_LAMBDA {
-      const PackedCodes<K> codes{packed + r * w.row_bytes + c * K * (CHUNK / 8)};
+      const PackedCodes<K> codes{w.planes + rows[r] * w.row_bytes + c * K * (CHUNK / 8)};
       prefetch(codes.at, K * (CHUNK / 8));
       const float* here = spread + r * x.segments + c * (CHUNK / G);
       sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, STEPS, x.values + c * CHUNK, here, sum[r]);
@@ -190,38 +219,50 @@ INLINE void gemv_tile(const Weight& w, const Table& table, const Lut<K>& lut, co
   }
   if (w.cols % CHUNK != 0) {
     unroll<R>([&](auto r) INLINE_LAMBDA {
-      const auto codes = tail.read(packed + r * w.row_bytes + full * K * (CHUNK / 8));
+      const auto codes = tail.read(w.planes + rows[r] * w.row_bytes + full * K * (CHUNK / 8));
       const float* here = spread + r * x.segments + full * (CHUNK / G);
       sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, tail.steps, x.values + full * CHUNK, here, sum[r]);
     });
   }
-  const float unit = AFFINE ? table.step : table.unit;
-  for (int r = 0; r < R; ++r) out[r] = sum_lanes(sum[r]) * unit + offset[r];
+  for (int r = 0; r < R && row + r < end; ++r) out[r] = sum_lanes(sum[r]);
 }
 
 inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
-  float values[256];
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t i = 0; i < w.outliers; i += 256) {
-      const int64_t count = w.outliers - i < 256 ? w.outliers - i : 256;
-      read_numbers(w.outlier_values, w.outlier_type, row * w.outliers + i, count, values);
-      out[row - begin] += dot_floats(values, x + i, count);
-    }
+    out[row - begin] += dot_numbers(w.outlier_values, w.outlier_type, row * w.outliers, x, w.outliers);
   }
 }
 
 template <int K, bool AFFINE, int G>
 void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
   constexpr int R = 2;
-  const Scratch scratch(sizeof(float) * static_cast<size_t>(2 * w.blocks + R * x.segments));
-  float* floats = reinterpret_cast<float*>(scratch.data);
+  const int64_t fitting = 2048 / (w.blocks + x.segments) / R * R;  // rows whose scales stay in the L1 cache
+  const int64_t batch = fitting < R ? R : (fitting > 32 ? 32 : fitting);
+  const Scratch scratch(sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + STEP));
+  float* spread = reinterpret_cast<float*>(scratch.data);  // (batch, segments)
+  float* scales = spread + batch * x.segments;  // (batch, blocks) and a step
+  const ScaleReader reader(w);
   const Lut<K> lut(table);
   const Tail<K> tail(w.cols % CHUNK);
-  int64_t row = begin;
-  for (; row + R <= end; row += R) {
-    gemv_tile<K, AFFINE, G, R>(w, table, lut, tail, x, row, floats, out + row - begin);
+  const float unit = AFFINE ? table.step : table.unit;
+  for (int64_t row = begin; row < end; row += batch) {
+    const int64_t count = row + batch < end ? batch : end - row;
+    float* here = out + row - begin;
+    reader.read(row, count, scales);
+    for (int64_t r = 0; r < count; ++r) {
+      spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
+    }
+    for (int64_t r = 0; r < count; r += R) {
+      gemv_tile<K, AFFINE, G, R>(w, lut, tail, x, row + r, row + count, spread + r * x.segments, here + r);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      here[r] *= unit;
+      if (AFFINE) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
+      if (w.zero_type != Type::none) {
+        here[r] += dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks);
+      }
+    }
   }
-  for (; row < end; ++row) gemv_tile<K, AFFINE, G, 1>(w, table, lut, tail, x, row, floats, out + row - begin);
   if (w.outliers > 0) add_outliers(w, x.outliers, begin, end, out);
 }
 
@@ -278,8 +319,9 @@ INLINE void multiply_chunk(const int16_t* values, int steps, const int16_t* x, i
 }
 
 template <int K, int G, int R>
-void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tail<K>& tail, const Activation& x,
-               int64_t first, int64_t count, int64_t row, char* scratch, float* out, int64_t stride) {
+void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const ScaleReader& reader,
+               const Tail<K>& tail, const Activation& x, int64_t first, int64_t count, int64_t row, int64_t end, char* scratch, float* out,
+               int64_t stride) {
   constexpr int UNITS = STEPS / (G == 64 ? 2 : 1);
   const int64_t chunks = chunk_count(w);
   const int64_t full = w.cols / CHUNK;
@@ -287,20 +329,22 @@ void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tai
   VecF* units = sums + PANEL * TILE_ROWS;  // (R, UNITS): the weight's scales in this chunk
   int16_t* values = reinterpret_cast<int16_t*>(units + R * UNITS);  // (R, CHUNK)
   float* spread = reinterpret_cast<float*>(values + R * CHUNK);  // (R, segments)
-  float* scales = spread + R * x.segments;  // (R, blocks)
-  float* zeros = scales + R * w.blocks;  // (R, blocks)
+  float* zeros = spread + R * x.segments;  // (R, blocks)
+  float* scales = zeros + R * w.blocks;  // (R, blocks) and a step
+  const int64_t valid = row + R <= end ? R : end - row;
+  reader.read(row, valid, scales);
   for (int r = 0; r < R; ++r) {
-    read_scales(w, row + r, scales + r * w.blocks);
-    spread_scales(w, scales + r * w.blocks, nullptr, G, x.segments, spread + r * x.segments);
+    const int64_t at = row + (r < valid ? r : 0);  // past the end: the first one again, for nothing
+    spread_scales(w, scales + (at - row) * w.blocks, nullptr, G, x.segments, spread + r * x.segments);
     if (w.zero_type != Type::none) {
-      read_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, w.blocks, zeros + r * w.blocks);
+      read_numbers(w.zeros, w.zero_type, at * w.blocks, w.blocks, zeros + r * w.blocks);
     }
   }
   for (int64_t i = 0; i < count * TILE_ROWS; ++i) sums[i] = zero_float();
   for (int64_t c = 0; c < chunks; ++c) {
     const int steps = c < full ? STEPS : tail.steps;
     for (int r = 0; r < R; ++r) {
-      const uint8_t* packed = w.planes + (row + r) * w.row_bytes + c * K * (CHUNK / 8);
+      const uint8_t* packed = w.planes + (row + (r < valid ? r : 0)) * w.row_bytes + c * K * (CHUNK / 8);
       prefetch(packed, K * (CHUNK / 8));
       decode_chunk<K>(lut, tail, packed, c < full, values + r * CHUNK);
       for (int u = 0; u < UNITS; ++u) {
@@ -321,14 +365,14 @@ void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Tai
     }
   }
   for (int64_t m = 0; m < count; ++m) {
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < valid; ++r) {
       float value = sum_lanes(sums[m * TILE_ROWS + r]) * table.unit;
       if (w.zero_type != Type::none) {
         value += dot_floats(zeros + r * w.blocks, x.sums + (first + m) * w.blocks, w.blocks);
       }
       out[m * stride + r] = value;
     }
-    if (w.outliers > 0) add_outliers(w, x.outliers + (first + m) * w.outliers, row, row + R, out + m * stride);
+    if (w.outliers > 0) add_outliers(w, x.outliers + (first + m) * w.outliers, row, row + valid, out + m * stride);
   }
 }
 
@@ -336,16 +380,13 @@ template <int K, int G>
 void gemm_rows(const Weight& w, const Table& table, const Activation& x, int64_t first, int64_t count, int64_t begin,
                int64_t end, float* out, int64_t stride) {
   constexpr int R = TILE_ROWS;
-  const size_t floats = static_cast<size_t>(R * x.segments + 2 * R * w.blocks);
+  const size_t floats = static_cast<size_t>(R * x.segments + 2 * R * w.blocks + STEP);
+  const ScaleReader reader(w);
   const Scratch scratch((PANEL + STEPS) * R * sizeof(VecF) + R * CHUNK * sizeof(int16_t) + sizeof(float) * floats);
   const Lut<K> lut(table);
   const Tail<K> tail(w.cols % CHUNK);
-  int64_t row = begin;
-  for (; row + R <= end; row += R) {
-    gemm_tile<K, G, R>(w, table, lut, tail, x, first, count, row, scratch.data, out + row - begin, stride);
-  }
-  for (; row < end; ++row) {
-    gemm_tile<K, G, 1>(w, table, lut, tail, x, first, count, row, scratch.data, out + row - begin, stride);
+  for (int64_t row = begin; row < end; row += R) {
+    gemm_tile<K, G, R>(w, table, lut, reader, tail, x, first, count, row, end, scratch.data, out + row - begin, stride);
   }
 }
 
@@ -356,7 +397,11 @@ void decode_row(const Weight& w, int64_t row, float* out) {
   const Scratch scratch(sizeof(float) * static_cast<size_t>(2 * w.blocks));
   float* scales = reinterpret_cast<float*>(scratch.data);
   float* zeros = scales + w.blocks;
-  read_scales(w, row, scales);
+  if (w.scale_type == Type::code) {
+    for (int64_t b = 0; b < w.blocks; ++b) scales[b] = read_scale(w, row, b);
+  } else {
+    read_numbers(w.scales, w.scale_type, row * w.blocks, w.blocks, scales);
+  }
   if (w.zero_type != Type::none) read_numbers(w.zeros, w.zero_type, row * w.blocks, w.blocks, zeros);
   const uint8_t* packed = w.planes + row * w.row_bytes;
   alignas(64) uint8_t bytes[CHUNK];

@@ -60,32 +60,12 @@ inline float read_number(const void* data, Type type, int64_t at) {
   }
 }
 
-inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out);
-
 // Scale of block b of a row.
 inline float read_scale(const Weight& w, int64_t row, int64_t b) {
   const int64_t at = row * w.blocks + b;
   if (w.scale_type != Type::code) return read_number(w.scales, w.scale_type, at);
   const float value = w.scale_codebook[static_cast<const uint8_t*>(w.scales)[at]];
   return value * w.scale_absmax[(w.first_scale + at) / SCALE_GROUP] + w.scale_mean;
-}
-
-// The scales of one row as floats.
-[[maybe_unused]] inline void read_scales(const Weight& w, int64_t row, float* out) {
-  const int64_t at = row * w.blocks;
-  if (w.scale_type != Type::code) {
-    read_numbers(w.scales, w.scale_type, at, w.blocks, out);
-    return;
-  }
-  const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
-  const int64_t first = w.first_scale + at;
-  for (int64_t i = 0; i < w.blocks;) {
-    const int64_t group = (first + i) / SCALE_GROUP;
-    const int64_t left = (group + 1) * SCALE_GROUP - (first + i);
-    const int64_t stop = i + left < w.blocks ? i + left : w.blocks;
-    const float absmax = w.scale_absmax[group];
-    for (; i < stop; ++i) out[i] = w.scale_codebook[codes[i]] * absmax + w.scale_mean;
-  }
 }
 
 // Widths of the bit planes of k-bit codes, lowest bits first.

@@ -1,0 +1,392 @@
+"""The native CPU kernels against float64, for every kernel set that this machine runs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from kbitc import blockwise
+from kbitc.kernels import ops, reference  # noqa: F401
+from kbitc.kernels.cpu import build
+from kbitc.tensor import KbitTensor, quantize
+
+try:
+    build.find_compiler()
+except Exception as error:  # noqa: BLE001
+    pytest.skip(f"the native kernels cannot be built: {error}", allow_module_level=True)
+
+TYPES = ["int", "fp", "nf", "dynamic", "quantile", "bof"]
+BOUND = 5e-4  # relative to |x| |row of W|, per output: what 14-bit integers of both may cost
+
+
+def runnable_sets():
+    assert build.load(), "there is a compiler, so the kernels must load"
+    found = []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            torch.ops.kbit.use_cpu_kernels(name)
+        except RuntimeError:
+            continue
+        found.append(name)
+    torch.ops.kbit.use_cpu_kernels("auto")
+    return found
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def kernel_set(request):
+    if request.param not in runnable_sets():
+        pytest.skip(f"this machine does not run {request.param}")
+    torch.ops.kbit.use_cpu_kernels(request.param)
+    yield request.param
+    torch.ops.kbit.use_cpu_kernels(os.environ.get("KBITC_CPU", "auto"))
+
+
+def packed(rows, features, spec, seed=0, experts=None, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, features) if experts is None else (experts, rows, features)
+    return quantize(torch.randn(shape, generator=generator).to(dtype), spec)
+
+
+def truth(weight: KbitTensor) -> torch.Tensor:
+    return blockwise.dequantize_operands(*weight.operands(), dtype=torch.float32).double()
+
+
+def assert_product(y, x, dense, bias=None, bound=BOUND):
+    expected = x.double() @ dense.mT
+    scale = x.double().norm(dim=-1, keepdim=True) * dense.norm(dim=-1)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(y.dtype, 0.0)
+    if bias is not None:
+        expected = expected + bias.double()
+    error = (y.double() - expected).abs()
+    allowed = bound * scale + rounding * expected.abs() + 1e-30
+    assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+def linear(x, weight, bias=None):
+    return torch.ops.kbit.linear(x, *weight.operands(), bias)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("family", TYPES)
+@pytest.mark.parametrize("block", [64, 32])
+def test_linear_every_type(kernel_set, family, bits, block):
+    try:
+        weight = packed(11, 584, f"{family}{bits}:{block}")
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(str(error))
+    dense = truth(weight)
+    for rows in (1, 2, 5, 33):
+        x = torch.randn(rows, 584)
+        assert_product(linear(x, weight), x, dense)
+
+
+@pytest.mark.parametrize("flags", ["+zp", "+dq", "+zp+dq", "+out2%", "+zp+dq+out2%"])
+@pytest.mark.parametrize("datatype", ["nf4", "int4", "int8", "nf3", "fp6"])
+@pytest.mark.parametrize("block", [64, 32, 256, 48])
+def test_linear_every_flag(kernel_set, datatype, flags, block):
+    weight = packed(37, 776, f"{datatype}:{block}{flags}")
+    dense = truth(weight)
+    bias = torch.randn(37)
+    for rows in (1, 3, 18):
+        x = torch.randn(rows, 776)
+        assert_product(linear(x, weight, bias), x, dense, bias)
+
+
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 1100))
+
+
+@given(
+    shape=shapes,
+    bits=st.integers(2, 8),
+    family=st.sampled_from(["int", "nf", "fp", "dynamic"]),
+    block=st.sampled_from([1, 7, 16, 32, 33, 64, 96, 128, 192, 1000, 4096]),
+    flags=st.sampled_from(["", "+zp", "+dq", "+out1%", "+dq+out3%"]),
+    rows=st.integers(0, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(["plain", "transposed", "strided", "offset"]),
+    seed=st.integers(0, 99),
+)
+@settings(
+    max_examples=int(os.environ.get("KBITC_FUZZ", "60")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_fuzz_linear(kernel_set, shape, bits, family, block, flags, rows, dtype, layout, seed):
+    out_rows, features = shape
+    try:
+        weight = packed(out_rows, features, f"{family}{bits}:{block}{flags}", seed)
+    except Exception:  # noqa: BLE001
+        return  # a spec that does not exist, such as fp2
+    x = make_input(rows, features, dtype, layout, seed)
+    y = linear(x, weight)
+    assert y.dtype == dtype and y.shape == (rows, out_rows)
+    assert_product(y, x, truth(weight))
+
+
+def make_input(rows, features, dtype, layout, seed):
+    torch.manual_seed(seed)
+    if layout == "transposed":
+        return torch.randn(features, rows).to(dtype).T
+    if layout == "strided":
+        return torch.randn(rows, 3 * features + 2).to(dtype)[:, 1 : 3 * features + 1 : 3]
+    if layout == "offset":  # two bytes past any alignment
+        return torch.randn(rows * features + 1).to(dtype)[1:].view(rows, features)
+    return torch.randn(rows, features).to(dtype)
+
+
+def test_unaligned_and_strided_weights(kernel_set):
+    weight = packed(9, 300, "nf5:64+zp+out2%")
+    dense = truth(weight)
+    x = torch.randn(3, 300)
+
+    def displaced(t):
+        wide = torch.zeros(2 * t.numel() + 1, dtype=t.dtype)
+        wide[1::2] = t.flatten()
+        return wide[1::2].view(t.shape)
+
+    moved = KbitTensor(weight.packed.map(displaced), torch.float32)
+    assert_product(linear(x, moved), x, dense)
+
+    def shifted(t):
+        wide = torch.zeros(t.numel() + 1, dtype=t.dtype)
+        wide[1:] = t.flatten()
+        return wide[1:].view(t.shape)
+
+    assert_product(linear(x, KbitTensor(weight.packed.map(shifted), torch.float32)), x, dense)
+
+
+def test_many_dimensions_and_empty_input(kernel_set):
+    weight = packed(6, 64, "nf4:64")
+    x = torch.randn(2, 3, 5, 64)
+    assert linear(x, weight).shape == (2, 3, 5, 6)
+    assert_product(linear(x, weight).view(-1, 6), x.view(-1, 64), truth(weight))
+    assert linear(torch.randn(64), weight).shape == (6,)
+    assert linear(torch.randn(0, 64), weight).shape == (0, 6)
+
+
+def test_double_input_is_exact(kernel_set):
+    weight = packed(40, 200, "nf4:64+zp")
+    x = torch.randn(3, 200, dtype=torch.float64)
+    assert_close(linear(x, weight), x @ truth(weight).T, rtol=1e-12, atol=1e-12)
+
+
+def test_not_a_number_reaches_the_output(kernel_set):
+    weight = packed(8, 256, "nf4:64")
+    for bad in (float("nan"), float("inf")):
+        for rows in (1, 4):
+            x = torch.randn(rows, 256)
+            x[0, 130] = bad
+            y = linear(x, weight)
+            assert not y[0].isfinite().any()
+            assert y[1:].isfinite().all()
+
+
+def test_tiny_and_huge_inputs(kernel_set):
+    weight = packed(8, 256, "int4:64")
+    for scale in (1e-30, 1e30):
+        x = torch.randn(1, 256) * scale
+        assert_product(linear(x, weight) / scale, x / scale, truth(weight))
+    assert linear(torch.zeros(2, 256), weight).abs().max() == 0
+    assert linear(torch.full((1, 256), 1e-40), weight).isfinite().all()
+
+
+def test_massive_activation_keeps_the_others(kernel_set):
+    """One feature a thousand times larger than the rest disturbs its own block only."""
+    weight = packed(32, 1024, "nf4:64")
+    x = torch.randn(1, 1024)
+    x[0, 100] = 1000.0
+    assert_product(linear(x, weight), x, truth(weight), bound=2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(kernel_set, threads):
+    weight = packed(515, 576, "nf4:64+dq")
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 9, 40):
+            x = torch.randn(rows, 576)
+            torch.set_num_threads(1)
+            one = linear(x, weight)
+            torch.set_num_threads(threads)
+            assert torch.equal(linear(x, weight), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_linears_equals_its_parts(kernel_set):
+    weights = [
+        packed(64, 576, "nf4:64"),
+        packed(24, 576, "int3:32+zp", 1),
+        packed(7, 576, "nf4:64+out1%", 2),
+        packed(9, 576, "int4:48", 3),
+        packed(10, 576, "nf4:64", 4),
+    ]
+    tensors = [t for w in weights for t in w.operands()[:9]]
+    numbers = [n for w in weights for n in w.operands()[9:]]
+    biases = [torch.randn(64), None, None, torch.randn(9), None]
+    for rows in (1, 4, 20):
+        x = torch.randn(rows, 576)
+        y = torch.ops.kbit.linears(x, tensors, numbers, biases)
+        each = [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        assert torch.equal(y, torch.cat(each, -1))
+
+
+def test_linears_gradient(kernel_set):
+    weights = [packed(6, 70, "nf4:64"), packed(5, 70, "int8:32+zp", 1)]
+    tensors = [t for w in weights for t in w.operands()[:9]]
+    numbers = [n for w in weights for n in w.operands()[9:]]
+    x = torch.randn(3, 70, requires_grad=True)
+    grad = torch.randn(3, 11)
+    torch.ops.kbit.linears(x, tensors, numbers, [torch.randn(6), None]).backward(grad)
+    dense = torch.cat([truth(w) for w in weights])
+    assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="no gradient for its biases"):
+        torch.ops.kbit.linears(x, tensors, numbers, [torch.randn(6, requires_grad=True), None])
+
+
+@pytest.mark.parametrize("spec", ["nf4:64", "int3:48+zp", "fp6:64+dq+out2%"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_input(kernel_set, spec, dtype):
+    weight = packed(150, 300, spec)
+    x = torch.randn(5, 300, dtype=dtype, requires_grad=True)
+    bias = torch.randn(150, dtype=dtype, requires_grad=True)
+    grad = torch.randn(5, 150, dtype=dtype)
+    linear(x, weight, bias).backward(grad)
+    assert x.grad.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    assert_close(x.grad.double(), grad.double() @ truth(weight), rtol=tolerance, atol=tolerance * 20)
+    assert_close(bias.grad, grad.sum(0), rtol=2**-6, atol=2**-6)
+
+
+def test_gradcheck(kernel_set):
+    weight = packed(4, 40, "nf4:16")
+    x = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: linear(t, weight), (x,))
+
+
+@pytest.mark.parametrize("spec", ["nf4:64", "int5:32+zp", "nf8:48+dq", "fp3:7+out3%", "int8:64+dq", "nf2:64"])
+@pytest.mark.parametrize("features", [64, 100, 256, 777])
+def test_rows_are_exact(kernel_set, spec, features):
+    """Dequantize and embedding give the reference's floats, bit for bit (double quantization: nearly)."""
+    weight = packed(21, features, spec)
+    operands = weight.operands()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        expected = reference.dequantize(*operands, dtype=dtype)
+        found = torch.ops.kbit.dequantize(*operands, dtype)
+        loose = "+dq" in spec
+        assert_close(found, expected, rtol=2**-7 if loose else 0, atol=1e-6 if loose else 0)
+        ids = torch.tensor([[3, 20], [0, 3]])
+        assert torch.equal(torch.ops.kbit.embedding(ids, *operands, dtype), found[ids])
+
+
+def test_embedding_refuses_bad_ids(kernel_set):
+    weight = packed(5, 64, "nf4:64")
+    for bad in (-1, 5):
+        with pytest.raises(IndexError, match="outside 0"):
+            torch.ops.kbit.embedding(torch.tensor([0, bad]), *weight.operands(), torch.float32)
+    with pytest.raises(RuntimeError, match="expected integers"):
+        torch.ops.kbit.embedding(torch.tensor([0.5]), *weight.operands(), torch.float32)
+    assert torch.ops.kbit.embedding(
+        torch.empty(0, dtype=torch.long), *weight.operands(), torch.float32
+    ).shape == (0, 64)
+
+
+@pytest.mark.parametrize("spec", ["nf4:64", "int4:64+zp+dq", "nf3:32+out2%", "fp4:20"])
+def test_experts(kernel_set, spec):
+    weight = packed(30, 200, spec, experts=4)
+    dense = truth(weight)
+    x = torch.randn(17, 200, requires_grad=True)
+    offsets = torch.tensor([1, 1, 12, 17], dtype=torch.int32)
+    y = torch.ops.kbit.grouped_linear(x, *weight.operands(), offsets)
+    starts = [0, 1, 1, 12]
+    for expert, (start, end) in enumerate(zip(starts, offsets.tolist(), strict=True)):
+        assert_product(y[start:end].detach(), x[start:end].detach(), dense[expert])
+    grad = torch.randn(17, 30)
+    y.backward(grad)
+    for expert, (start, end) in enumerate(zip(starts, offsets.tolist(), strict=True)):
+        assert_close(
+            x.grad[start:end].double(), grad[start:end].double() @ dense[expert], rtol=1e-4, atol=1e-4
+        )
+    assert_close(
+        torch.ops.kbit.dequantize(*weight.operands(), torch.float32).double(), dense, rtol=1e-5, atol=1e-6
+    )
+
+
+def changed(weight, **fields):
+    names = (*blockwise.TENSOR_FIELDS, "in_features", "bits", "block")
+    values = dict(zip(names, weight.operands(), strict=True)) | fields
+    return tuple(values[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"planes": torch.zeros(5, 31, dtype=torch.uint8)}, "planes are"),
+        ({"planes": torch.zeros(5, 32)}, "planes are"),
+        ({"planes": torch.zeros(4, 32, dtype=torch.uint8)}, "scales have shape"),
+        ({"scales": torch.zeros(5, 3)}, "scales have shape"),
+        ({"scales": torch.zeros(5, 1, dtype=torch.int32)}, "expected float16"),
+        ({"scales": torch.zeros(5, 1, dtype=torch.uint8)}, "scales are codes"),
+        ({"codebook": torch.zeros(17)}, "codebook"),
+        ({"codebook": torch.zeros(16, dtype=torch.float64)}, "codebook"),
+        ({"zeros": torch.zeros(5, 2)}, "zeros have shape"),
+        ({"bits": 9}, "9 bits"),
+        ({"block": 0}, "block 0"),
+        ({"in_features": 60}, "float input"),
+        ({"outlier_values": torch.zeros(5, 1)}, "without their indices"),
+        (
+            {"outlier_values": torch.zeros(5, 1), "outlier_index": torch.tensor([64], dtype=torch.int32)},
+            "outside",
+        ),
+        (
+            {"outlier_values": torch.zeros(5, 2), "outlier_index": torch.tensor([1], dtype=torch.int32)},
+            "outlier_values",
+        ),
+    ],
+)
+def test_wrong_operands_are_errors(kernel_set, fields, message):
+    weight = packed(5, 64, "nf4:64")
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        torch.ops.kbit.linear(torch.randn(1, 64), *changed(weight, **fields), None)
+
+
+def test_wrong_inputs_are_errors(kernel_set):
+    weight = packed(5, 64, "nf4:64")
+    for x in (torch.randn(2, 63), torch.ones(2, 64, dtype=torch.long), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match="expected a float input"):
+            linear(x, weight)
+    with pytest.raises(RuntimeError, match="bias of shape"):
+        linear(torch.randn(1, 64), weight, torch.randn(6))
+    grouped = packed(5, 64, "nf4:64", experts=3)
+    for offsets in ([1, 2], [2, 1, 3], [1, 2, 9], [-1, 1, 2]):
+        with pytest.raises(RuntimeError, match="offsets"):
+            torch.ops.kbit.grouped_linear(torch.randn(4, 64), *grouped.operands(), torch.tensor(offsets))
+
+
+def test_damaged_codes_stay_in_bounds(kernel_set):
+    """int4 has 15 levels: code 15 means nothing, and must read nothing but zero."""
+    weight = packed(5, 100, "int4:64")
+    planes = torch.full_like(weight.packed.planes, 255)
+    operands = changed(weight, planes=planes)
+    assert torch.ops.kbit.dequantize(*operands, torch.float32).abs().max() == 0
+    assert torch.ops.kbit.linear(torch.randn(4, 100), *operands, None).isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["linear", "linears", "embedding", "dequantize", "input_grad"])
+def test_opcheck(kernel_set, op):
+    weight = packed(6, 70, "nf4:64+zp")
+    operands = weight.operands()
+    x = torch.randn(3, 70, requires_grad=True)
+    arguments = {
+        "linear": (x, *operands, None),
+        "linears": (x, [*operands[:9]], [*operands[9:]], [None]),
+        "embedding": (torch.tensor([1, 5]), *operands, torch.float32),
+        "dequantize": (*operands, torch.float32),
+        "input_grad": (torch.randn(3, 6), *operands),
+    }[op]
+    torch.library.opcheck(getattr(torch.ops.kbit, op).default, arguments)
