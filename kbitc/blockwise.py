@@ -124,6 +124,9 @@ Quantizer = Callable[[Tensor, Tensor, bool], Tensor]
 A short last block comes padded with zeros. This is the seam for searched scales.
 """
 
+Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, int, int], Tensor]
+"""The signature of :func:`encode_rows`."""
+
 QUANTIZERS: dict[str, Quantizer] = {}
 
 
@@ -155,6 +158,7 @@ def quantize(
     quantizer: str = "absmax",
     outliers: Tensor | None = None,
     name: str = "weight",
+    encode: Encode | None = None,
 ) -> Packed:
     """Quantize a weight block by block and pack it.
 
@@ -167,6 +171,7 @@ def quantize(
             standard deviation (the k-bit paper's proxy, taken on the weight itself), as many as
             ``spec`` asks for.
         name: how error messages call the tensor.
+        encode: :func:`encode_rows`, or a faster function that gives the same bytes.
 
     Returns:
         The packed weight. The same input always gives the same bytes; a value midway between two
@@ -189,22 +194,15 @@ def quantize(
     weight = weight.detach()
     index, values = _split_outliers(weight, spec, outliers, name)
     rows = weight.flatten(0, -2) if weight.dim() == 3 else weight
-    source = _Rows(rows, spec, index)
+    source = _Rows(rows, spec.block, index)
 
     is_signed = datatypes.FAMILIES[spec.family].is_signed and not spec.has_zero_point
     codebook = _codebook(source, spec)
-    scales, zeros = _scales_and_zeros(source, codebook, QUANTIZERS[quantizer], is_signed, name)
+    scales, zeros = _scales_and_zeros(source, spec, codebook, QUANTIZERS[quantizer], is_signed, name)
     stored, constants, effective = _store_scales(scales, spec, codebook, is_signed)
     stored_zeros = None if zeros is None else _to_16_bits(zeros)
 
-    encode = Encoder(codebook)
-    planes = torch.empty(rows.shape[0], packing.row_bytes(rows.shape[1], spec.bits), dtype=torch.uint8)
-    for start, blocks in source.tiles():
-        stop = start + blocks.shape[0]
-        if stored_zeros is not None:
-            blocks.sub_(stored_zeros[start:stop].float().unsqueeze(-1))
-        codes = encode(_normalize(blocks, effective[start:stop])).flatten(-2)[:, : rows.shape[1]]
-        planes[start:stop] = packing.pack(codes, spec.bits)
+    planes = (encode or encode_rows)(rows, effective, stored_zeros, codebook, index, spec.bits, spec.block)
 
     lead = weight.shape[:-1]
     return Packed(
@@ -222,12 +220,47 @@ def quantize(
     )
 
 
+def encode_rows(
+    rows: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor,
+    outlier_index: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """Codes nearest to a weight under scales that are given, packed: the definition.
+
+    Args:
+        rows: ``(rows, in_features)``, any float dtype.
+        scales: ``(rows, blocks)`` float32, as reading the stored ones gives them.
+        zeros: ``(rows, blocks)`` as stored, subtracted first; or None.
+        codebook: ``(levels,)`` float32, sorted.
+        outlier_index: input features that count as 0; or None.
+        bits: 2 to 8.
+        block: weights a scale.
+
+    Returns:
+        ``(rows, row_bytes)`` uint8 planes.
+    """
+    source = _Rows(rows, block, outlier_index)
+    encode = Encoder(codebook)
+    planes = torch.empty(rows.shape[0], packing.row_bytes(rows.shape[1], bits), dtype=torch.uint8)
+    for start, blocks in source.tiles():
+        stop = start + blocks.shape[0]
+        if zeros is not None:
+            blocks.sub_(zeros[start:stop].float().unsqueeze(-1))
+        codes = encode(_normalize(blocks, scales[start:stop])).flatten(-2)[:, : rows.shape[1]]
+        planes[start:stop] = packing.pack(codes, bits)
+    return planes
+
+
 class _Rows:
     """Tiles of a matrix as float32 blocks, outlier columns zeroed, the last block zero-padded."""
 
-    def __init__(self, rows: Tensor, spec: Spec, outlier_index: Tensor | None) -> None:
+    def __init__(self, rows: Tensor, block: int, outlier_index: Tensor | None) -> None:
         self.rows = rows
-        self.spec = spec
+        self.block = block
         self.columns = None if outlier_index is None else outlier_index.long()
         self.per_tile = max(1, TILE // rows.shape[1])
 
@@ -236,10 +269,10 @@ class _Rows:
         tile = self.rows[start:stop].to(torch.float32, copy=True).contiguous()
         if self.columns is not None:
             tile[:, self.columns] = 0.0
-        short = -tile.shape[1] % self.spec.block
+        short = -tile.shape[1] % self.block
         if short:
             tile = torch.nn.functional.pad(tile, (0, short))
-        return tile.view(tile.shape[0], -1, self.spec.block)
+        return tile.view(tile.shape[0], -1, self.block)
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """``(first row, blocks)`` of every tile."""
@@ -249,20 +282,20 @@ class _Rows:
     def limits(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of each block, the padding of a short last block left out."""
         low, high = torch.aminmax(blocks, dim=-1)
-        short = -self.rows.shape[1] % self.spec.block
+        short = -self.rows.shape[1] % self.block
         if short:
-            last = blocks[:, -1, : self.spec.block - short]
+            last = blocks[:, -1, : self.block - short]
             low[:, -1], high[:, -1] = torch.aminmax(last, dim=-1)
         return low, high
 
 
 def _scales_and_zeros(
-    source: _Rows, codebook: Tensor, choose: Quantizer, is_signed: bool, name: str
+    source: _Rows, spec: Spec, codebook: Tensor, choose: Quantizer, is_signed: bool, name: str
 ) -> tuple[Tensor, Tensor | None]:
     """Float32 scales, and the middles of the blocks under ``+zp``, of every row."""
     scales, zeros = [], []
     for start, blocks in source.tiles():
-        if source.spec.has_zero_point:
+        if spec.has_zero_point:
             low, high = source.limits(blocks)
             # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
             middle = low / 2 + high / 2
@@ -433,7 +466,7 @@ def _codebook(source: _Rows, spec: Spec) -> Tensor:
     """The spec's codebook as ``(levels,)`` float32; fitted to a sample of the rows if it must be."""
     if not datatypes.FAMILIES[spec.family].is_fitted:
         return shared_codebook(spec)
-    values = datatypes.codebook(spec.family, replace(_request(spec), blocks=_sample(source)))
+    values = datatypes.codebook(spec.family, replace(_request(spec), blocks=_sample(source, spec)))
     fitted = torch.from_numpy(values).float()
     # Always full size, so that stored bytes follow from the spec: the last level may repeat.
     return torch.cat([fitted, fitted[-1:].expand(2**spec.bits - fitted.numel())])
@@ -455,15 +488,15 @@ def _request(spec: Spec) -> datatypes.Request:
     )
 
 
-def _sample(source: _Rows) -> datatypes.Blocks:
+def _sample(source: _Rows, spec: Spec) -> datatypes.Blocks:
     """Evenly spaced rows, block-normalised by their absmax, without padding."""
     count, width = source.rows.shape
     step = max(1, count * width // FIT_SAMPLE)
-    picked = _Rows(source.rows[::step], source.spec, None)
+    picked = _Rows(source.rows[::step], spec.block, None)
     picked.columns = source.columns
     blocks = picked.blocks(0, picked.rows.shape[0])
     raw = blocks.flatten(-2)[:, :width].double()
-    if source.spec.has_zero_point:
+    if spec.has_zero_point:
         low, high = picked.limits(blocks)
         blocks = blocks - (low / 2 + high / 2).unsqueeze(-1)
         scales = high / 2 - low / 2

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kbitc import blockwise
 from kbitc.blockwise import Packed
+from kbitc.kernels import ops  # noqa: F401  # defines torch.ops.kbit
 from kbitc.spec import Spec
 
 SAMPLE = 2**15
@@ -32,8 +33,8 @@ def option_error(sample: Tensor, spec: Spec, quantizer: str = "absmax") -> float
     """Relative error ``||W - dequantize(quantize(W))|| / ||W||`` of a sampled weight under ``spec``."""
     if spec.is_left_alone:
         return relative_error(sample, sample.half().float())
-    packed = blockwise.quantize(sample, spec, quantizer=quantizer)
-    return relative_error(sample, blockwise.dequantize(packed))
+    packed = blockwise.quantize(sample, spec, quantizer=quantizer, encode=torch.ops.kbit.encode)
+    return relative_error(sample, torch.ops.kbit.dequantize(*packed.operands(), torch.float32))
 
 
 def packed_error(weight: Tensor, packed: Packed) -> float:

@@ -155,7 +155,9 @@ def quantize(
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     source = weight.mT if is_transposed else weight
-    packed = blockwise.quantize(source, spec, quantizer=quantizer, outliers=outliers, name=name)
+    packed = blockwise.quantize(
+        source, spec, quantizer=quantizer, outliers=outliers, name=name, encode=torch.ops.kbit.encode
+    )
     return KbitTensor(packed, weight.dtype, is_transposed=is_transposed)
 
 

@@ -10,6 +10,7 @@ for its device against the same op; where it has none, the reference here runs.
 ``grouped_linear``  x (tokens, in), offsets -> (tokens, rows)         x[group e] @ W[e].T
 ``dequantize``                              -> (*lead, rows, in)      W
 ``select``          the weight, expert ids  -> planes, scales, zeros, outliers of those experts
+``encode``          rows, scales            -> planes                 nearest codes, packed
 ``input_grad``, ``grouped_input_grad``      gradients with respect to x
 """
 
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbitc.blockwise import Operands
+from kbitc.blockwise import Operands, encode_rows
 from kbitc.kernels import reference
 from kbitc.kernels.cpu import build as native
+from kbitc.packing import row_bytes
 
 WEIGHT = (
     "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
@@ -200,6 +202,16 @@ def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
         operands = reference.plain_scales(operands)  # type: ignore[arg-type]
     parts = [operands[0], operands[1], operands[3], operands[7]]
     return [part[at] for part in parts if part is not None]
+
+
+@_op(
+    "encode",
+    "(Tensor rows, Tensor scales, Tensor? zeros, Tensor codebook, Tensor? outlier_index, int bits, int block)"
+    " -> Tensor",
+    lambda rows, *rest: rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], rest[4]), dtype=torch.uint8),
+)
+def _encode(*given: Any) -> Tensor:
+    return encode_rows(*given)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

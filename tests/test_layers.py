@@ -12,12 +12,24 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers, and of its own line from left to right.
 LAYERS = [
     ["kbitc.errors", "kbitc.version"],
-    ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise", "kbitc.scoring"],
+    ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise"],
     ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
-    ["kbitc.tensor"],
+    ["kbitc.tensor", "kbitc.scoring"],
     ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.pipeline"],
-    ["kbitc.passes.canonicalize", "kbitc.passes.allocate_bits", "kbitc.passes.apply_plan", "kbitc.passes"],
-    ["kbitc.backends", "kbitc.backends.eager"],
+    [
+        "kbitc.passes.canonicalize",
+        "kbitc.passes.allocate_bits",
+        "kbitc.passes.apply_plan",
+        "kbitc.passes.merge_linears",
+        "kbitc.passes",
+    ],
+    [
+        "kbitc.backends._decoder",
+        "kbitc.backends._decode_step",
+        "kbitc.backends.eager",
+        "kbitc.backends.cpu",
+        "kbitc.backends",
+    ],
     [
         "kbitc.checkpoint",
         "kbitc.example_inputs",

@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "scalar.h"
+#include "encode.h"
 
 namespace kbit {
 namespace {
@@ -351,7 +351,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", is_fast_weight, prepare, gemv, gemm, decode, dot_floats};
+  static const Kernels kernels = {"avx2", is_fast_weight, prepare, gemv, gemm, decode, dot_floats, encode};
   return &kernels;
 }
 

@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "scalar.h"
+#include "encode.h"
 
 namespace kbit {
 namespace {
@@ -386,7 +386,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", is_fast_weight, prepare, gemv, gemm, decode, dot_floats};
+  static const Kernels kernels = {"avx512", is_fast_weight, prepare, gemv, gemm, decode, dot_floats, encode};
   return &kernels;
 }
 

@@ -50,21 +50,40 @@ struct Activation {
   bool is_affine;
 };
 
+// The boundaries between the levels of a codebook, and a grid over [-1, 1] that finds them quickly.
+struct Encoder {
+  static constexpr int MOST_CELLS = 1 << 13;
+  float bound[255];  // midpoints, rounded down: a value of exactly this size belongs to the lower code
+  int bounds;
+  int cells;  // 0: boundaries lie too close together
+  uint8_t base[MOST_CELLS + 1];
+  float edge[MOST_CELLS + 1];
+};
+
+inline int32_t cell_of(float value, int cells) {
+  const float scaled = (value + 1.0f) * (static_cast<float>(cells) / 2);
+  const float most = static_cast<float>(cells);
+  return static_cast<int32_t>(scaled > 0.0f ? (scaled < most ? scaled : most) : 0.0f);
+}
+
 struct Kernels {
   const char* name;
   // Whether blocks of this size can use integer dot products; what cannot goes through `decode`.
   bool (*is_fast)(const Weight& weight);
   // Quantize rows [begin, end) of x (rows, cols), outlier features already set to zero.
   void (*prepare)(const Weight& weight, const float* x, int64_t begin, int64_t end, Activation& out);
-  // out[r] for r in [begin, end): one row of x.
+  // out[r - begin] for r in [begin, end): one row of x.
   void (*gemv)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end,
                float* out);
-  // out[m * stride + r] for r in [begin, end) and up to PANEL rows m of x from `first` on.
+  // out[m * stride + r - begin] for r in [begin, end) and up to PANEL rows m of x from `first` on.
   void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t first, int64_t count,
                int64_t begin, int64_t end, float* out, int64_t stride);
   // Row `row` as `cols` floats, outlier columns in place: codebook[code] * scale + zero.
   void (*decode)(const Weight& weight, int64_t row, float* out);
   float (*dot)(const float* a, const float* b, int64_t count);
+  // The inverse: one row of floats to packed codes.
+  void (*encode)(const Encoder& encoder, const float* x, const float* scales, const float* zeros, int64_t cols,
+                 int64_t block, int bits, uint8_t* out);
 };
 
 const Kernels* portable_kernels();

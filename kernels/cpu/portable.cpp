@@ -1,5 +1,5 @@
 // Any machine: rows are decoded to float32, a row at a time, and multiplied as they are.
-#include "scalar.h"
+#include "encode.h"
 
 namespace kbit {
 namespace {
@@ -47,7 +47,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, decode, dot};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, decode, dot, encode};
   return &kernels;
 }
 

@@ -317,6 +317,37 @@ def test_experts(kernel_set, spec):
     )
 
 
+@pytest.mark.parametrize("flags", ["", "+zp", "+dq", "+out2%"])
+@pytest.mark.parametrize(
+    "datatype", ["int4", "nf4", "fp3", "nf8", "dynamic8", "fp8e6", "quantile5", "bof2", "int8"]
+)
+@pytest.mark.parametrize(("features", "block"), [(1100, 64), (256, 48), (77, 7), (5, 64)])
+def test_encode_gives_the_same_bytes(kernel_set, datatype, flags, features, block):
+    if datatype == "bof2" and flags == "+zp":
+        flags = ""
+    weight = torch.randn(19, features)
+    weight[3] = 0
+    weight[4, :3] = 1e-39
+    spec = f"{datatype}:{block}{flags}"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        plain = blockwise.quantize(weight.to(dtype), spec)
+        fast = blockwise.quantize(weight.to(dtype), spec, encode=torch.ops.kbit.encode)
+        assert torch.equal(plain.planes, fast.planes)
+
+
+def test_encode_refuses_what_does_not_fit(kernel_set):
+    rows, scales, book = torch.randn(3, 64), torch.ones(3, 1), torch.linspace(-1, 1, 16)
+    encode = torch.ops.kbit.encode
+    with pytest.raises(RuntimeError, match="scales have shape"):
+        encode(rows, torch.ones(3, 2), None, book, None, 4, 64)
+    with pytest.raises(RuntimeError, match="codebook"):
+        encode(rows, scales, None, torch.linspace(-1, 1, 17), None, 4, 64)
+    with pytest.raises(RuntimeError, match="2-D"):
+        encode(rows[0], scales, None, book, None, 4, 64)
+    with pytest.raises(IndexError):
+        encode(rows, scales, None, book, torch.tensor([64], dtype=torch.int32), 4, 64)
+
+
 def changed(weight, **fields):
     names = (*blockwise.TENSOR_FIELDS, "in_features", "bits", "block")
     values = dict(zip(names, weight.operands(), strict=True)) | fields
