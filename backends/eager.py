@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kbitc.errors import UsageError
 from kbitc.program import Program, Stage
+
+if TYPE_CHECKING:
+    from kbitc.backends._decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Eager:
     def missing(self) -> str | None:
         """Nothing is ever missing."""
         return None
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        """Decodes with the model's own forward; needs transformers."""
+        from kbitc.backends._decoder import Decoder
+
+        return Decoder(model)
 
     def lower(self, program: Program, state: Mapping[str, Tensor]) -> Callable[..., Any]:
         """A function of the graph's inputs, in order, that returns its flat outputs.

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from kbitc import demo, evaluation, loading
+from kbitc.backends import make_decoder
 from kbitc.driver import Request, compile_to
 
 PROMPT = "Python is a programming language that"
@@ -43,7 +44,8 @@ def main() -> None:
         print(describe("16-bit", dense, text))
         print(describe("compiled", packed, text))
         print(f"\nThe compiled model continues {PROMPT!r}:\n")
-        print("  " + PROMPT + "".join(evaluation.generate(packed.model, packed.tokenizer, PROMPT, 48)))
+        decoder = make_decoder(packed.model, "eager")  # "cpu" compiles the decode step first
+        print("  " + PROMPT + "".join(evaluation.generate(decoder, packed.tokenizer, PROMPT, 48)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ Row = dict[str, float]
 
 
 def compare(
-    artifact: str, against: str | None, prompt_tokens: int, new_tokens: int, runs: int
+    artifact: str,
+    against: str | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    runs: int,
+    backend: str = "auto",
 ) -> dict[str, Row]:
     """Measure an artifact and the dense bfloat16 model.
 
@@ -30,14 +35,28 @@ def compare(
         prompt_tokens: of the prefill.
         new_tokens: to decode.
         runs: medians are over so many, after one warm-up.
+        backend: of the artifact's decode step; "auto" measures "eager" and, where it works, "cpu".
 
     Returns:
-        ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row.
+        ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
+        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit".
+
+    Raises:
+        SourceError: a model cannot be loaded or measured.
     """
     numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
-    packed = _measure([artifact, "packed", *numbers])
-    dense = _measure([against or artifact, "dense", *numbers])
-    return {"packed": packed, "16-bit": dense}
+    rows = {}
+    if backend in ("auto", "eager"):
+        rows["packed"] = _measure([artifact, "packed", "eager", *numbers])
+    if backend != "eager":
+        compiled = _measure([artifact, "packed", backend, *numbers])
+        # Where auto had to fall back, the row would repeat the eager one.
+        if compiled.pop("is_compiled") or backend != "auto":
+            rows["packed, cpu"] = compiled
+    rows["16-bit"] = _measure([against or artifact, "dense", "eager", *numbers])
+    for row in rows.values():
+        row.pop("is_compiled", None)
+    return rows
 
 
 def _measure(arguments: list[str]) -> Row:
@@ -46,15 +65,17 @@ def _measure(arguments: list[str]) -> Row:
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise SourceError(f"measuring {arguments[0]} failed: {last[0]}")
+    sys.stderr.write("".join(f"{line}\n" for line in done.stderr.splitlines() if "RuntimeWarning" in line))
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
-def measure(source: str, kind: str, prompt_tokens: int, new_tokens: int, runs: int) -> Row:
+def measure(source: str, kind: str, backend: str, prompt_tokens: int, new_tokens: int, runs: int) -> Row:
     """One row, in this process."""
     import torch
 
     from kbitc import evaluation, loading
+    from kbitc.backends import make_decoder
 
     loaded = loading.open_model(source, torch.bfloat16 if kind == "dense" else None)
     model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param
@@ -62,14 +83,16 @@ def measure(source: str, kind: str, prompt_tokens: int, new_tokens: int, runs: i
         model = model.dequantize(torch.bfloat16)  # type: ignore[operator]  # transformers' method
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         bits = 16.0
+    decoder = make_decoder(model, backend)
     _forget_peak()
-    found = evaluation.speed(model, prompt_tokens, new_tokens, runs)
+    found = evaluation.speed(decoder, prompt_tokens, new_tokens, runs)
     return {
         "decode": found.decode,
         "prefill": found.prefill,
         "peak_bytes": _peak(),
         "bytes": nbytes,
         "bits_per_param": bits,
+        "is_compiled": float(decoder.name != "eager"),
     }
 
 
@@ -89,9 +112,9 @@ def _peak() -> int:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """``SOURCE packed|dense PROMPT NEW RUNS``."""
-    source, kind, *numbers = arguments
-    return measure(source, kind, *map(int, numbers))
+    """``SOURCE packed|dense BACKEND PROMPT NEW RUNS``."""
+    source, kind, backend, *numbers = arguments
+    return measure(source, kind, backend, *map(int, numbers))
 
 
 if __name__ == "__main__":

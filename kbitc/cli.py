@@ -39,6 +39,13 @@ Model = Annotated[
     str, typer.Argument(help="Local folder, GGUF file, hub id, or [bold]demo[/] (the model in the package).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="Of the decode step: cpu (compiled, once per architecture and format), eager, or auto.",
+    ),
+]
 MODEL_EXAMPLES = "\n\n[bold]Examples[/]\n\n"
 
 
@@ -192,23 +199,62 @@ def run(
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate at most.")
     ] = 64,
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
-    from kbitc import evaluation, loading
+    import time
 
+    from kbitc import evaluation, loading
+    from kbitc.backends import make_decoder
+
+    _check_backend(backend)
     with _progress("loading"):
         loaded = loading.open_model(model)
         tokenizer = loading.need_tokenizer(loaded, model)
-    pieces = evaluation.generate(loaded.model, tokenizer, prompt, new_tokens)
-    if as_json:
-        _print_json({"prompt": prompt, "text": "".join(pieces)})
-        return
-    sys.stdout.write(prompt)
+    decoder = make_decoder(loaded.model, backend)
+    pieces = evaluation.generate(decoder, tokenizer, prompt, new_tokens)
+    made: list[str] = []
+    started = first = time.perf_counter()
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        if not made:
+            first = time.perf_counter()
+            if not as_json:
+                sys.stdout.write(prompt)
+        made.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    # The first token comes with the prompt; the others are decoded.
+    seconds = time.perf_counter() - first
+    speed = (len(made) - 1) / seconds if len(made) > 1 else 0.0
+    if as_json:
+        _print_json(
+            {
+                "prompt": prompt,
+                "text": "".join(made),
+                "tokens": len(made),
+                "prompt_seconds": first - started,
+                "tokens_per_second": speed,
+                "backend": decoder.name,
+            }
+        )
+        return
+    sys.stdout.write("\n" if made else f"{prompt}\n")
+    sys.stdout.flush()
+    err_console.print(
+        f"{len(made)} tokens, {speed:.1f} tokens/s ({decoder.name}); prompt {first - started:.2f} s",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _check_backend(name: str) -> None:
+    """Raises UsageError for a name that is neither "auto" nor a backend's."""
+    from kbitc.backends import AUTO, find_backend
+
+    if name != AUTO:
+        find_backend(name)
 
 
 @app.command(
@@ -278,13 +324,15 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Runs to take the median of.")] = 3,
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Prefill and decode speed and peak memory, against the 16-bit model."""
     from kbitc import benchmark
 
+    _check_backend(backend)
     with _progress("measuring"):
-        rows = benchmark.compare(model, against, prompt_tokens, new_tokens, runs)
+        rows = benchmark.compare(model, against, prompt_tokens, new_tokens, runs, backend)
     if as_json:
         _print_json(rows)
         return

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kbitc.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbitc.backends._decoder import Decoder
 
 Progress = Callable[[int, int], None]
 
@@ -115,59 +118,52 @@ class Speed:
 
 
 @torch.inference_mode()
-def speed(model: nn.Module, prompt_tokens: int, new_tokens: int, runs: int) -> Speed:
+def speed(decoder: Decoder, prompt_tokens: int, new_tokens: int, runs: int) -> Speed:
     """Prefill and greedy decode speed at batch 1, after one warm-up run of each."""
-    config: Any = model.config
+    config: Any = decoder.model.config
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
     prefill, decode = [], []
     for _ in range(runs + 1):
+        cache = decoder.new_cache(prompt_tokens + new_tokens)
         start = time.perf_counter()
-        out = model(input_ids=prompt, use_cache=True)
+        logits, cache = decoder.prefill(prompt, cache)
         middle = time.perf_counter()
-        _decode(model, out, new_tokens)
+        for _ in range(new_tokens):
+            logits = decoder.step(int(logits.argmax()), cache)
         prefill.append(prompt_tokens / (middle - start))
         decode.append(new_tokens / (time.perf_counter() - middle))
     return Speed(_median(prefill[1:]), _median(decode[1:]))
-
-
-def _decode(model: nn.Module, out: Any, steps: int) -> None:
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-@torch.inference_mode()
-def generate(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> Iterator[str]:
-    """Greedy continuation of a prompt, piece by piece as it is generated.
+def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> Iterator[str]:
+    """Greedy continuation of a prompt, a piece of text for each token as it is generated.
 
     Yields:
-        Text; pieces concatenate to the continuation.
+        Text, empty while a character is not whole; pieces concatenate to the continuation.
+
+    Raises:
+        UsageError: the prompt has no tokens.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give at least one word")
-    ends = _end_tokens(model)
     made: list[int] = []
     shown = ""
-    out = model(input_ids=ids, use_cache=True)
-    for _ in range(new_tokens):
-        token = int(out.logits[0, -1].argmax())
-        if token in ends:
-            return
+    for token in decoder.generate(ids, new_tokens, ends=_end_tokens(decoder.model)):
         made.append(token)
         text = tokenizer.decode(made, skip_special_tokens=True)
         # A character may span several tokens: hold back until it is whole.
-        if not text.endswith("\ufffd"):
+        if text.endswith("\ufffd"):
+            yield ""
+        else:
             yield text[len(shown) :]
             shown = text
-        step = torch.tensor([[token]])
-        out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
 
 
 def _end_tokens(model: nn.Module) -> set[int]:

@@ -149,7 +149,9 @@ def _merge(graph: fx.Graph, x: fx.Node, calls: list[fx.Node]) -> None:
 def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A node with its fake value, that belongs to the same module as ``like``."""
     node = graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]))}
+    with torch.no_grad():
+        value = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    node.meta = {**like.meta, "val": value}
     return node
 
 

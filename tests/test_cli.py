@@ -61,11 +61,15 @@ def test_eval_against_the_source(compiled):
 
 def test_run_continues_a_prompt(compiled):
     out, _ = compiled
-    done = kbitc("run", out, "The function", "-n", "8")
+    eager = ("--backend", "eager")
+    done = kbitc("run", out, "The function", "-n", "8", *eager)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The function")
     assert len(done.stdout) > len("The function") + 5
-    assert json.loads(kbitc("run", out, "The function", "-n", "8", "--json").stdout)["text"] in done.stdout
+    assert "tokens/s (eager)" in done.stderr
+    data = json.loads(kbitc("run", out, "The function", "-n", "8", "--json", *eager).stdout)
+    assert data["text"] in done.stdout
+    assert data["backend"] == "eager"
 
 
 def test_inspect_artifact_and_model(compiled, tmp_path):
@@ -84,7 +88,9 @@ def test_inspect_artifact_and_model(compiled, tmp_path):
 
 def test_bench_measures_both(compiled):
     out, _ = compiled
-    done = kbitc("bench", out, "-n", "2", "--prompt-tokens", "8", "--runs", "1", "--json")
+    done = kbitc(
+        "bench", out, "-n", "2", "--prompt-tokens", "8", "--runs", "1", "--json", "--backend", "eager"
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert set(rows) == {"packed", "16-bit"}
@@ -127,6 +133,8 @@ BAD = [
     (["run", "demo-none", "hi"], 1, "no such file or folder"),
     (["eval", "demo", "--text", "none.txt"], 2, "cannot be read"),
     (["eval", "demo", "--context", "1"], 2, "takes 2 to"),
+    (["run", "demo", "hi", "--backend", "cqu"], 2, "did you mean 'cpu'"),
+    (["bench", "demo", "--backend", "onnxx"], 2, "no backend 'onnxx'"),
     (["nonsense"], 2, "No such command"),
 ]
 

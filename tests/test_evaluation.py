@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kbitc import evaluation
+from kbitc.backends import make_decoder
 from kbitc.errors import UsageError
 
 
@@ -56,7 +57,7 @@ def test_bad_windows(tiny_model):
 def test_generation_equals_transformers(tiny_model):
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
-    pieces = list(evaluation.generate(model, Letters(), "hello", 9))
+    pieces = list(evaluation.generate(make_decoder(model, "eager"), Letters(), "hello", 9))
     ids = Letters()("hello")["input_ids"]
     made = model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert "".join(pieces) == Letters().decode(made[0, 5:].tolist())
