@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "encode.h"
 
@@ -18,6 +19,8 @@ namespace {
 constexpr int LANES = 16;
 constexpr int STEP = 32;
 constexpr int STEPS = 8;
+constexpr int ROLLED_FROM = 7;  // bits from which a look-up is too long to repeat for every step
+constexpr int HALF_FROM = 8;  // bits from which assembling a float beats looking it up
 constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
 constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
@@ -34,6 +37,7 @@ INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, sum);
 }
 INLINE VecF multiply(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
+INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE float sum_lanes(VecF v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -72,6 +76,20 @@ INLINE Vec codes(const uint8_t* p, int step) {
   }
 }
 
+// The same for a step that is not a constant.
+INLINE Vec field_at(const uint8_t* plane, int width, int group, int to) {
+  const int per_byte = 8 / width;
+  const __m128i right = _mm_cvtsi32_si128(width * (group % per_byte));
+  const Vec bits = _mm256_and_si256(_mm256_srl_epi16(bytes_at(plane + group / per_byte * 32), right), all((1 << width) - 1));
+  return _mm256_slli_epi16(bits, to);
+}
+template <int K>
+INLINE Vec codes_at(const uint8_t* p, int step) {
+  if constexpr (K == 8) return bytes_at(p + step * STEP);
+  const Vec six = _mm256_or_si256(field_at(p, 4, step, 0), field_at(p + 128, 2, step, 4));
+  return _mm256_or_si256(six, field_at(p + 192, 1, step, 6));
+}
+
 template <int K>
 INLINE Vec clean(Vec v) {
   return v;
@@ -81,7 +99,13 @@ template <int K>
 struct Lut {
   static constexpr int COUNT = K <= 4 ? 1 : 1 << (K - 4);
   Vec low[COUNT], high[COUNT];
+  Vec middle, keep;  // small floats: the code of 0, and the bits of a float16 that remain
+  __m128i by;
   explicit Lut(const Table& table) {
+    const int right = 5 - table.exponent;
+    middle = all((1 << (K - 1)) - 1);
+    keep = _mm256_set1_epi16(static_cast<int16_t>(0x8000 | (0x7fff >> right)));
+    by = _mm_cvtsi32_si128(right);
     for (int t = 0; t < COUNT; ++t) {
       alignas(16) uint8_t bytes[2][16];
       for (int i = 0; i < 16; ++i) {
@@ -96,46 +120,60 @@ struct Lut {
   }
 };
 
-// Levels of COUNT tables from FIRST on, for indices within [0, 128); 0 for those with bit 7 set.
-template <int K, int FIRST, int COUNT>
-INLINE void lookup_half(const Lut<K>& lut, Vec index, Vec& low, Vec& high) {
-  low = _mm256_shuffle_epi8(lut.low[FIRST], index);
-  high = _mm256_shuffle_epi8(lut.high[FIRST], index);
-  unroll<COUNT - 1>([&](auto t) INLINE_LAMBDA {
-    index = _mm256_subs_epi8(index, all(16));
-    low = _mm256_xor_si256(low, _mm256_shuffle_epi8(lut.low[FIRST + t + 1], index));
-    high = _mm256_xor_si256(high, _mm256_shuffle_epi8(lut.high[FIRST + t + 1], index));
+// Levels of N vectors of codes: COUNT tables from FIRST on, for indices within [0, 128); 0 for those with
+// bit 7 set. Every table is loaded once for all N.
+template <int K, int FIRST, int COUNT, int N>
+INLINE void lookup_half(const Lut<K>& lut, Vec* index, Vec* low, Vec* high) {
+  unroll<COUNT>([&](auto t) INLINE_LAMBDA {
+    unroll<N>([&](auto i) INLINE_LAMBDA {
+      if (t > 0) index[i] = _mm256_subs_epi8(index[i], all(16));
+      low[i] = _mm256_xor_si256(low[i], _mm256_shuffle_epi8(lut.low[FIRST + t], index[i]));
+      high[i] = _mm256_xor_si256(high[i], _mm256_shuffle_epi8(lut.high[FIRST + t], index[i]));
+    });
+  });
+}
+
+template <int K, int N>
+INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
+  constexpr int COUNT = Lut<K>::COUNT;
+  Vec index[N], low[N], high[N];
+  unroll<N>([&](auto i) INLINE_LAMBDA {
+    index[i] = c[i];
+    low[i] = high[i] = zero();
+  });
+  lookup_half<K, 0, COUNT < 8 ? COUNT : 8, N>(lut, index, low, high);
+  if constexpr (COUNT > 8) {
+    unroll<N>([&](auto i) INLINE_LAMBDA { index[i] = _mm256_xor_si256(c[i], all(0x80)); });
+    lookup_half<K, 8, 8, N>(lut, index, low, high);
+  }
+  unroll<N>([&](auto i) INLINE_LAMBDA {
+    out[i][0] = _mm256_unpacklo_epi8(low[i], high[i]);
+    out[i][1] = _mm256_unpackhi_epi8(low[i], high[i]);
   });
 }
 
 template <int K>
-INLINE void lookup_bytes(const Lut<K>& lut, Vec c, Vec out[2]) {
-  constexpr int COUNT = Lut<K>::COUNT;
-  Vec low, high;
-  lookup_half<K, 0, COUNT < 8 ? COUNT : 8>(lut, c, low, high);
-  if constexpr (COUNT > 8) {
-    Vec more_low, more_high;
-    lookup_half<K, 8, 8>(lut, _mm256_xor_si256(c, all(0x80)), more_low, more_high);
-    low = _mm256_or_si256(low, more_low);
-    high = _mm256_or_si256(high, more_high);
-  }
-  out[0] = _mm256_unpacklo_epi8(low, high);
-  out[1] = _mm256_unpackhi_epi8(low, high);
-}
-
-// Not inlined: 20 instructions and more, eight times a chunk.
-template <int K>
-__attribute__((noinline)) void lookup_many(const Lut<K>& lut, const Vec& c, Vec out[2]) {
-  lookup_bytes(lut, c, out);
-}
-
-template <int K>
 INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
-  if constexpr (K <= 5) {
-    lookup_bytes(lut, c, out);
-  } else {
-    lookup_many(lut, c, out);
-  }
+  Vec v[1][2];
+  lookup_several<K, 1>(lut, &c, v);
+  out[0] = v[0][0];
+  out[1] = v[0][1];
+}
+
+// Codes of a small float, sorted by value, count up from the most negative one: their distance from the
+// code of 0 is sign and magnitude of a float, and becomes a float16 by moving to its place.
+template <int K>
+INLINE VecF multiply_halves(const Lut<K>& lut, Vec c, const float* x, VecF sum) {
+  const Vec rank = _mm256_sub_epi8(c, lut.middle);
+  const Vec size = _mm256_slli_epi16(_mm256_abs_epi8(rank), 8 - K);
+  const Vec bytes = _mm256_or_si256(size, _mm256_and_si256(rank, all(0x80)));
+  Vec v[2] = {_mm256_unpacklo_epi8(zero(), bytes), _mm256_unpackhi_epi8(zero(), bytes)};
+  unroll<2>([&](auto i) INLINE_LAMBDA {
+    const Vec half = _mm256_and_si256(_mm256_sra_epi16(v[i], lut.by), lut.keep);
+    sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_loadu_ps(x + 8 * i), sum);
+    sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), _mm256_loadu_ps(x + 16 + 8 * i), sum);
+  });
+  return sum;
 }
 
 template <int K, int G>
@@ -351,7 +389,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", is_fast_weight, prepare, gemv, gemm, decode, dot_floats, encode};
+  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode};
   return &kernels;
 }
 

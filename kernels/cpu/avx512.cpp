@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "encode.h"
 
@@ -17,6 +18,8 @@ namespace {
 constexpr int LANES = 32;
 constexpr int STEP = 64;
 constexpr int STEPS = 4;
+constexpr int ROLLED_FROM = 9;  // never, nor halves: tables of 256 levels fit
+constexpr int HALF_FROM = 9;
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
 constexpr int TILE_ROWS = 4;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
@@ -33,6 +36,7 @@ INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, sum);
 }
 INLINE VecF multiply(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
+INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float sum_lanes(VecF v) { return _mm512_reduce_add_ps(v); }
 INLINE void store_half(uint8_t* p, Vec v, int half) {
   const __m256i part = half == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
@@ -95,6 +99,9 @@ INLINE Vec codes(const uint8_t* p, int step) {
 }
 
 template <int K>
+Vec codes_at(const uint8_t* p, int step);  // not needed
+
+template <int K>
 INLINE Vec clean(Vec v) {
   return K == 8 ? v : _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>((1 << K) - 1)));
 }
@@ -141,6 +148,14 @@ INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
     out[0] = _mm512_unpacklo_epi8(low, high);
     out[1] = _mm512_unpackhi_epi8(low, high);
   }
+}
+
+template <int K>
+VecF multiply_halves(const Lut<K>&, Vec, const float*, VecF);  // not needed
+
+template <int K, int N>
+INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
+  unroll<N>([&](auto i) INLINE_LAMBDA { lookup(lut, c[i], out[i]); });
 }
 
 // The scales of the two halves of unit `u`: of its blocks of 64, or (G = 32) of its groups.
@@ -386,7 +401,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", is_fast_weight, prepare, gemv, gemm, decode, dot_floats, encode};
+  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode};
   return &kernels;
 }
 

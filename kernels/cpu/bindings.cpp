@@ -187,9 +187,30 @@ class Packed {
     for (int i = 0; i < base_.levels; ++i) {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
+    t.exponent = 0;
+    for (int exponent = 1; exponent <= 4 && t.exponent == 0; ++exponent) {
+      if (is_small_float(exponent, largest)) t.exponent = exponent;
+    }
     for (int i = 0; i < 256; ++i) {
       t.value[i] = largest > 0.0f ? static_cast<int16_t>(std::lrint(levels_[i] / t.unit)) : int16_t{0};
     }
+  }
+
+  // Whether level `zero + r` is r, read as an unsigned float of so many exponent bits, up to one factor.
+  bool is_small_float(int exponent, float largest) {
+    const int shift = 11 - base_.bits + exponent;
+    const int zero = (1 << (base_.bits - 1)) - 1;
+    if (shift < 0 || base_.levels != 2 * zero + 1 || levels_[zero] != 0.0f) return false;
+    const auto pattern = [&](int rank) {
+      return static_cast<float>(c10::Half(static_cast<uint16_t>(rank << shift), c10::Half::from_bits()));
+    };
+    table_.half_unit = largest / pattern(zero);
+    for (int rank = 1; rank <= zero; ++rank) {
+      const float expected = pattern(rank) * table_.half_unit;
+      if (std::abs(levels_[zero + rank] - expected) > 1e-6f * largest) return false;
+      if (levels_[zero - rank] != -levels_[zero + rank]) return false;
+    }
+    return true;
   }
 
   void read_constants() {
@@ -308,11 +329,15 @@ struct Prepared {
   int bits = 0;
   int64_t block = 0;
 
-  bool fits(const Weight& w, bool is_affine) const {
-    return x.rows > 0 && bits == w.bits && block == w.block && x.is_affine == is_affine && w.outliers == 0 &&
+  bool fits(const Weight& w, Mode mode) const {
+    return x.rows > 0 && bits == w.bits && block == w.block && x.mode == mode && w.outliers == 0 &&
            x.outliers == nullptr;
   }
 };
+
+Mode mode_of(const Weight& w, const Table& table, int64_t rows) {
+  return rows == 1 ? kernels().mode(w, table) : Mode::table;
+}
 
 Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t rows) {
   Arena& arena = Lease::arena();
@@ -322,10 +347,10 @@ Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t ro
   out.block = w.block;
   Activation& a = out.x;
   a.rows = rows;
-  a.is_affine = rows == 1 && table.is_affine;
+  a.mode = mode_of(w, table, rows);
   a.granule = w.block % 64 == 0 ? 64 : 32;
   a.segments = chunks * (CHUNK / a.granule);
-  a.values = arena.take<int16_t>(rows * chunks * CHUNK);
+  a.values = arena.take<int16_t>(rows * chunks * CHUNK * (a.mode == Mode::half ? 2 : 1));
   a.scales = arena.take<float>(rows * a.segments);
   a.sums = arena.take<float>(rows * w.blocks);
   if (w.outliers > 0) {
@@ -439,8 +464,8 @@ Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t w
       multiply_decoded(w, from, count, to + parts[i].first, width);
       continue;
     }
-    const bool is_affine = count == 1 && parts[i].table->is_affine;
-    prepared[i] = last != nullptr && last->fits(w, is_affine) ? *last : prepare(w, *parts[i].table, from, count);
+    const Mode mode = mode_of(w, *parts[i].table, count);
+    prepared[i] = last != nullptr && last->fits(w, mode) ? *last : prepare(w, *parts[i].table, from, count);
     last = &prepared[i];
     work += w.rows * w.cols * count;
   }

@@ -81,7 +81,8 @@ def kernel_recipe() -> Recipe:
         ]
     sources.append((FOLDER / "portable.cpp", ()))
     sanitize = os.environ.get("KBITC_SANITIZE")
-    extra = (f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g") if sanitize else ()
+    checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
+    extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()
     library = root / "lib"
     return Recipe(
         sources=tuple(sources),

@@ -56,11 +56,11 @@ inline float quantize_granule(const float* x, int64_t count, int64_t granule, fl
 template <int K>
 void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
   const int64_t chunks = chunk_count(w);
-  const float largest = out.is_affine ? AFFINE_MAX : static_cast<float>(TABLE_MAX);
+  const float largest = out.mode == Mode::affine ? AFFINE_MAX : static_cast<float>(TABLE_MAX);
   uint8_t from[CHUNK];  // kernel order to natural order
   for (int s = 0; s < STEPS; ++s) {
     for (int i = 0; i < STEP; ++i) {
-      const int byte = out.is_affine ? i : place(K, i);
+      const int byte = out.mode == Mode::affine ? i : place(K, i);
       from[s * STEP + i] = static_cast<uint8_t>(natural(K, s, byte));
     }
   }
@@ -68,6 +68,13 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
     const float* row = x + m * w.cols;
     float* sums = out.sums + m * w.blocks;
     for (int64_t b = 0; b < w.blocks; ++b) sums[b] = 0.0f;
+    if (out.mode == Mode::half) {
+      float* values = reinterpret_cast<float*>(out.values) + m * chunks * CHUNK;
+      for (int64_t i = 0; i < chunks * CHUNK; ++i) values[i] = i < w.cols ? row[i] : 0.0f;
+      for (int64_t i = 0; i < w.cols; ++i) sums[i / w.block] += row[i];
+      for (int64_t j = 0; j < out.segments; ++j) out.scales[m * out.segments + j] = 1.0f;
+      continue;
+    }
     for (int64_t c = 0; c < chunks; ++c) {
       alignas(64) int32_t q[CHUNK];
       const int64_t first = c * CHUNK;
@@ -78,7 +85,7 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
         const float scale = quantize_granule(row + (here > 0 ? at : 0), here, out.granule, largest, q + g);
         out.scales[m * out.segments + at / out.granule] = scale;
         if (here == 0) continue;
-        if (out.is_affine) {  // of the quantized x, so that codes minus their middle cancel exactly
+        if (out.mode == Mode::affine) {  // of the quantized x, so that codes minus their middle cancel exactly
           int32_t total = 0;
           for (int64_t i = 0; i < out.granule; ++i) total += q[g + i];
           sums[at / w.block] += static_cast<float>(total) * scale;
@@ -89,7 +96,7 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
         }
       }
       int16_t* to = out.values + (m * chunks + c) * CHUNK;
-      if (out.is_affine) {
+      if (out.mode == Mode::affine) {
         split_bytes(q, from, reinterpret_cast<int8_t*>(to));
       } else {
         for (int i = 0; i < CHUNK; ++i) to[i] = static_cast<int16_t>(q[from[i]]);
@@ -174,54 +181,75 @@ struct PackedCodes {
   const uint8_t* at;
   INLINE Vec operator()(int step) const { return codes<K>(at, step); }
 };
+template <int K>
+struct RolledCodes {
+  const uint8_t* at;
+  INLINE Vec operator()(int step) const { return codes_at<K>(at, step); }
+};
 
 // sum += scale of each unit * (its codes' values times x), over the first `steps` steps of a chunk.
-template <int K, bool AFFINE, int G, class Codes>
+template <int K, Mode MODE, int G, class Codes>
 INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, const int16_t* x, const float* scales,
                            VecF sum) {
   constexpr int PER_UNIT = G == 64 ? 2 : 1;
-  unroll<STEPS / PER_UNIT>([&](auto u) INLINE_LAMBDA {
-    constexpr int FIRST = u * PER_UNIT;
-    if (FIRST >= steps) return;
-    Vec acc = zero();
-    if constexpr (AFFINE) {
-      const Vec second = PER_UNIT == 2 ? clean<K>(codes(FIRST + PER_UNIT - 1)) : zero();
-      acc = affine_unit<K, PER_UNIT>(clean<K>(codes(FIRST)), second, reinterpret_cast<const int8_t*>(x + FIRST * STEP));
-    } else {
+  const auto multiply_unit = [&](auto u) INLINE_LAMBDA {
+    const int first = u * PER_UNIT;
+    if (first >= steps) return;
+    const VecF scale = unit_scale<K, G>(scales, u);
+    if constexpr (MODE == Mode::half) {
+      VecF part = zero_float();
       unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA {
-        Vec v[2];
-        lookup(lut, codes(FIRST + i), v);
-        acc = mul_add(acc, v[0], load(x + (FIRST + i) * STEP));
-        acc = mul_add(acc, v[1], load(x + (FIRST + i) * STEP + LANES));
+        part = multiply_halves<K>(lut, codes(first + i), reinterpret_cast<const float*>(x) + (first + i) * STEP, part);
       });
+      sum = multiply_add(part, scale, sum);
+    } else if constexpr (MODE == Mode::affine) {
+      const Vec second = PER_UNIT == 2 ? clean<K>(codes(first + PER_UNIT - 1)) : zero();
+      const int8_t* bytes = reinterpret_cast<const int8_t*>(x + first * STEP);
+      sum = add_scaled(sum, affine_unit<K, PER_UNIT>(clean<K>(codes(first)), second, bytes), scale);
+    } else {
+      Vec acc = zero();
+      Vec c[PER_UNIT], v[PER_UNIT][2];
+      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA { c[i] = codes(first + i); });
+      lookup_several<K, PER_UNIT>(lut, c, v);
+      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA {
+        acc = mul_add(acc, v[i][0], load(x + (first + i) * STEP));
+        acc = mul_add(acc, v[i][1], load(x + (first + i) * STEP + LANES));
+      });
+      sum = add_scaled(sum, acc, scale);
     }
-    sum = add_scaled(sum, acc, unit_scale<K, G>(scales, u));
-  });
+  };
+  if constexpr (K >= ROLLED_FROM && MODE == Mode::table) {
+    for (int u = 0; u < STEPS / PER_UNIT; ++u) multiply_unit(u);
+  } else {
+    unroll<STEPS / PER_UNIT>(multiply_unit);
+  }
   return sum;
 }
 
 // R rows of the weight side by side, so that x is loaded once for all of them.
-template <int K, bool AFFINE, int G, int R>
+template <int K, Mode MODE, int G, int R>
 INLINE void gemv_tile(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
                       int64_t end, const float* spread, float* out) {
+  constexpr int WIDTH = MODE == Mode::half ? 2 : 1;  // of a value of x, in 16-bit words
   const int64_t full = w.cols / CHUNK;
   int64_t rows[R];  // past the end: the last one again, for nothing
   unroll<R>([&](auto r) INLINE_LAMBDA { rows[r] = row + r < end ? row + r : end - 1; });
   VecF sum[R];
   unroll<R>([&](auto r) INLINE_LAMBDA { sum[r] = zero_float(); });
   for (int64_t c = 0; c < full; ++c) {
+    using Codes = std::conditional_t<(K >= ROLLED_FROM && MODE == Mode::table), RolledCodes<K>, PackedCodes<K>>;
     unroll<R>([&](auto r) INLINE_LAMBDA {
-      const PackedCodes<K> codes{w.planes + rows[r] * w.row_bytes + c * K * (CHUNK / 8)};
+      const Codes codes{w.planes + rows[r] * w.row_bytes + c * K * (CHUNK / 8)};
       prefetch(codes.at, K * (CHUNK / 8));
       const float* here = spread + r * x.segments + c * (CHUNK / G);
-      sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, STEPS, x.values + c * CHUNK, here, sum[r]);
+      sum[r] = multiply_codes<K, MODE, G>(lut, codes, STEPS, x.values + c * CHUNK * WIDTH, here, sum[r]);
     });
   }
   if (w.cols % CHUNK != 0) {
     unroll<R>([&](auto r) INLINE_LAMBDA {
       const auto codes = tail.read(w.planes + rows[r] * w.row_bytes + full * K * (CHUNK / 8));
       const float* here = spread + r * x.segments + full * (CHUNK / G);
-      sum[r] = multiply_codes<K, AFFINE, G>(lut, codes, tail.steps, x.values + full * CHUNK, here, sum[r]);
+      sum[r] = multiply_codes<K, MODE, G>(lut, codes, tail.steps, x.values + full * CHUNK * WIDTH, here, sum[r]);
     });
   }
   for (int r = 0; r < R && row + r < end; ++r) out[r] = sum_lanes(sum[r]);
@@ -233,7 +261,7 @@ inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t
   }
 }
 
-template <int K, bool AFFINE, int G>
+template <int K, Mode MODE, int G>
 void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
   constexpr int R = 2;
   const int64_t fitting = 2048 / (w.blocks + x.segments) / R * R;  // rows whose scales stay in the L1 cache
@@ -244,7 +272,7 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
   const ScaleReader reader(w);
   const Lut<K> lut(table);
   const Tail<K> tail(w.cols % CHUNK);
-  const float unit = AFFINE ? table.step : table.unit;
+  const float unit = MODE == Mode::affine ? table.step : (MODE == Mode::half ? table.half_unit : table.unit);
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;
     float* here = out + row - begin;
@@ -253,11 +281,11 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
       spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
     }
     for (int64_t r = 0; r < count; r += R) {
-      gemv_tile<K, AFFINE, G, R>(w, lut, tail, x, row + r, row + count, spread + r * x.segments, here + r);
+      gemv_tile<K, MODE, G, R>(w, lut, tail, x, row + r, row + count, spread + r * x.segments, here + r);
     }
     for (int64_t r = 0; r < count; ++r) {
       here[r] *= unit;
-      if (AFFINE) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
+      if (MODE == Mode::affine) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
       if (w.zero_type != Type::none) {
         here[r] += dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks);
       }
@@ -277,7 +305,11 @@ INLINE void decode_chunk(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* 
     store(out + s * STEP, v[0]);
     store(out + s * STEP + LANES, v[1]);
   };
-  if (is_full) {
+  if (is_full && K >= ROLLED_FROM) {
+    if constexpr (K >= ROLLED_FROM) {
+      for (int s = 0; s < STEPS; ++s) write(RolledCodes<K>{packed}, s);
+    }
+  } else if (is_full) {
     unroll<STEPS>([&](auto s) INLINE_LAMBDA { write(PackedCodes<K>{packed}, s); });
   } else {
     const auto codes = tail.read(packed);
@@ -449,17 +481,27 @@ void prepare(const Weight& w, const float* x, int64_t begin, int64_t end, Activa
   KBIT_BY_BITS(w.bits, prepare_rows<K>(w, x, begin, end, out));
 }
 
-void gemv(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
-  if (x.is_affine) {
-    if (x.granule == 64) {
-      KBIT_BY_BITS(w.bits, (gemv_rows<K, true, 64>(w, table, x, begin, end, out)));
-    } else {
-      KBIT_BY_BITS(w.bits, (gemv_rows<K, true, 32>(w, table, x, begin, end, out)));
-    }
-  } else if (x.granule == 64) {
-    KBIT_BY_BITS(w.bits, (gemv_rows<K, false, 64>(w, table, x, begin, end, out)));
+Mode mode(const Weight& w, const Table& table) {
+  if (table.is_affine) return Mode::affine;
+  return w.bits >= HALF_FROM && table.exponent != 0 ? Mode::half : Mode::table;
+}
+
+template <int G>
+void gemv_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
+  if (x.mode == Mode::affine) {
+    KBIT_BY_BITS(w.bits, (gemv_rows<K, Mode::affine, G>(w, table, x, begin, end, out)));
+  } else if (x.mode == Mode::half) {
+    KBIT_BY_BITS(w.bits, (gemv_rows<K, K >= HALF_FROM ? Mode::half : Mode::table, G>(w, table, x, begin, end, out)));
   } else {
-    KBIT_BY_BITS(w.bits, (gemv_rows<K, false, 32>(w, table, x, begin, end, out)));
+    KBIT_BY_BITS(w.bits, (gemv_rows<K, Mode::table, G>(w, table, x, begin, end, out)));
+  }
+}
+
+void gemv(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
+  if (x.granule == 64) {
+    gemv_of<64>(w, table, x, begin, end, out);
+  } else {
+    gemv_of<32>(w, table, x, begin, end, out);
   }
 }
 

@@ -12,6 +12,13 @@ constexpr int64_t SCALE_GROUP = 256;  // double-quantized scales that share a co
 constexpr int64_t PANEL = 32;  // rows of x that a matmul takes at a time
 constexpr int64_t TABLE_MAX = 16383;  // largest 16-bit table value: 8 products of two fit in 31 bits
 
+// How one row of x meets the codes. Several rows take `table`.
+enum class Mode : int {
+  table,  // 16-bit levels times 16-bit x
+  affine,  // the codes themselves times x as high and low bytes
+  half,  // levels assembled as float16 bit patterns, times x in float32
+};
+
 enum class Type : int { none, f32, f16, bf16, code };
 
 // A 2-D packed weight, or one expert of a 3-D one.
@@ -38,16 +45,18 @@ struct Table {
   float unit;
   bool is_affine;  // codebook[i] = step * i + first, up to rounding
   float step, first;
+  int exponent;  // bits of it where levels are a small float's, so that float16 patterns hold them; or 0
+  float half_unit;  // codebook[zero + r] = half_unit * float16(r << (11 - bits + exponent))
 };
 
 // Rows of x, quantized block by block in the order in which the kernel visits codes.
 struct Activation {
-  int16_t* values;  // (rows, chunks * 256); or pairs of int8 vectors (high, low) for affine weights
+  int16_t* values;  // (rows, chunks * 256); affine: pairs of int8 vectors (high, low); half: floats
   float* scales;  // (rows, segments): one for each `granule` weights
   float* sums;  // (rows, blocks): sum of x over the block
   float* outliers;  // (rows, outliers)
   int64_t rows, segments, granule;
-  bool is_affine;
+  Mode mode;
 };
 
 // The boundaries between the levels of a codebook, and a grid over [-1, 1] that finds them quickly.
@@ -70,6 +79,8 @@ struct Kernels {
   const char* name;
   // Whether blocks of this size can use integer dot products; what cannot goes through `decode`.
   bool (*is_fast)(const Weight& weight);
+  // What suits one row of x.
+  Mode (*mode)(const Weight& weight, const Table& table);
   // Quantize rows [begin, end) of x (rows, cols), outlier features already set to zero.
   void (*prepare)(const Weight& weight, const float* x, int64_t begin, int64_t end, Activation& out);
   // out[r - begin] for r in [begin, end): one row of x.
