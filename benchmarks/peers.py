@@ -248,6 +248,7 @@ def _onnx_session(
     problem: Problem, op: str, weight: tuple[Any, Any], traits: dict[str, int], copies: int
 ) -> Any:
     """One graph with so many independent products of the same input."""
+    import numpy as np
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -255,7 +256,9 @@ def _onnx_session(
     nodes, constants, outputs = [], [], []
     for index in range(copies):
         names = [f"w{index}", f"s{index}"]
-        constants += [numpy_helper.from_array(part, name) for part, name in zip(weight, names, strict=True)]
+        # Of equal weights ONNX Runtime reads one, which the cache would hold: each copy is another one.
+        parts = [np.roll(part, index, 0) for part in weight]
+        constants += [numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=True)]
         size = {"K": problem.size, "N": problem.size}
         nodes.append(
             helper.make_node(op, ["x", *names], [f"y{index}"], domain="com.microsoft", **size, **traits)
@@ -290,6 +293,8 @@ def bitsandbytes_nf4(problem: Problem, dtype: str) -> Peer:
     nbytes = layer.weight.data.nbytes + state.absmax.nbytes
     layers = [copy.deepcopy(layer) for _ in range(copies_of(nbytes))]
     found, *_ = [one(x) for one in layers]  # all, since the first call repacks the weight
+    if len({one.weight.data.data_ptr() for one in layers}) != len(layers):
+        raise RuntimeError("the copies share memory")
     return Peer(
         cold=[lambda one=one: one(x) for one in layers],  # type: ignore[misc]
         work=1,
