@@ -7,6 +7,7 @@ dynamic length, attention reads exactly the tokens that exist, and no mask is ne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,6 +166,9 @@ class Decoder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        # The head is a fifth of a small model: a prompt needs the logits of its last token alone.
+        takes = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def new_cache(self, room: int = ROUND) -> Any:
         """An empty cache for about so many tokens; it grows when there are more."""
@@ -183,7 +187,7 @@ class Decoder:
             Logits of the next token, (1, vocabulary), and the cache.
         """
         cache = self.new_cache(ids.shape[1] + ROUND) if cache is None else cache
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
         return out.logits[:, -1], out.past_key_values
 
     def step(self, token: int, cache: Any) -> Tensor:

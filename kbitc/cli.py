@@ -1,4 +1,4 @@
-"""The command line: ``kbitc compile | inspect | run | eval | bench``.
+"""The command line: ``kbitc compile | inspect | run | eval | bench | build-kernels``.
 
 The one thing to know: results go to standard output, progress and errors to standard error; exit
 code 0 is success, 1 a failure of the input or the machine, 2 bad usage. Nothing heavy is imported
@@ -389,6 +389,28 @@ class _progress:  # noqa: N801  # reads as a function
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+
+@app.command(
+    "build-kernels", epilog=_examples("kbitc build-kernels", "CXX=clang++ kbitc build-kernels --force")
+)
+def build_kernels(
+    force: Annotated[bool, typer.Option("--force", help="Compile even if the cache holds them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile the CPU kernels now; the first packed matmul would do it otherwise."""
+    import torch
+
+    from kbitc.kernels import ops  # noqa: F401  # the ops that the library's kernels belong to
+    from kbitc.kernels.cpu import build
+
+    library = build.build(force=force)
+    torch.ops.load_library(str(library))
+    chosen = torch.ops.kbit.cpu_kernels()
+    if as_json:
+        _print_json({"library": str(library), "kernels": chosen})
+    else:
+        out_console.print(f"{library}\nthis machine runs the [bold]{chosen}[/] kernels", soft_wrap=True)
 
 
 def main() -> NoReturn:

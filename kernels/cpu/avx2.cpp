@@ -24,6 +24,7 @@ constexpr int HALF_FROM = 8;  // bits from which assembling a float beats lookin
 constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
 constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
+constexpr int FEW_COLS = 4;  // rows of x whose sums fit in registers beside decoded values
 
 using Vec = __m256i;
 using VecF = __m256;

@@ -23,6 +23,7 @@ constexpr int HALF_FROM = 9;
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
 constexpr int TILE_ROWS = 4;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
+constexpr int FEW_COLS = 8;  // rows of x whose sums fit in registers beside decoded values
 
 using Vec = __m512i;
 using VecF = __m512;
