@@ -110,7 +110,9 @@ def test_tables_for_people(compiled, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["compile"], ["inspect"], ["run"], ["eval"], ["bench"], ["build-kernels"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compile"], ["inspect"], ["run"], ["eval"], ["bench"], ["build-kernels"]]
+)
 def test_help_has_examples(command):
     done = kbitc(*command, "--help")
     assert done.returncode == 0

@@ -226,14 +226,15 @@ INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, con
   return sum;
 }
 
-// R rows of the weight side by side, so that x is loaded once for all of them.
+// R rows of the weight, `apart` from each other, so that x is loaded once for all of them while each is
+// read as a stream of its own.
 template <int K, Mode MODE, int G, int R>
 INLINE void gemv_tile(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
-                      int64_t end, const float* spread, float* out) {
+                      int64_t apart, int64_t end, const float* spread, float* out) {
   constexpr int WIDTH = MODE == Mode::half ? 2 : 1;  // of a value of x, in 16-bit words
   const int64_t full = w.cols / CHUNK;
   int64_t rows[R];  // past the end: the last one again, for nothing
-  unroll<R>([&](auto r) INLINE_LAMBDA { rows[r] = row + r < end ? row + r : end - 1; });
+  unroll<R>([&](auto r) INLINE_LAMBDA { rows[r] = row + r * apart < end ? row + r * apart : end - 1; });
   VecF sum[R];
   unroll<R>([&](auto r) INLINE_LAMBDA { sum[r] = zero_float(); });
   for (int64_t c = 0; c < full; ++c) {
@@ -241,18 +242,18 @@ INLINE void gemv_tile(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, c
     unroll<R>([&](auto r) INLINE_LAMBDA {
       const Codes codes{w.planes + rows[r] * w.row_bytes + c * K * (CHUNK / 8)};
       prefetch(codes.at, K * (CHUNK / 8));
-      const float* here = spread + r * x.segments + c * (CHUNK / G);
+      const float* here = spread + r * apart * x.segments + c * (CHUNK / G);
       sum[r] = multiply_codes<K, MODE, G>(lut, codes, STEPS, x.values + c * CHUNK * WIDTH, here, sum[r]);
     });
   }
   if (w.cols % CHUNK != 0) {
     unroll<R>([&](auto r) INLINE_LAMBDA {
       const auto codes = tail.read(w.planes + rows[r] * w.row_bytes + full * K * (CHUNK / 8));
-      const float* here = spread + r * x.segments + full * (CHUNK / G);
+      const float* here = spread + r * apart * x.segments + full * (CHUNK / G);
       sum[r] = multiply_codes<K, MODE, G>(lut, codes, tail.steps, x.values + full * CHUNK * WIDTH, here, sum[r]);
     });
   }
-  for (int r = 0; r < R && row + r < end; ++r) out[r] = sum_lanes(sum[r]);
+  for (int r = 0; r < R && row + r * apart < end; ++r) out[r * apart] = sum_lanes(sum[r]);
 }
 
 inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
@@ -280,8 +281,9 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
     for (int64_t r = 0; r < count; ++r) {
       spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
     }
-    for (int64_t r = 0; r < count; r += R) {
-      gemv_tile<K, MODE, G, R>(w, lut, tail, x, row + r, row + count, spread + r * x.segments, here + r);
+    const int64_t apart = (count + R - 1) / R;
+    for (int64_t r = 0; r < apart; ++r) {
+      gemv_tile<K, MODE, G, R>(w, lut, tail, x, row + r, apart, row + count, spread + r * x.segments, here + r);
     }
     for (int64_t r = 0; r < count; ++r) {
       here[r] *= unit;
