@@ -67,7 +67,8 @@ def test_logits_equal_those_of_the_dequantized_model(llama, tmp_path, spec):
     with torch.no_grad():
         got = loaded(IDS).logits
     wanted = dense_logits(llama, Artifact.open(tmp_path / "out").state())
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    # The native kernels round activations to 14 bits: 1e-4 of the logits here; a wrong weight is 1e-2.
+    assert (got - wanted).norm() <= 5e-4 * wanted.norm()
 
 
 def test_from_pretrained_loads_an_artifact_and_generates(llama, tmp_path):

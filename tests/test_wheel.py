@@ -30,8 +30,9 @@ def test_contents(wheel, tmp_path):
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"kbitc"}
     for folder in ("passes", "kernels", "backends"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert f"kbitc/{folder}/{path.name}" in names
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h"):
+                assert f"kbitc/{path.relative_to(ROOT)}" in names
     assert "kbitc/demo_model/model.safetensors" in names
     assert "kbitc/py.typed" in names
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

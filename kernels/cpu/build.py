@@ -54,10 +54,11 @@ class Recipe:
     def key(self, compiler: str) -> str:
         """Changes whenever the library could: files, flags, torch, compiler, machine."""
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-        parts = [torch.__version__, platform.machine(), compiler, version.stdout, repr(self)]
+        flags = [self.flags, self.link, *(flags for _, flags in self.sources)]
+        parts = [torch.__version__, platform.machine(), compiler, version.stdout, repr(flags)]
         found = hashlib.sha256("\0".join(parts).encode())
-        for path in (*(path for path, _ in self.sources), *self.headers):
-            found.update(path.read_bytes())
+        for path in (*(path for path, _ in self.sources), *self.headers):  # their folder does not matter
+            found.update(f"\0{path.name}\0".encode() + path.read_bytes())
         return found.hexdigest()[:20]
 
 
@@ -216,7 +217,7 @@ def load() -> bool:
         library = build()
         torch.ops.load_library(str(library))
         torch.ops.kbit.cpu_kernels()  # a wrong KBITC_CPU is an error here, not in the middle of a model
-    except BackendUnavailable as error:
+    except (BackendUnavailable, OSError) as error:  # OSError: the library does not load
         warnings.warn(
             f"{error}. Until then packed weights run on slow reference kernels (KBITC_CPU=off hides this)",
             stacklevel=2,

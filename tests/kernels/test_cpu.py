@@ -408,16 +408,33 @@ def test_damaged_codes_stay_in_bounds(kernel_set):
     assert torch.ops.kbit.linear(torch.randn(4, 100), *operands, None).isfinite().all()
 
 
-@pytest.mark.parametrize("op", ["linear", "linears", "embedding", "dequantize", "input_grad"])
+OPS = [
+    "linear", "linears", "embedding", "dequantize", "input_grad", "grouped_linear", "grouped_input_grad", "encode",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(kernel_set, op):
-    weight = packed(6, 70, "nf4:64+zp")
+    weight, experts = packed(6, 70, "nf4:64+zp"), packed(6, 70, "int3:32+dq", experts=2)
     operands = weight.operands()
     x = torch.randn(3, 70, requires_grad=True)
+    offsets = torch.tensor([1, 3], dtype=torch.int32)
+    scales, codebook = operands[1].float(), operands[2]
     arguments = {
-        "linear": (x, *operands, None),
+        "linear": (x, *operands, torch.randn(6, requires_grad=True)),
         "linears": (x, [*operands[:9]], [*operands[9:]], [None]),
         "embedding": (torch.tensor([1, 5]), *operands, torch.float32),
-        "dequantize": (*operands, torch.float32),
+        "dequantize": (*experts.operands(), torch.float16),
         "input_grad": (torch.randn(3, 6), *operands),
+        "grouped_linear": (x, *experts.operands(), offsets),
+        "grouped_input_grad": (torch.randn(3, 6), *experts.operands(), offsets),
+        "encode": (torch.randn(6, 70), scales, operands[3].float(), codebook, None, 4, 64),
     }[op]
     torch.library.opcheck(getattr(torch.ops.kbit, op).default, arguments)
+
+
+def test_every_op_is_checked():
+    assert build.load()
+    names = torch._C._dispatch_get_all_op_names()
+    defined = {name.split("::")[1].split(".")[0] for name in names if name.startswith("kbit::")}
+    assert defined == {*OPS, "select", "cpu_kernels", "use_cpu_kernels"}

@@ -1,4 +1,8 @@
-"""``kbit::`` ops: the reference kernels against dense arithmetic, and torch's own op checks."""
+"""The reference kernels against dense arithmetic, and what every kernel of a ``kbit::`` op must do.
+
+Where the native kernels load, the ops run those (test_cpu.py); the ops on reference kernels are run in a
+process of their own, with ``KBITC_CPU=off`` (test_build.py).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ EXPERT_OF = [0, 0, 2, 2, 2, 3, 4, 4, 4]
 def test_linear_equals_dense(weight, lead, dtype):
     x = torch.randn(*lead, 101, dtype=dtype)
     bias = torch.randn(37)
-    got = ops.linear(x, *weight.operands(), bias)
+    got = reference.linear(x, weight.operands(), bias)
     assert got.dtype == dtype
     wanted = x.double() @ weight.dequantize(torch.float64).T + bias.double()
     # Rounding of the weights to x's dtype and accumulation over 101 products.
@@ -42,37 +46,36 @@ def test_linear_equals_dense(weight, lead, dtype):
 
 def test_tiles_do_not_change_the_result(weight, monkeypatch):
     x = torch.randn(3, 101)
-    whole = ops.linear(x, *weight.operands(), None)
+    whole = reference.linear(x, weight.operands(), None)
     monkeypatch.setattr(reference, "TILE", 300)
-    assert torch.allclose(ops.linear(x, *weight.operands(), None), whole, atol=1e-5)
+    assert torch.allclose(reference.linear(x, weight.operands(), None), whole, atol=1e-5)
 
 
 def test_embedding_equals_dense(weight):
     ids = torch.tensor([[0, 36, 5], [5, 5, 1]])
-    got = ops.embedding(ids, *weight.operands(), torch.float32)
-    assert torch.equal(got, weight.dequantize()[ids])
-    assert ops.embedding(torch.empty(0, dtype=torch.long), *weight.operands(), torch.float16).shape == (
-        0,
-        101,
-    )
+    got = reference.embedding(ids, weight.operands(), torch.float32)
+    assert torch.equal(got, reference.dequantize(*weight.operands(), dtype=torch.float32)[ids])
+    none = torch.empty(0, dtype=torch.long)
+    assert reference.embedding(none, weight.operands(), torch.float16).shape == (0, 101)
 
 
 @pytest.mark.parametrize("bad", [-1, 37])
 def test_embedding_checks_ids(weight, bad):
     with pytest.raises(IndexError, match="outside 0"):
-        ops.embedding(torch.tensor([bad]), *weight.operands(), torch.float32)
+        reference.embedding(torch.tensor([bad]), weight.operands(), torch.float32)
 
 
 def test_grouped_linear_equals_dense(experts):
     x = torch.randn(9, 41)
     dense = experts.dequantize()
     wanted = torch.stack([x[i] @ dense[e].T for i, e in enumerate(EXPERT_OF)])
-    assert torch.allclose(ops.grouped_linear(x, *experts.operands(), OFFSETS), wanted, atol=1e-4)
+    assert torch.allclose(reference.grouped_linear(x, experts.operands(), OFFSETS), wanted, atol=1e-4)
 
 
 def test_select_picks_experts(experts):
     picked = experts[torch.tensor([4, 0, 4])]
-    assert torch.equal(picked.dequantize(), experts.dequantize()[[4, 0, 4]])
+    # Double-quantized scales become float32: the native kernels may round them in another order.
+    torch.testing.assert_close(picked.dequantize(), experts.dequantize()[[4, 0, 4]], rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_with_respect_to_the_input(weight, experts):
@@ -91,27 +94,8 @@ def test_gradients_with_respect_to_the_input(weight, experts):
     )
 
 
-def test_opcheck_every_op(weight, experts):
-    x = torch.randn(3, 101, requires_grad=True)
-    bias = torch.randn(37, requires_grad=True)
-    tokens = torch.randn(9, 41, requires_grad=True)
-    w, e = weight.operands(), experts.operands()
-    opcheck(ops.linear.default, (x, *w, bias))
-    opcheck(ops.linear.default, (x, *w, None))
-    opcheck(ops.input_grad.default, (torch.randn(3, 37), *w))
-    opcheck(ops.embedding.default, (torch.tensor([[1, 2]]), *w, torch.bfloat16))
-    opcheck(ops.grouped_linear.default, (tokens, *e, OFFSETS))
-    opcheck(ops.grouped_input_grad.default, (torch.randn(9, 13), *e, OFFSETS))
-    opcheck(ops.dequantize.default, (*e, torch.float16))
-    opcheck(ops.select.default, (torch.tensor([1, 2]), *e))
-    defined = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("kbit::")
-    }
-    assert defined == {
-        "linear", "input_grad", "embedding", "grouped_linear", "grouped_input_grad", "dequantize", "select",
-    }  # fmt: skip
+def test_opcheck_select(experts):
+    opcheck(ops.select.default, (torch.tensor([1, 2]), *experts.operands()))
 
 
 def test_wrong_inputs_are_errors(weight):
