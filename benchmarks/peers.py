@@ -28,6 +28,7 @@ from typing import IO, Any
 PINS = ("onnxruntime==1.32.0", "onnx==1.23.2", "bitsandbytes==0.50.2")
 COLD_BYTES = 256 << 20  # the copies of a weight are at least so large together
 SETTLE = 0.02  # seconds in which the threads of what ran before stop spinning
+WARM_UP = 0.015  # seconds of calls before the first sample: sleeping cores and threads take that long
 SAMPLES = 5  # of one slice, about
 ERROR_ROWS = 512  # rows of a result that are compared with float64
 
@@ -55,18 +56,20 @@ def time_calls(calls: Sequence[Call], seconds: float, work: int = 1) -> list[Sam
         Samples: seconds that one unit of work took, and whether this process kept its cores.
     """
     time.sleep(SETTLE)
-    calls[0]()
-    once, is_clean = _timed(calls, 1, 1)
-    samples = [(once / work, is_clean)]
-    chunk = max(1, int(seconds / SAMPLES / once))
-    at, start = 2, time.perf_counter()
-    while (spent := time.perf_counter() - start + once) < PATIENCE * seconds:
-        if spent >= seconds and any(clean for _, clean in samples):
-            break
+    at, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < WARM_UP or at == 0:
+        calls[at % len(calls)]()
+        at += 1
+    chunk = max(1, int(seconds / SAMPLES / (spent / at)))
+    samples: list[Sample] = []
+    start = time.perf_counter()
+    while True:
         each, is_clean = _timed(calls, at, chunk)
         samples.append((each / work, is_clean))
         at += chunk
-    return samples
+        spent = time.perf_counter() - start
+        if spent >= PATIENCE * seconds or (spent >= seconds and any(clean for _, clean in samples)):
+            return samples
 
 
 def _timed(calls: Sequence[Call], at: int, count: int) -> Sample:

@@ -8,7 +8,6 @@ chosen against the scale *as stored*, so rounding a scale never costs more than 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from kbitc import datatypes, packing
 from kbitc.errors import UsageError, did_you_mean
+from kbitc.nearest import Encoder
+from kbitc.scale_search import SEARCH_ROUNDS, search_ratios, search_scales
 from kbitc.spec import SCALE_GROUP, Spec, parse
 
 # Values a tile: 1 MB in float32, so that the handful of temporaries stays in the L2/L3 cache.
@@ -118,32 +119,19 @@ TENSOR_FIELDS = (
     "outlier_index",
 )
 
-Quantizer = Callable[[Tensor, Tensor, bool], Tensor]
-"""``(blocks, codebook, is_signed) -> scales``: ``(..., blocks, block)`` float32 to ``(..., blocks)``.
-
-A short last block comes padded with zeros. This is the seam for searched scales.
-"""
-
 Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, int, int], Tensor]
 """The signature of :func:`encode_rows`."""
 
-QUANTIZERS: dict[str, Quantizer] = {}
+Search = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, int, int], tuple[Tensor, Tensor | None]
+]
+"""The signature of :func:`kbitc.scale_search.search_scales`."""
+
+QUANTIZERS = ("absmax", "weighted")
 
 
-def quantizer(name: str) -> Callable[[Quantizer], Quantizer]:
-    """Register the decorated function under ``quantize(..., quantizer=name)``."""
-
-    def register(function: Quantizer) -> Quantizer:
-        QUANTIZERS[name] = function
-        return function
-
-    return register
-
-
-@quantizer("absmax")
-def absmax(blocks: Tensor, codebook: Tensor, is_signed: bool) -> Tensor:
+def absmax(blocks: Tensor, is_signed: bool) -> Tensor:
     """The largest magnitude of each block; with its sign when ``is_signed`` (first of equals)."""
-    del codebook
     if not is_signed:
         low, high = torch.aminmax(blocks, dim=-1)
         return torch.maximum(high, -low)
@@ -156,9 +144,11 @@ def quantize(
     spec: Spec | str,
     *,
     quantizer: str = "absmax",
+    importance: Tensor | None = None,
     outliers: Tensor | None = None,
     name: str = "weight",
     encode: Encode | None = None,
+    search: Search = search_scales,
 ) -> Packed:
     """Quantize a weight block by block and pack it.
 
@@ -166,12 +156,16 @@ def quantize(
         weight: ``(rows, in_features)`` or ``(experts, rows, in_features)``, any float dtype, any
             strides. Blocks run along the last dimension.
         spec: format, for example "nf4:64".
-        quantizer: how scales are chosen, a key of ``QUANTIZERS``.
+        quantizer: how scales are chosen. "absmax" takes the largest magnitude of each block; "weighted"
+            searches from there for the least squared error, weighted by ``importance``.
+        importance: ``(in_features,)`` or ``(experts, in_features)``, not negative: what an error in each
+            input feature costs, E[x²] as a rule; "weighted" needs it, "absmax" has no use for it.
         outliers: sorted input-feature indices to keep at 16 bits; by default the columns of largest
             standard deviation (the k-bit paper's proxy, taken on the weight itself), as many as
             ``spec`` asks for.
         name: how error messages call the tensor.
         encode: :func:`encode_rows`, or a faster function that gives the same bytes.
+        search: :func:`kbitc.scale_search.search_scales`, or a faster one.
 
     Returns:
         The packed weight. The same input always gives the same bytes; a value midway between two
@@ -179,7 +173,7 @@ def quantize(
 
     Raises:
         UsageError: not a 2-D or 3-D float tensor, an empty one, a NaN or infinite value, or an
-            unknown quantizer.
+            unknown quantizer, or an importance that is missing or of another shape.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     if spec.is_left_alone:
@@ -191,6 +185,7 @@ def quantize(
         )
     if quantizer not in QUANTIZERS:
         raise UsageError(did_you_mean("quantizer", quantizer, QUANTIZERS))
+    features = None if quantizer == "absmax" else _checked_importance(importance, weight, name)
     weight = weight.detach()
     index, values = _split_outliers(weight, spec, outliers, name)
     rows = weight.flatten(0, -2) if weight.dim() == 3 else weight
@@ -198,7 +193,12 @@ def quantize(
 
     is_signed = datatypes.FAMILIES[spec.family].is_signed and not spec.has_zero_point
     codebook = _codebook(source, spec)
-    scales, zeros = _scales_and_zeros(source, spec, codebook, QUANTIZERS[quantizer], is_signed, name)
+    scales, zeros = _scales_and_zeros(source, spec, is_signed, name)
+    if features is not None:
+        if index is not None:
+            features[:, index.long()] = 0.0
+        ratios = search_ratios(spec.bits)
+        scales, zeros = search(rows, features, scales, zeros, codebook, ratios, spec.block, SEARCH_ROUNDS)
     stored, constants, effective = _store_scales(scales, spec, codebook, is_signed)
     stored_zeros = None if zeros is None else _to_16_bits(zeros)
 
@@ -289,9 +289,22 @@ class _Rows:
         return low, high
 
 
-def _scales_and_zeros(
-    source: _Rows, spec: Spec, codebook: Tensor, choose: Quantizer, is_signed: bool, name: str
-) -> tuple[Tensor, Tensor | None]:
+def _checked_importance(importance: Tensor | None, weight: Tensor, name: str) -> Tensor:
+    """A copy as ``(experts or 1, in_features)`` float32."""
+    if importance is None:
+        raise UsageError(f'{name}: quantizer "weighted" needs the importance of each input feature')
+    shapes = {(weight.shape[-1],), (*weight.shape[:-2], weight.shape[-1])}
+    if tuple(importance.shape) not in shapes:
+        raise UsageError(
+            f"{name}: importance has shape {tuple(importance.shape)}; "
+            f"expected {' or '.join(map(str, sorted(shapes)))}"
+        )
+    if not bool((importance >= 0).all()) or not bool(importance.isfinite().all()):
+        raise UsageError(f"{name}: importance holds a negative, NaN or infinite value")
+    return importance.detach().to(torch.float32, copy=True).reshape(-1, weight.shape[-1])
+
+
+def _scales_and_zeros(source: _Rows, spec: Spec, is_signed: bool, name: str) -> tuple[Tensor, Tensor | None]:
     """Float32 scales, and the middles of the blocks under ``+zp``, of every row."""
     scales, zeros = [], []
     for start, blocks in source.tiles():
@@ -304,7 +317,7 @@ def _scales_and_zeros(
             centre = _to_16_bits(middle).float() if middle.isfinite().all() else middle
             scales.append(torch.maximum(high - centre, centre - low))
         else:
-            scales.append(choose(blocks, codebook, is_signed))
+            scales.append(absmax(blocks, is_signed))
         if not scales[-1].isfinite().all():
             row = start + int((~scales[-1].isfinite()).any(dim=-1).nonzero()[0])
             raise UsageError(
@@ -501,7 +514,7 @@ def _sample(source: _Rows, spec: Spec) -> datatypes.Blocks:
         blocks = blocks - (low / 2 + high / 2).unsqueeze(-1)
         scales = high / 2 - low / 2
     else:
-        scales = absmax(blocks, blocks, False)
+        scales = absmax(blocks, False)
     weight = scales.double().square().unsqueeze(-1).expand(blocks.shape)
     normalized = _normalize(blocks, scales).clamp_(-1.0, 1.0)
     return datatypes.Blocks(
@@ -509,44 +522,3 @@ def _sample(source: _Rows, spec: Spec) -> datatypes.Blocks:
         normalized=normalized.flatten(-2)[:, :width].double().flatten().nan_to_num(0.0).numpy(),
         weight=weight.flatten(-2)[:, :width].flatten().nan_to_num(0.0, 0.0, 0.0).numpy(),
     )
-
-
-class Encoder:
-    """Nearest code of a codebook for values in [-1, 1]; a tie takes the lower code.
-
-    A grid of cells is laid over [-1, 1], so fine that a cell holds at most one boundary between two
-    codes; then ``code = base[cell] + (value > boundary[cell])``: two small table look-ups instead of
-    a binary search (16 levels, 4096 x 4096, 2 threads: 0.05 s against 0.18 s). Codebooks with levels
-    closer than a cell (wide exponents) take the binary search; both give the same codes.
-    """
-
-    CELLS = 2**13
-
-    def __init__(self, codebook: Tensor) -> None:
-        levels = codebook.double()
-        # Rounded down to float32: a value of exactly this size still belongs to the lower code.
-        self.bounds = _round_down((levels[1:] + levels[:-1]) / 2)
-        cell = self._cell(self.bounds.clone())
-        self.uses_cells = bool((cell.diff() > 0).all()) if cell.numel() else False
-        if self.uses_cells:
-            base = torch.bincount(cell.long() + 1, minlength=self.CELLS + 2)[: self.CELLS + 1]
-            self.base = base.cumsum(0).to(torch.uint8)
-            self.edge = torch.full((self.CELLS + 1,), math.inf)
-            self.edge[cell.long()] = self.bounds
-
-    def _cell(self, values: Tensor) -> Tensor:
-        return values.add_(1.0).mul_(self.CELLS / 2).clamp_(0, self.CELLS).to(torch.int32)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Codes, uint8, of float32 values of any shape."""
-        if not self.uses_cells:
-            return torch.bucketize(values, self.bounds, out_int32=True).to(torch.uint8)
-        cell = self._cell(values.clone()).flatten()
-        codes = self.base.index_select(0, cell)
-        codes += values.flatten() > self.edge.index_select(0, cell)
-        return codes.view(values.shape)
-
-
-def _round_down(values: Tensor) -> Tensor:
-    rounded = values.float()
-    return torch.where(rounded.double() > values, torch.nextafter(rounded, torch.tensor(-math.inf)), rounded)

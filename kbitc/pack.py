@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kbitc import blockwise, scoring
+from kbitc import scoring
 from kbitc.artifact import Slot, Writer, checksum, packed_slots, shared_codebooks, stored_tensors
 from kbitc.errors import UsageError
-from kbitc.kernels import ops  # noqa: F401  # defines torch.ops.kbit
+from kbitc.kernels import ops
 from kbitc.program import Program, Rest, Weight
 
 Progress = Callable[[str, int], None]
@@ -118,7 +118,7 @@ def _convert(
         kept = to_rest(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": scoring.relative_error(source, kept)}
     oriented = source.mT if entry.is_transposed else source
-    packed = blockwise.quantize(oriented, spec, name=entry.name, encode=torch.ops.kbit.encode)
+    packed = ops.quantize(oriented, spec, name=entry.name)
     stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
     return stored, {"error": scoring.packed_error(oriented, packed)}
 

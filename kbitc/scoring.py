@@ -6,12 +6,15 @@ standard error of a relative error below 1 % of it for every data type tried.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kbitc import blockwise
 from kbitc.blockwise import Packed
-from kbitc.kernels import ops  # noqa: F401  # defines torch.ops.kbit
+from kbitc.kernels import ops
+from kbitc.moments import Moments
 from kbitc.spec import Spec
 
 SAMPLE = 2**15
@@ -29,12 +32,67 @@ def take_sample(weight: Tensor) -> Tensor:
     return rows[sample_rows(*rows.shape)].float()
 
 
-def option_error(sample: Tensor, spec: Spec, quantizer: str = "absmax") -> float:
-    """Relative error ``||W - dequantize(quantize(W))|| / ||W||`` of a sampled weight under ``spec``."""
-    if spec.is_left_alone:
-        return relative_error(sample, sample.half().float())
-    packed = blockwise.quantize(sample, spec, quantizer=quantizer, encode=torch.ops.kbit.encode)
-    return relative_error(sample, torch.ops.kbit.dequantize(*packed.operands(), torch.float32))
+@dataclass(frozen=True)
+class Sample:
+    """Sampled rows of a weight, and what an error in them costs.
+
+    Attributes:
+        values: ``(rows, in_features)`` float32.
+        importance: ``(groups, in_features)`` for the scale search, where group g weighs as many rows of
+            the sample as every other; None without moments.
+        factors: ``(row part, column part)`` of each use: ``(rows,)`` scaled so that the sample stands for
+            the whole weight, and ``(rows, in_features)`` or broadcast to it.
+    """
+
+    values: Tensor
+    importance: Tensor | None
+    factors: tuple[tuple[Tensor, Tensor], ...]
+
+    @staticmethod
+    def of(weight: Tensor, moments: Moments | None) -> Sample:
+        """Of a ``(*lead, rows, in_features)`` weight."""
+        flat = weight.flatten(0, -2)
+        picked = sample_rows(*flat.shape)
+        values = flat[picked].float()
+        if moments is None:
+            return Sample(values, None, ())
+        per_group = flat.shape[0] // weight.shape[0] if weight.dim() == 3 else flat.shape[0]
+        group = picked // per_group
+        factors = []
+        for factor in moments.factors:
+            every = factor.rows.flatten()
+            rows = every[picked]
+            whole = float(every.double().sum() / rows.double().sum().clamp_min(1e-300))
+            factors.append((rows * whole, factor.columns.view(-1, flat.shape[1])[group]))
+        importance = moments.importance().view(-1, flat.shape[1])
+        # One importance for all rows, or one a row: the search takes groups of equal size.
+        return Sample(values, importance if weight.dim() == 2 else importance[group], tuple(factors))
+
+    def price(self, spec: Spec) -> tuple[float | None, float]:
+        """Predicted increase of the loss in nats per token (None without moments), and relative error."""
+        if spec.is_left_alone:
+            back = self.values.half().float()
+        else:
+            packed = self._quantize(spec)
+            flat = packed.map(lambda t: t.flatten(0, -2) if t.dim() == 3 else t).operands()
+            back = torch.ops.kbit.dequantize(*flat, torch.float32)
+        error = relative_error(self.values, back)
+        if not self.factors:
+            return None, error
+        squared = (self.values - back).square()
+        price = 0.0
+        for rows, columns in self.factors:
+            price += float(rows.double() @ (squared * columns).sum(-1).double())
+        return price / 2, error
+
+    def _quantize(self, spec: Spec) -> Packed:
+        if self.importance is None:
+            return ops.quantize(self.values, spec)
+        if self.importance.shape[0] == 1:
+            return ops.quantize(self.values, spec, quantizer="weighted", importance=self.importance[0])
+        # Each sampled row has an expert's importance: as many experts of one row.
+        rows = self.values.unsqueeze(1)
+        return ops.quantize(rows, spec, quantizer="weighted", importance=self.importance)
 
 
 def packed_error(weight: Tensor, packed: Packed) -> float:

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbitc import blockwise
 from kbitc.blockwise import TENSOR_FIELDS, Operands, Packed
-from kbitc.kernels import ops  # noqa: F401  # registers torch.ops.kbit
+from kbitc.kernels import ops
 from kbitc.spec import Spec, parse
 
 aten = torch.ops.aten
@@ -130,6 +129,7 @@ def quantize(
     spec: Spec | str,
     *,
     quantizer: str = "absmax",
+    importance: Tensor | None = None,
     outliers: Tensor | None = None,
     is_transposed: bool = False,
     name: str = "weight",
@@ -139,7 +139,9 @@ def quantize(
     Args:
         weight: (rows, in_features) or (experts, rows, in_features); any float dtype.
         spec: format, for example "nf4:64" or "int3:128+zp".
-        quantizer: how scales are chosen; "absmax" takes the largest magnitude of each block.
+        quantizer: how scales are chosen: "absmax" (the largest magnitude of each block) or "weighted"
+            (least squared error, weighted by ``importance``).
+        importance: (in_features,) or (experts, in_features): E[x²] of the inputs, for "weighted".
         outliers: sorted input features to keep at 16 bits; see ``kbitc.blockwise.quantize``.
         is_transposed: weight is (..., in_features, rows), as in GPT-2's Conv1D.
         name: how error messages call the tensor.
@@ -155,8 +157,8 @@ def quantize(
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     source = weight.mT if is_transposed else weight
-    packed = blockwise.quantize(
-        source, spec, quantizer=quantizer, outliers=outliers, name=name, encode=torch.ops.kbit.encode
+    packed = ops.quantize(
+        source, spec, quantizer=quantizer, importance=importance, outliers=outliers, name=name
     )
     return KbitTensor(packed, weight.dtype, is_transposed=is_transposed)
 

@@ -11,6 +11,7 @@ for its device against the same op; where it has none, the reference here runs.
 ``dequantize``                              -> (*lead, rows, in)      W
 ``select``          the weight, expert ids  -> planes, scales, zeros, outliers of those experts
 ``encode``          rows, scales            -> planes                 nearest codes, packed
+``search_scales``   rows, importance        -> scales, zeros          least weighted squared error
 ``input_grad``, ``grouped_input_grad``      gradients with respect to x
 """
 
@@ -22,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbitc.blockwise import Operands, encode_rows
+from kbitc import blockwise, scale_search
+from kbitc.blockwise import Operands, Packed, encode_rows
 from kbitc.kernels import reference
 from kbitc.kernels.cpu import build as native
 from kbitc.packing import row_bytes
+from kbitc.spec import Spec
 
 WEIGHT = (
     "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
@@ -212,6 +215,35 @@ def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
 )
 def _encode(*given: Any) -> Tensor:
     return encode_rows(*given)
+
+
+def _fake_search(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor | None, *rest: Any) -> Any:
+    del rows, importance, rest
+    new = torch.empty_like(scales, dtype=torch.float32)
+    return new, new.new_empty(0) if zeros is None else torch.empty_like(new)
+
+
+@_op(
+    "search_scales",
+    "(Tensor rows, Tensor importance, Tensor scales, Tensor? zeros, Tensor codebook, Tensor ratios, "
+    "int block, int rounds) -> (Tensor, Tensor)",
+    _fake_search,
+)
+def _search_scales(*given: Any) -> tuple[Tensor, Tensor]:
+    scales, zeros = scale_search.search_scales(*given)
+    return scales, scales.new_empty(0) if zeros is None else zeros
+
+
+def quantize(weight: Tensor, spec: Spec | str, **options: Any) -> Packed:
+    """:func:`kbitc.blockwise.quantize` on the ops: the same, with the fastest kernels that there are."""
+    return blockwise.quantize(weight, spec, encode=torch.ops.kbit.encode, search=_search_with_op, **options)
+
+
+def _search_with_op(
+    rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    found, middles = torch.ops.kbit.search_scales(rows, importance, scales, zeros, *rest)
+    return found, None if zeros is None else middles
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,12 +12,29 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers, and of its own line from left to right.
 LAYERS = [
     ["kbitc.errors", "kbitc.version"],
-    ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise"],
+    [
+        "kbitc.datatypes",
+        "kbitc.spec",
+        "kbitc.packing",
+        "kbitc.nearest",
+        "kbitc.scale_search",
+        "kbitc.blockwise",
+    ],
     ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
-    ["kbitc.tensor", "kbitc.scoring"],
-    ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.pipeline"],
+    ["kbitc.tensor", "kbitc.moments", "kbitc.scoring"],
+    [
+        "kbitc.plan",
+        "kbitc.scores",
+        "kbitc.program",
+        "kbitc.streaming",
+        "kbitc.reads",
+        "kbitc.matching",
+        "kbitc.pipeline",
+    ],
     [
         "kbitc.passes.canonicalize",
+        "kbitc.passes.measure_moments",
+        "kbitc.passes.score_sensitivity",
         "kbitc.passes.allocate_bits",
         "kbitc.passes.apply_plan",
         "kbitc.passes.merge_linears",

@@ -390,7 +390,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode};
+  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode, search};
   return &kernels;
 }
 

@@ -402,7 +402,7 @@ struct Tail {
 namespace kbit {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode};
+  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode, search};
   return &kernels;
 }
 

@@ -730,6 +730,50 @@ Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, 
   return out;
 }
 
+// Scales (and zeros) by weighted squared error: (rows, blocks) each, the zeros empty without `zeros`.
+std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& importance, const Tensor& scales,
+                                         const OptTensor& zeros, const Tensor& codebook, const Tensor& ratios,
+                                         int64_t block, int64_t rounds) {
+  const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
+  TORCH_CHECK(rows.dim() == 2 && rows.is_floating_point() && rows.numel() > 0 && block >= 1 && rounds >= 0,
+              "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", rows.sizes());
+  TORCH_CHECK(importance.dim() == 2 && importance.size(1) == cols && importance.size(0) >= 1 &&
+                  count % importance.size(0) == 0,
+              "kbit::search_scales: importance has shape ", importance.sizes(), "; expected (groups, ", cols,
+              ") where groups divide ", count, " rows");
+  const auto checked = [&](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::search_scales: ", name,
+                " have shape ", t.sizes(), "; expected (", count, ", ", blocks, ")");
+    return t.to(at::kFloat, false, true).contiguous();
+  };
+  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.dim() == 1 && codebook.numel() >= 1 &&
+                  codebook.numel() <= 256 && ratios.scalar_type() == at::kFloat && ratios.dim() == 1,
+              "kbit::search_scales: codebook and ratios are 1-D and float32");
+  Tensor out = checked(scales, "scales"), middles = zeros.has_value() ? checked(*zeros, "zeros") : Tensor();
+  const Tensor weight = importance.to(at::kFloat).contiguous(), levels = codebook.contiguous(), tries = ratios.contiguous();
+  const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
+  float* scale = out.mutable_data_ptr<float>();
+  float* zero = zeros.has_value() ? middles.mutable_data_ptr<float>() : nullptr;
+  const float* level = levels.const_data_ptr<float>();
+  const float* ratio = tries.const_data_ptr<float>();
+  const float* given = weight.const_data_ptr<float>();
+  const int64_t per_group = count / importance.size(0), candidates = ratios.numel();
+  const int64_t step = std::max(int64_t{16}, TILE / cols);
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t here = std::min(step, count - first);
+    const Tensor tile = rows.narrow(0, first, here).to(at::kFloat).contiguous();
+    const float* from = tile.const_data_ptr<float>();
+    over_rows(here, 16 * here * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = first + r;
+        kernels().search(*encoder, level, from + r * cols, given + at / per_group * cols, cols, block, ratio, candidates,
+                         static_cast<int>(rounds), scale + at * blocks, zero == nullptr ? nullptr : zero + at * blocks);
+      }
+    });
+  }
+  return {out, zeros.has_value() ? middles : at::empty({0}, out.options())};
+}
+
 std::string cpu_kernels() { return kernels().name; }
 
 void use_cpu_kernels(std::string_view name) { chosen() = find_kernels(std::string(name)); }
@@ -857,6 +901,7 @@ TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("grouped_input_grad", kbit::grouped_input_grad);
   m.impl("dequantize", kbit::dequantize);
   m.impl("encode", kbit::encode);
+  m.impl("search_scales", kbit::search_scales);
 }
 
 TORCH_LIBRARY_IMPL(kbit, AutogradCPU, m) {

@@ -80,5 +80,111 @@ void encode(const Encoder& e, const float* x, const float* scales, const float* 
   }
 }
 
+// The levels nearest to values, in [-1, 1] units of the codebook.
+inline void find_levels(const Encoder& e, const float* levels, const float* values, int64_t count, float* out) {
+  if (e.bounds < 16) {  // one comparison a boundary, over whole vectors
+    for (int64_t i = 0; i < count; ++i) out[i] = levels[0];
+    for (int b = 0; b < e.bounds; ++b) {
+      const float bound = e.bound[b], next = levels[b + 1];
+      for (int64_t i = 0; i < count; ++i) out[i] = values[i] > bound ? next : out[i];
+    }
+    return;
+  }
+  uint8_t codes[CHUNK];
+  find_codes(e, values, count, codes);
+  for (int64_t i = 0; i < count; ++i) out[i] = levels[codes[i]];
+}
+
+// Sums over a block, of weights m, values w and the levels c that they were given.
+struct Moments {
+  double m = 0, c = 0, cc = 0, w = 0, wc = 0;
+};
+
+// The scale (and zero, with `has_zero`) that fit best under given levels, and how much of sum(m w^2) they
+// explain: weighted least squares in closed form.
+struct Fit {
+  float scale = 0, zero = 0;
+  double gain = 0;
+};
+
+inline Fit fit_block(const Moments& s, bool has_zero) {
+  Fit out;
+  if (has_zero) {
+    const double det = s.m * s.cc - s.c * s.c;
+    if (!(det > 1e-12 * s.m * s.cc)) return out;
+    const double scale = (s.m * s.wc - s.w * s.c) / det;
+    const double zero = (s.cc * s.w - s.c * s.wc) / det;
+    out = {static_cast<float>(scale), static_cast<float>(zero), scale * s.wc + zero * s.w};
+  } else if (s.cc > 0) {
+    out = {static_cast<float>(s.wc / s.cc), 0.0f, s.wc * s.wc / s.cc};
+  }
+  return out;
+}
+
+// Assign levels under a scale and a zero, then fit both to them.
+inline Fit refit(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t count,
+                 float scale, float zero, bool has_zero) {
+  Moments total;
+  const float inverse = 1.0f / scale;
+  float values[CHUNK], found[CHUNK];
+  for (int64_t at = 0; at < count; at += CHUNK) {
+    const int64_t here = count - at < CHUNK ? count - at : CHUNK;
+    for (int64_t i = 0; i < here; ++i) values[i] = (x[at + i] - zero) * inverse;
+    find_levels(e, levels, values, here, found);
+    constexpr int LANES = 16;  // independent sums, so that the compiler may use vectors
+    float m[LANES] = {}, c[LANES] = {}, cc[LANES] = {}, w[LANES] = {}, wc[LANES] = {};
+    const auto add = [&](int64_t i, int lane) {
+      const float weighted = weight[at + i] * found[i], product = weight[at + i] * x[at + i];
+      m[lane] += weight[at + i];
+      c[lane] += weighted;
+      cc[lane] += weighted * found[i];
+      w[lane] += product;
+      wc[lane] += weighted * x[at + i];
+    };
+    int64_t i = 0;
+    for (; i + LANES <= here; i += LANES) {
+      for (int lane = 0; lane < LANES; ++lane) add(i + lane, lane);
+    }
+    for (; i < here; ++i) add(i, static_cast<int>(i % LANES));
+    for (int lane = 0; lane < LANES; ++lane) {
+      total.m += m[lane];
+      total.c += c[lane];
+      total.cc += cc[lane];
+      total.w += w[lane];
+      total.wc += wc[lane];
+    }
+  }
+  return fit_block(total, has_zero);
+}
+
+// The scale and zero of each block of one row: those that candidates lead to after one refit, the best of
+// them refitted `rounds` times more. `scales` and `zeros` hold the first candidate: absmax and middle.
+void search(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t cols, int64_t block,
+            const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros) {
+  const bool has_zero = zeros != nullptr;
+  for (int64_t b = 0, at = 0; at < cols; ++b, at += block) {
+    const int64_t count = cols - at < block ? cols - at : block;
+    const float first = scales[b], middle = has_zero ? zeros[b] : 0.0f;
+    if (first == 0.0f || !std::isfinite(1.0f / first)) continue;
+    Fit best;
+    const auto consider = [&](const Fit& found) {
+      const bool is_better = found.gain > best.gain && found.scale * first > 0.0f && std::isfinite(found.scale) &&
+                             std::isfinite(found.zero);
+      if (is_better) best = found;
+      return is_better;
+    };
+    for (int64_t k = 0; k < candidates; ++k) {
+      consider(refit(e, levels, x + at, weight + at, count, first * ratios[k], middle, has_zero));
+    }
+    for (int r = 0; r < rounds && best.gain > 0; ++r) {
+      if (!consider(refit(e, levels, x + at, weight + at, count, best.scale, best.zero, has_zero))) break;
+    }
+    if (best.gain > 0) {
+      scales[b] = best.scale;
+      if (has_zero) zeros[b] = best.zero;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kbit

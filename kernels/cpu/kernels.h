@@ -95,6 +95,9 @@ struct Kernels {
   // The inverse: one row of floats to packed codes.
   void (*encode)(const Encoder& encoder, const float* x, const float* scales, const float* zeros, int64_t cols,
                  int64_t block, int bits, uint8_t* out);
+  // Scales (and zeros, unless null) of one row that fit best by weighted squared error, from first ones.
+  void (*search)(const Encoder& encoder, const float* levels, const float* x, const float* weight, int64_t cols,
+                 int64_t block, const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros);
 };
 
 const Kernels* portable_kernels();

@@ -47,7 +47,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, decode, dot, encode};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, decode, dot, encode, search};
   return &kernels;
 }
 

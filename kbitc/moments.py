@@ -1,0 +1,92 @@
+"""What the data says about each weight: second moments of its inputs and of the loss's gradients.
+
+The one thing to know: a `Factor` says what a squared error of one weight costs, as a product of a part
+for its row and a part for its column; with gradients, half their product with the squared error is the
+increase of the loss in nats per token (a diagonal, separable Fisher: "(g_y * dy)^2" summed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One use of a weight ``(*lead, rows, in_features)``.
+
+    Attributes:
+        rows: ``(*lead, rows)`` float32: mean squared gradient of the output; for an embedding, how often
+            each row is read.
+        columns: ``(*lead, in_features)`` float32: mean squared input, each token weighted by its squared
+            gradient; for an embedding, mean squared gradient of the feature.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All uses of one weight.
+
+    Attributes:
+        factors: one a use; tied weights have several.
+        inputs: ``(*lead, in_features)`` mean squared input over all tokens; None for an embedding alone.
+        outlier_share: ``(in_features,)`` share of the tokens where the input's magnitude is at least 6.
+        largest: ``(in_features,)`` largest magnitude of the input.
+    """
+
+    factors: tuple[Factor, ...]
+    inputs: Tensor | None = None
+    outlier_share: Tensor | None = None
+    largest: Tensor | None = None
+
+    def importance(self) -> Tensor:
+        """``(*lead, in_features)``: what an error in each input feature costs, for the scale search."""
+        return sum(
+            (factor.columns * factor.rows.mean(-1, keepdim=True) for factor in self.factors),
+            torch.zeros_like(self.factors[0].columns),
+        )
+
+
+def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Flat, for a safetensors file; see :func:`from_tensors`."""
+    flat: dict[str, Tensor] = {}
+    for name, found in moments.items():
+        for i, factor in enumerate(found.factors):
+            flat[f"{name}|{i}.rows"] = factor.rows
+            flat[f"{name}|{i}.columns"] = factor.columns
+        for field in ("inputs", "outlier_share", "largest"):
+            value = getattr(found, field)
+            if value is not None:
+                flat[f"{name}|{field}"] = value
+    return {key: value.contiguous() for key, value in flat.items()}
+
+
+def from_tensors(flat: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """The inverse of :func:`to_tensors`.
+
+    >>> one = Moments((Factor(torch.ones(2), torch.ones(3)),))
+    >>> from_tensors(to_tensors({"w": one}))["w"].factors[0].columns
+    tensor([1., 1., 1.])
+    """
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        name, _, field = key.rpartition("|")
+        fields.setdefault(name, {})[field] = value
+    return {
+        name: Moments(
+            tuple(
+                Factor(own[f"{i}.rows"], own[f"{i}.columns"])
+                for i in range(sum(field.endswith(".rows") for field in own))
+            ),
+            own.get("inputs"),
+            own.get("outlier_share"),
+            own.get("largest"),
+        )
+        for name, own in fields.items()
+    }

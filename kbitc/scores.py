@@ -1,0 +1,112 @@
+"""The score table: what each weight would cost in bytes and in loss under each spec.
+
+The one thing to know: it is all that the allocator looks at. Saved beside an artifact, it answers any
+other budget in a second, without the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kbitc.errors import UsageError
+from kbitc.spec import Spec, parse
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a weight.
+
+    Attributes:
+        nbytes: stored bytes, without shared codebooks.
+        cost: predicted share of the loss, in the table's unit.
+        error: relative error ``||W - dequantize(quantize(W))|| / ||W||`` on sampled rows.
+    """
+
+    spec: Spec
+    nbytes: int
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Options of every weight.
+
+    Attributes:
+        options: by weight name, in the model's order.
+        numel: parameters of each weight.
+        fixed: bytes that no choice changes.
+        parameters: of the whole model, tied ones once.
+        source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
+        unit: of a cost: "nats per token" or "relative".
+    """
+
+    options: Mapping[str, tuple[Option, ...]]
+    numel: Mapping[str, int]
+    fixed: int
+    parameters: int
+    source: str
+    unit: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "unit": self.unit,
+            "fixed_bytes": self.fixed,
+            "parameters": self.parameters,
+            "weights": {
+                name: {
+                    "parameters": self.numel[name],
+                    "options": [
+                        [str(o.spec), o.nbytes, float(f"{o.cost:.6g}"), float(f"{o.error:.5g}")]
+                        for o in found
+                    ],
+                }
+                for name, found in self.options.items()
+            },
+        }
+
+    @staticmethod
+    def from_json(data: Any, label: str = "scores") -> Scores:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UsageError: not a score table, or of a newer format.
+        """
+        try:
+            if data["format"] > FORMAT:
+                raise UsageError(
+                    f"{label}: score format {data['format']}, but this kbitc reads up to {FORMAT}; upgrade kbitc"
+                )
+            options = {
+                name: tuple(Option(parse(s), int(n), float(c), float(e)) for s, n, c, e in entry["options"])
+                for name, entry in data["weights"].items()
+            }
+            numel = {name: int(entry["parameters"]) for name, entry in data["weights"].items()}
+            return Scores(
+                options,
+                numel,
+                int(data["fixed_bytes"]),
+                int(data["parameters"]),
+                data["source"],
+                data["unit"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error
+
+
+def monotone(options: tuple[Option, ...]) -> tuple[Option, ...]:
+    """Of formats that differ in bits alone, more bits never cost more: noise must not buy fewer of them."""
+    least: dict[object, float] = {}
+    found = {}
+    for option in sorted(options, key=lambda o: o.spec.bits):
+        kind = replace(option.spec, bits=8, exponent=None)
+        least[kind] = min(least.get(kind, option.cost), option.cost)
+        found[option.spec] = replace(option, cost=least[kind])
+    return tuple(found[option.spec] for option in options)

@@ -1,0 +1,164 @@
+"""Run text through the model and note, for each weight, what its errors would cost.
+
+before:  stage CANONICAL
+after:   stage CANONICAL, fact "moments": `Moments` by weight name
+
+One forward and one backward pass a window, with the next-token loss. A gradient g of an output and the
+input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and a
+column part. Text that the model sampled itself makes it the true Fisher, other text the empirical one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbitc.errors import UsageError
+from kbitc.moments import Factor, Moments
+from kbitc.program import Program, Stage
+from kbitc.streaming import Read, Streamed, expert_slices
+
+FACT = "moments"
+OUTLIER_MAGNITUDE = 6.0  # LLM.int8(), section 4.1
+
+
+@dataclass(frozen=True)
+class MeasureMoments:
+    """Needs a language model: token ids in, next-token logits out.
+
+    Attributes:
+        windows: ``(count, length)`` int64 token ids.
+        trace: a canonical float32 program of the model for token ids of ``(batch, length)``.
+        read: a tensor of the model, non-persistent buffers included, by name.
+        on_window: progress, ``(done, all)``.
+    """
+
+    windows: Tensor
+    trace: Callable[[int, int], Program]
+    read: Read
+    on_window: Callable[[int, int], None] = lambda *_: None
+
+    needs: ClassVar[Stage] = Stage.CANONICAL
+    gives: ClassVar[Stage] = Stage.CANONICAL
+
+    def run(self, program: Program) -> Program:
+        """Raises UsageError where the model is no causal language model."""
+        count, length = self.windows.shape
+        traced = self.trace(1, length)
+        (ids,) = [
+            n.name for n in traced.graph.graph.find_nodes(op="placeholder") if n.name not in traced.parameters
+        ]
+        sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
+        streamed = Streamed(traced, self.read, partial(_watch, program, sums))
+        for i, window in enumerate(self.windows):
+            with torch.enable_grad():
+                logits = _logits(streamed.call(**{ids: window[None]}), length)
+                # Summed, not averaged: what a token's activation does to all later ones.
+                loss = F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum")
+                loss.backward()
+            del logits, loss
+            self.on_window(i + 1, count)
+        found = {name: _moments(own, count * length) for name, own in sums.items() if own}
+        return program.with_fact(FACT, found)
+
+
+def _logits(outputs: list[Any], length: int) -> Tensor:
+    for value in outputs:
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == 3
+            and value.shape[:2] == (1, length)
+            and value.requires_grad
+        ):
+            return value
+    raise UsageError("calibration on text needs a causal language model, whose first output is logits")
+
+
+@dataclass
+class _Sums:
+    """Of one kind of use of one weight; leading dimension: experts, or 1."""
+
+    rows: Tensor  # (lead, rows): squared gradients of the output; of an embedding, times read
+    columns: (
+        Tensor  # (lead, in): squared inputs, times the squared gradient of their token; squared gradients
+    )
+    energy: Tensor  # (lead, 1): squared gradients of all outputs of all tokens
+    inputs: Tensor  # (lead, in): squared inputs
+    outliers: Tensor  # (in,): tokens whose input is large
+    largest: Tensor  # (in,)
+
+    @staticmethod
+    def of(lead: int, rows: int, columns: int) -> _Sums:
+        shapes = ((lead, rows), (lead, columns), (lead, 1), (lead, columns), (columns,), (columns,))
+        return _Sums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
+        """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
+        squared, gradients = x.square(), grad.square()
+        energy = gradients.sum(-1, keepdim=True)
+        self.rows[expert] += gradients.sum(0)
+        self.columns[expert] += (squared * energy).sum(0)
+        self.energy[expert] += energy.sum()
+        self.inputs[expert] += squared.sum(0)
+        magnitude = x.abs()
+        self.outliers += (magnitude >= OUTLIER_MAGNITUDE).sum(0)
+        self.largest = torch.maximum(self.largest, magnitude.amax(0))
+
+
+def _watch(
+    program: Program, sums: dict[str, dict[str, _Sums]], name: str, kind: str, given: Any, out: Tensor
+) -> None:
+    """Arrange that the gradient of a use's output is noted when the backward pass reaches it."""
+    weight = program.weights[name]
+    lead = weight.shape[0] if len(weight.shape) == 3 else 1
+    own = sums[name].setdefault(kind, _Sums.of(lead, weight.rows // lead, weight.in_features))
+
+    def note(grad: Tensor) -> None:
+        grad = grad.detach().flatten(0, -2)
+        if kind == "embedding":
+            own.rows[0] += torch.bincount(given.flatten(), minlength=own.rows.shape[1])
+            own.columns[0] += grad.square().sum(0)
+        elif kind == "linear":
+            own.add(0, given.detach().flatten(0, -2), grad)
+        else:
+            x, offsets = given
+            for expert, tokens in expert_slices(offsets):
+                if tokens.stop > tokens.start:
+                    own.add(expert, x[tokens].detach(), grad[tokens])
+
+    if not out.requires_grad:
+        raise UsageError(f"{name}: nothing before it in the graph has a gradient; calibrate with none")
+    out.register_hook(note)
+
+
+def _moments(uses: dict[str, _Sums], tokens: int) -> Moments:
+    factors = []
+    inputs = outliers = largest = None
+    for kind, own in uses.items():
+        if kind == "embedding":
+            # Half of the weight on rows that this text does not hold: another text will.
+            often = own.rows / (2 * tokens) + 0.5 / own.rows.shape[1]
+            factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
+            continue
+        factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))
+        inputs, outliers, largest = _plain(own.inputs / tokens), own.outliers / tokens, own.largest
+    return Moments(
+        tuple(factors),
+        inputs,
+        None if outliers is None else outliers.float(),
+        None if largest is None else largest.float(),
+    )
+
+
+def _plain(sums: Tensor) -> Tensor:
+    """Float32, without the leading dimension where there are no experts."""
+    return (sums if sums.shape[0] > 1 else sums[0]).float()
+
+
+PASS = MeasureMoments
