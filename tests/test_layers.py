@@ -15,7 +15,8 @@ LAYERS = [
     ["kbitc.datatypes", "kbitc.spec", "kbitc.packing", "kbitc.blockwise"],
     ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
     ["kbitc.tensor", "kbitc.scoring"],
-    ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.pipeline"],
+    ["kbitc.plan", "kbitc.program", "kbitc.reads", "kbitc.matching", "kbitc.graphs"],
+    ["kbitc.registry", "kbitc.pass_order", "kbitc.drawing", "kbitc.invariants", "kbitc.pipeline"],
     [
         "kbitc.passes.canonicalize",
         "kbitc.passes.allocate_bits",
@@ -37,6 +38,7 @@ LAYERS = [
         "kbitc.artifact",
         "kbitc.huggingface",
         "kbitc.report",
+        "kbitc.passes_page",
     ],
     ["kbitc.documents", "kbitc.pack", "kbitc.driver", "kbitc.loading"],
     ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark"],
