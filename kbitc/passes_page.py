@@ -134,7 +134,7 @@ class _Module:
 
 def _tree(program: Program) -> _Module:
     weight_at = {use.node: weight for weight in program.weights.values() for use in weight.uses}
-    root = _Module("model")
+    root = _Module("the whole model")
     for node in program.graph.graph.nodes:
         if node.op != "call_function":
             continue
@@ -162,10 +162,10 @@ def _path(node: fx.Node) -> list[str]:
 def _modules(alike: Sequence[_Module]) -> list[str]:
     """Modules of one signature, drawn as the first of them."""
     first, last = alike[0], alike[-1]
-    name = first.name if len(alike) == 1 else f"{first.name} … {last.name} ({len(alike)} alike)"
-    lines = [
-        f"<details{' open' if len(alike) == 1 else ''}><summary><code>{html.escape(name)}</code></summary>"
-    ]
+    is_group = first.name != last.name
+    name = f"{first.name} … {last.name} ({len(alike)} alike)" if is_group else first.name
+    is_open = is_group or not first.name.isdigit()  # layers that all differ would be a long list
+    lines = [f"<details{' open' if is_open else ''}><summary><code>{html.escape(name)}</code></summary>"]
     plain: list[str] = []
     i = 0
     while i < len(first.items):
