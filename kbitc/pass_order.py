@@ -50,9 +50,14 @@ def make_pass(entry: Pass | str, configured: Mapping[str, Pass]) -> Pass:
     """A pass given as a value or by name: of those configured, or else with its default options.
 
     Raises:
-        UsageError: no such pass, or one that cannot be made without options.
+        UsageError: no pass of that name or no pass at all, or one that cannot be made without options.
     """
+    if isinstance(entry, type):
+        raise UsageError(f"{entry.__name__} is a class; give a pass, {entry.__name__}()")
     if not isinstance(entry, str):
+        lacks = [name for name in ("needs", "gives", "run") if not hasattr(entry, name)]
+        if lacks:
+            raise UsageError(f"{entry!r} is no pass: it has no '{lacks[0]}'")
         return entry
     if entry in configured:
         return configured[entry]

@@ -429,6 +429,13 @@ def test_an_unknown_pass_gets_a_hint():
         PassManager(["canonicalise"])
 
 
+def test_what_is_no_pass_is_refused():
+    with pytest.raises(UsageError, match=r"Canonicalize is a class; give a pass, Canonicalize\(\)"):
+        PassManager([Canonicalize])
+    with pytest.raises(UsageError, match="7 is no pass: it has no 'needs'"):
+        PassManager([7])
+
+
 def test_the_default_pipeline_ends_in_a_plan():
     passes = default_pipeline(budget=3.5)
     assert [name_of(p) for p in passes] == ["canonicalize", "allocate_bits"]
