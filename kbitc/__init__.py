@@ -19,12 +19,14 @@ from kbitc.version import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
 
     from kbitc.artifact import Artifact
     from kbitc.loading import load, load_into, save
+    from kbitc.pipeline import Pass
     from kbitc.spec import Spec
     from kbitc.spec import parse as parse_spec
     from kbitc.tensor import KbitTensor, quantize
@@ -74,6 +76,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     plan: Path | dict[str, Any] | None = None,
     out: str | Path | None = None,
     strict: bool = False,
+    passes: Sequence[Pass | str] | None = None,
     force: bool = False,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -86,6 +89,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         plan: instead of a budget, a plan file or its parsed contents.
         out: also write the artifact there; needed to keep what was compiled from a path.
         strict: fail when the weight of a matmul would be left unquantized.
+        passes: what to run between capture and pack instead, as names or values of your own:
+            ``["canonicalize", "allocate_bits", MyPass()]``.
         force: replace an existing ``out``.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know.
@@ -104,7 +109,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from kbitc import driver, loading
 
     budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = driver.Request(budget, spec, plan, is_strict=strict)
+    request = driver.Request(budget, spec, plan, is_strict=strict, passes=passes)
     if isinstance(model, torch_nn.Module):
         if out is None:
             return driver.compile_module(model, request, example_inputs)

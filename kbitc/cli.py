@@ -1,4 +1,4 @@
-"""The command line: ``kbitc compile | inspect | run | eval | bench | build-kernels``.
+"""The command line: ``kbitc compile | inspect | passes | run | eval | bench | build-kernels``.
 
 The one thing to know: results go to standard output, progress and errors to standard error; exit
 code 0 is success, 1 a failure of the input or the machine, 2 bad usage. Nothing heavy is imported
@@ -59,6 +59,7 @@ def _examples(*lines: str) -> str:
         "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
+        "kbitc compile demo --dry-run --passes canonicalize,allocate_bits --passes-html passes.html",
     )
 )
 def compile(  # noqa: A001  # the command's name, and its options
@@ -85,14 +86,49 @@ def compile(  # noqa: A001  # the command's name, and its options
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME...", help="What runs between capture and pack instead; see 'kbitc passes'."
+        ),
+    ] = None,
+    disable: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Leave a pass out; may be repeated.")
+    ] = [],  # noqa: B006  # typer reads it, nobody writes it
+    print_before: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Print the program before a pass, to standard error.")
+    ] = [],  # noqa: B006
+    print_after: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Print the program after a pass.")
+    ] = [],  # noqa: B006
+    print_diff: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Print what a pass changed, as a unified diff.")
+    ] = [],  # noqa: B006
+    passes_html: Annotated[
+        Path | None, typer.Option(help="Write a page with each pass's time and changes, and the graph.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a folder of k-bit weights."""
+    from functools import partial
+
     from kbitc import driver
+    from kbitc.passes_page import PassesPage
+    from kbitc.pipeline import PassManager
 
     if bits is None and spec is None and plan is None:
         bits = 4.0
-    request = driver.Request(bits, spec, plan, is_strict=strict)
+    chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
+    request = driver.Request(bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable)
+    page = None if passes_html is None else PassesPage(model)
+    manage = partial(
+        PassManager,
+        observe=page,
+        print_before=print_before,
+        print_after=print_after,
+        print_diff=print_diff,
+        write=partial(err_console.print, markup=False, highlight=False, soft_wrap=True),
+    )
     target = out or Path(_default_out(model, bits, spec))
     try:
         with _progress("compiling") as update:
@@ -104,9 +140,12 @@ def compile(  # noqa: A001  # the command's name, and its options
                 is_resumed=resume,
                 is_dry=dry_run,
                 on_event=update,
+                manage=manage,
             )
     except KeyboardInterrupt:
         _fail("interrupted; what was packed is kept: run the same command with --resume to go on", 1)
+    if page is not None and passes_html is not None:
+        _write(passes_html, page.html(result.program))
     if as_json:
         _print_json(result.to_json())
     else:
@@ -188,6 +227,27 @@ def inspect(
         _print_json(found.to_json())
     else:
         found.print(out_console)
+
+
+@app.command(
+    "passes", epilog=_examples("kbitc passes", "kbitc passes --json", "kbitc compile demo --disable NAME")
+)
+def list_passes(as_json: Json = False) -> None:
+    """The passes that 'compile --passes' takes: this package's and those of others installed."""
+    from kbitc.pipeline import describe, pass_names
+
+    found = [describe(name) for name in pass_names()]
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(title=f"{len(found)} passes", title_justify="left")
+    columns = ("name", "needs", "gives", "requires", "provides", "summary")
+    for column in columns:
+        table.add_column(column)
+    for about in found:
+        cells = (about[column] for column in columns)
+        table.add_row(*(", ".join(cell) or "-" if isinstance(cell, list) else str(cell) for cell in cells))
+    out_console.print(table)
 
 
 @app.command(epilog=_examples('kbitc run demo-4bit "The function returns" -n 40'))

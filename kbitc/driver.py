@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
-from kbitc.errors import UsageError
+from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
-from kbitc.pipeline import Pass, PassManager
+from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
 from kbitc.spec import parse
@@ -35,6 +35,9 @@ from kbitc.version import VERSION
 
 Event = Callable[[str, int, int], None]
 """Progress: ``(what, bytes done, bytes in all)``; ``what`` is a phase or a tensor's name."""
+
+Manage = Callable[[Sequence[Pass]], PassManager]
+"""Makes the manager of a list of passes: ``PassManager``, or one that also prints or observes."""
 
 MIN_BUDGET, MAX_BUDGET = 2.0, 8.0
 
@@ -48,12 +51,17 @@ class Request:
         spec: one spec for every weight.
         plan: a plan file, or its parsed contents.
         is_strict: fail when the weight of a matmul would be left unquantized.
+        passes: what to run between capture and pack instead, as values or names; a name that is in the
+            usual pipeline means the pass there, with its options.
+        disabled: names of passes to leave out.
     """
 
     bits: float | None = None
     spec: str | None = None
     plan: Path | Mapping[str, Any] | None = None
     is_strict: bool = False
+    passes: Sequence[Pass | str] | None = None
+    disabled: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -79,6 +87,23 @@ class Request:
             return ApplyPlan(self.plan)
         assert self.plan is not None
         return ApplyPlan(read_rules(self.plan), label=str(self.plan))
+
+
+def pipeline_of(request: Request) -> list[Pass]:
+    """The passes between capture and pack, as the request edits them.
+
+    Raises:
+        UsageError: an unknown or misplaced pass, no plan at the end, or a spec or plan that no pass reads.
+    """
+    planner = request.planner()
+    passes = edit_pipeline([Canonicalize(), planner], request.passes, request.disabled)
+    if request.bits is None and planner not in passes:
+        option = "--spec" if request.spec is not None else "--plan"
+        raise UsageError(
+            f"{option} is what the pass '{name_of(planner)}' applies, which is not among the passes "
+            f"{[name_of(pass_) for pass_ in passes]}; add it, or leave {option} out"
+        )
+    return passes
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,7 @@ def compile_to(
     is_dry: bool = False,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     on_event: Event = lambda *_: None,
+    manage: Manage = PassManager,
 ) -> Result:
     """Compile a model into an artifact folder.
 
@@ -145,13 +171,14 @@ def compile_to(
         is_dry: plan and report, write nothing.
         example_inputs: for a module that transformers does not know.
         on_event: progress.
+        manage: makes the manager that runs the passes.
 
     Raises:
-        UsageError: bad arguments, target, plan or weight.
+        UsageError: bad arguments, target, passes, plan or weight.
         SourceError: the source cannot be read or captured.
         BudgetError: no plan meets the budget.
     """
-    planner = request.planner()
+    manager = manage(pipeline_of(request))
     if not is_dry:
         check_target(out, is_forced=is_forced)
     seconds: dict[str, float] = {}
@@ -162,12 +189,10 @@ def compile_to(
         with _timed(seconds, "capture"):
             skeleton = checkpoint.skeleton()
             program = capture(skeleton, example_inputs, read=checkpoint.read)
-            program = PassManager([Canonicalize()]).run(program)
         on_event("plan", 0, 0)
         with _timed(seconds, "plan"):
-            program = PassManager([planner]).run(program)
-        if request.is_strict:
-            _check_strict(program)
+            program = manager.run(program)
+        _check_request(program, request)
         source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
         size = pack.payload_bytes(program)
         result = Result(checkpoint.label, program, size, source_bytes, None if is_dry else out, seconds)
@@ -222,6 +247,19 @@ def _writer(
     return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
 
 
+def _check_request(program: Program, request: Request) -> None:
+    """A plan is what was asked for, whichever passes made and changed it."""
+    if request.is_strict:
+        _check_strict(program)
+    size = pack.payload_bytes(program)
+    if request.bits is not None and size > request.bits * program.parameter_count / 8:
+        raise BudgetError(
+            f"--bits {request.bits:g}: the passes {list(program.history)} ended with a plan of "
+            f"{8 * size / program.parameter_count:.4f} stored bits per parameter; a pass that adds bits "
+            "needs a planner with a smaller budget before it"
+        )
+
+
 def _check_strict(program: Program) -> None:
     left = [f"{name} ({rest.reason})" for name, rest in program.rest.items() if rest.is_matmul]
     assert program.plan is not None
@@ -273,9 +311,8 @@ def compile_module(
     """
     with open_checkpoint(module) as checkpoint:
         program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
-        program = PassManager([Canonicalize(), request.planner()]).run(program)
-    if request.is_strict:
-        _check_strict(program)
+        program = PassManager(pipeline_of(request)).run(program)
+    _check_request(program, request)
     return pack_module(module, program)
 
 

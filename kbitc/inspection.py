@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbitc import drawing
 from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
@@ -19,7 +20,7 @@ from kbitc.checkpoint.hf_folder import skeleton_of
 from kbitc.errors import UsageError
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline import PassManager
-from kbitc.program import CANONICAL, Program
+from kbitc.program import Program
 from kbitc.report import render
 
 if TYPE_CHECKING:
@@ -79,24 +80,9 @@ class Inspection:
         return render(self.plan)
 
     def dot(self) -> str:
-        """The canonical graph in DOT form: calls and weights, without the shape arithmetic's constants."""
+        """The canonical graph in DOT form."""
         assert self.program is not None
-        lines = ["digraph kbitc {", "  rankdir=TB; node [fontname=monospace fontsize=10 shape=box];"]
-        for node in self.program.graph.graph.nodes:
-            parameter = self.program.parameters.get(node.name)
-            if node.op == "call_function":
-                kind = CANONICAL.get(node.target)
-                label = kind or str(node.target).removeprefix("aten.")
-                style = ' style=filled fillcolor="#cfe0ff"' if kind else ""
-                lines.append(f'  "{node.name}" [label="{label}"{style}];')
-            elif parameter is not None and node.users:
-                lines.append(f'  "{node.name}" [label="{parameter}" shape=note];')
-            elif node.op in ("placeholder", "output") and parameter is None:
-                lines.append(f'  "{node.name}" [label="{node.op}: {node.name}" shape=oval];')
-            else:
-                continue
-            lines.extend(f'  "{source.name}" -> "{node.name}";' for source in node.all_input_nodes)
-        return "\n".join([*lines, "}", ""])
+        return drawing.dot(self.program)
 
     def print(self, console: Console) -> None:
         """Tables for people."""

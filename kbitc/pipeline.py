@@ -1,46 +1,44 @@
 """`PassManager`: runs passes in order, and checks between them what no pass should have to check.
 
 The one thing to know: a pass is any frozen value with ``needs``, ``gives`` and ``run``. The manager
-verifies stages, the graph, and that no tensor was lost; it measures what changed, so that a pass
-claims nothing.
+verifies stages, facts, the graph, and that no tensor was lost (`kbitc.invariants`); it measures what
+changed, so that a pass claims nothing.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import re
+import sys
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, cast
 
-from kbitc.errors import KbitcError, PassError, UsageError, did_you_mean
-from kbitc.program import CANONICAL, Program, Stage
+from kbitc import drawing
+from kbitc.errors import KbitcError, PassError
+from kbitc.invariants import first_fault
+from kbitc.pass_order import check_names, edit_pipeline, make_pass, order_fault, where
+from kbitc.program import Program
+from kbitc.registry import Pass, describe, load_pass, name_of, pass_names, provided
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+__all__ = [
+    "FACT",
+    "Observer",
+    "Pass",
+    "PassManager",
+    "Step",
+    "default_pipeline",
+    "describe",
+    "edit_pipeline",
+    "load_pass",
+    "name_of",
+    "pass_names",
+]
 
-FOLDER = "kbitc.passes"  # also the entry-point group of passes in other packages
 FACT = "pipeline"
 
 
-class Pass(Protocol):
-    """One step of the compiler.
-
-    Attributes:
-        needs: the stage that a program must have.
-        gives: the stage that it has afterwards.
-    """
-
-    @property
-    def needs(self) -> Stage: ...  # noqa: D102
-    @property
-    def gives(self) -> Stage: ...  # noqa: D102
-
-    def run(self, program: Program) -> Program:
-        """A changed copy of ``program``."""
-        ...
+Observer = Callable[[str, Program, Program, float], object]
+"""Called after each pass: ``(name, program before, program after, seconds)``."""
 
 
 @dataclass(frozen=True)
@@ -52,52 +50,32 @@ class Step:
         seconds: wall time.
         nodes_before: graph nodes.
         nodes_after: graph nodes.
+        added: nodes of new names.
+        removed: nodes whose names are gone.
+        changed: nodes of the same name that call, read or compute something else.
+        planned: weights that have another choice than before.
+        facts: names of the facts that are new.
     """
 
     name: str
     seconds: float
     nodes_before: int
     nodes_after: int
+    added: int
+    removed: int
+    changed: int
+    planned: int
+    facts: tuple[str, ...]
 
-
-def pass_names() -> list[str]:
-    """The registered passes: files of the folder ``passes``, and entry points of other packages."""
-    folder = importlib.import_module(FOLDER)
-    files = [module.name for module in pkgutil.iter_modules(folder.__path__)]
-    return sorted({*files, *(point.name for point in entry_points(group=FOLDER))})
-
-
-def load_pass(name: str) -> type[Pass]:
-    """The class of a registered pass.
-
-    Raises:
-        UsageError: no pass has that name.
-
-    >>> load_pass("canonicalize").__name__
-    'Canonicalize'
-    """
-    if name not in pass_names():
-        raise UsageError(did_you_mean("pass", name, pass_names()))
-    elsewhere = {point.name: point for point in entry_points(group=FOLDER)}
-    found = elsewhere[name].load() if name in elsewhere else _from_folder(name)
-    return cast("type[Pass]", found)
-
-
-def _from_folder(name: str) -> Any:
-    module = importlib.import_module(f"{FOLDER}.{name}")
-    if not hasattr(module, "PASS"):
-        raise PassError(f"{module.__file__} defines no PASS; end it with 'PASS = <its class>'")
-    return module.PASS
-
-
-def name_of(pass_: Pass) -> str:
-    """A pass's name: its class in snake case, which is also its file.
-
-    >>> class FuseLora: ...
-    >>> name_of(FuseLora())
-    'fuse_lora'
-    """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(pass_).__name__).lower()
+    def __str__(self) -> str:
+        nodes = [
+            f"{count} nodes {how}"
+            for how, count in (("added", self.added), ("removed", self.removed), ("changed", self.changed))
+            if count
+        ]
+        planned = [f"{self.planned} weights planned"] if self.planned else []
+        facts = [f"new facts: {', '.join(self.facts)}"] if self.facts else []
+        return ", ".join([*nodes, *planned, *facts]) or "nothing changed"
 
 
 def default_pipeline(budget: float = 4.0) -> list[Pass]:
@@ -111,78 +89,117 @@ class PassManager:
 
     Attributes:
         passes: in order.
+        observe: called after each pass with ``(name, before, after, seconds)``.
+        print_before: names of the passes before which the program is written as text.
+        print_after: the same, after.
+        print_diff: names of the passes whose changes to that text are written.
+        write: takes that text; standard error by default.
+        is_checked: also run the checks between passes that take as long as a pass. Tests do.
     """
 
-    def __init__(self, passes: Sequence[Pass | str]) -> None:
-        self.passes = tuple(load_pass(p)() if isinstance(p, str) else p for p in passes)
+    def __init__(
+        self,
+        passes: Sequence[Pass | str],
+        *,
+        observe: Observer | None = None,
+        print_before: Collection[str] = (),
+        print_after: Collection[str] = (),
+        print_diff: Collection[str] = (),
+        write: Callable[[str], object] = sys.stderr.write,
+        is_checked: bool = False,
+    ) -> None:
+        self.passes = tuple(make_pass(entry, {}) for entry in passes)
+        for what, names in (("before", print_before), ("after", print_after), ("diff", print_diff)):
+            check_names(f"print {what}", names, self.passes)
+        self.observe = observe
+        self.print_before, self.print_after, self.print_diff = print_before, print_after, print_diff
+        self.write = write
+        self.is_checked = is_checked
 
     def run(self, program: Program) -> Program:
         """The program after all passes.
 
         Raises:
-            PassError: a pass is out of order, failed, or left a broken program.
+            PassError: the passes are out of order, or one failed or left a broken program.
             KbitcError: what a pass raises on purpose for its user goes through as it is.
         """
+        fault = order_fault(self.passes, program.stage, program.facts, program.history)
+        if fault is not None:
+            raise PassError(fault)
+        lines: Mapping[str, str] = drawing.node_lines(program)
         for pass_ in self.passes:
-            program = self._step(pass_, program)
+            program, lines = self._step(pass_, program, lines)
         return program
 
-    def _step(self, pass_: Pass, before: Program) -> Program:
-        name = name_of(pass_)
-        ran = f"after the passes {list(before.history)}" if before.history else "as the first pass"
-        if before.stage is not pass_.needs:
-            raise PassError(
-                f"pass '{name}', {ran}: needs stage {pass_.needs.name}, but the program is "
-                f"{before.stage.name}; {_advice(pass_.needs, before.stage)}"
-            )
+    def _step(
+        self, pass_: Pass, before: Program, lines: Mapping[str, str]
+    ) -> tuple[Program, Mapping[str, str]]:
+        """The program after one pass, and its nodes' lines; ``lines`` are those of ``before``."""
+        name, who = name_of(pass_), where(pass_, before.history)
+        if name in self.print_before:
+            self.write(f"before {name}: {drawing.text(before)}")
         started = time.perf_counter()
         try:
             after = pass_.run(before)
         except KbitcError:
             raise
         except Exception as error:
-            raise PassError(f"pass '{name}', {ran}: {type(error).__name__}: {error}") from error
+            raise PassError(f"{who}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - started
-        fault = _fault(pass_, before, after)
-        if fault:
-            raise PassError(f"pass '{name}', {ran}: {fault}")
-        step = Step(name, seconds, len(before.graph.graph.nodes), len(after.graph.graph.nodes))
+        fault = _broken_promise(pass_, after) or first_fault(before, after, is_checked=self.is_checked)
+        if fault is not None:
+            raise PassError(f"{who}: {fault}")
+        after_lines = drawing.node_lines(after)
+        is_same_graph = after.graph.graph is before.graph.graph
+        if (is_same_graph and after_lines != lines) or (
+            self.is_checked and drawing.node_lines(before) != lines
+        ):
+            raise PassError(f"{who}: changed the graph of the program that it was given; change a copy")
+        step = _measure(name, seconds, before, after, lines, after_lines)
         steps = cast("tuple[Step, ...]", after.facts.get(FACT, ()))
-        return replace(after, history=(*before.history, name)).with_fact(FACT, (*steps, step))
+        after = replace(after, history=(*before.history, name)).with_fact(FACT, (*steps, step))
+        self._show(name, before, after)
+        if self.observe is not None:
+            self.observe(name, before, after, seconds)
+        return after, after_lines
+
+    def _show(self, name: str, before: Program, after: Program) -> None:
+        if name in self.print_after:
+            self.write(f"after {name}: {drawing.text(after)}")
+        if name in self.print_diff:
+            self.write(f"changes of {name}:\n{drawing.diff(before, after)}\n")
 
 
-def _advice(needed: Stage, found: Stage) -> str:
-    if needed > found:
-        return f"first run a pass that gives {needed.name}"
-    return "it has already been run, or belongs before a pass that has"
-
-
-def _fault(pass_: Pass, before: Program, after: object) -> str | None:
-    """What a pass broke; None if nothing. Leaves the graph recompiled."""
+def _broken_promise(pass_: Pass, after: object) -> str | None:
+    """What a pass declares and did not do; None if it did."""
     if not isinstance(after, Program):
         return f"run returned {type(after).__name__}, not a Program"
     if after.stage is not pass_.gives:
         return f"gives stage {pass_.gives.name}, but returned a program of stage {after.stage.name}"
-    graph = after.graph.graph
-    try:
-        graph.lint()
-    except RuntimeError as error:
-        return f"left a broken graph: {error}"
-    after.graph.recompile()
-    had, has = {*before.weights, *before.rest}, {*after.weights, *after.rest}
-    if had != has:
-        lost, new = sorted(had - has), sorted(has - had)
-        return f"lost the tensor '{lost[0]}'" if lost else f"made up a tensor '{new[0]}'"
-    both = sorted({*after.weights} & {*after.rest})
-    if both:
-        return f"'{both[0]}' is a weight and also among the rest"
-    nodes = {node.name: node for node in graph.nodes}
-    missing = sorted(set(after.parameters) - set(nodes))
+    missing = [fact for fact in provided(pass_) if fact not in after.facts]
     if missing:
-        return f"removed the graph input '{missing[0]}' of '{after.parameters[missing[0]]}'"
-    for weight in after.weights.values():
-        for use in weight.uses:
-            node = nodes.get(use.node)
-            if node is None or CANONICAL.get(cast("Any", node.target)) != use.kind:
-                return f"'{weight.name}' says that '{use.node}' is its {use.kind}, which it is not"
+        return f"declares that it provides the fact '{missing[0]}', but did not add it"
     return None
+
+
+def _measure(
+    name: str,
+    seconds: float,
+    before: Program,
+    after: Program,
+    old: Mapping[str, str],
+    new: Mapping[str, str],
+) -> Step:
+    planned = {} if before.plan is None else before.plan.weights
+    choices = {} if after.plan is None else after.plan.weights
+    return Step(
+        name,
+        seconds,
+        len(old),
+        len(new),
+        added=len(new.keys() - old.keys()),
+        removed=len(old.keys() - new.keys()),
+        changed=sum(new[node] != old[node] for node in new.keys() & old.keys()),
+        planned=sum(planned.get(weight) != choice for weight, choice in choices.items()),
+        facts=tuple(fact for fact in after.facts if fact not in before.facts),
+    )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-_STYLE = """
+STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2330}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}
 .facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
@@ -33,7 +33,7 @@ def render(plan: Mapping[str, Any]) -> str:
     name = html.escape(str(plan["source"]["name"]))
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>kbitc: {name}</title>",
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
+        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>",
         f"<h1>{name}</h1><p class=why>compiled by kbitc {html.escape(str(plan['kbitc']))}</p>",
         _facts(plan),
         "<h2>Formats</h2>",

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbitc.passes.canonicalize import Canonicalize
-    from kbitc.pipeline import Pass, PassManager, default_pipeline
+    from kbitc.pipeline import Pass, PassManager, Step, default_pipeline, edit_pipeline
 
-__all__ = ["Canonicalize", "Pass", "PassManager", "default_pipeline"]
+__all__ = ["Canonicalize", "Pass", "PassManager", "Step", "default_pipeline", "edit_pipeline"]
 
 _HOME = {
     "Canonicalize": "kbitc.passes.canonicalize",
     "Pass": "kbitc.pipeline",
     "PassManager": "kbitc.pipeline",
+    "Step": "kbitc.pipeline",
     "default_pipeline": "kbitc.pipeline",
+    "edit_pipeline": "kbitc.pipeline",
 }
 
 

@@ -52,6 +52,7 @@ class MergeLinears:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
+    provides: ClassVar[tuple[str, ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same computation with fewer calls."""

@@ -110,8 +110,24 @@ def test_tables_for_people(compiled, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+def test_passes_are_listed_edited_and_watched(tmp_path):
+    listed = json.loads(kbitc("passes", "--json").stdout)
+    assert {"name", "needs", "gives", "requires", "provides", "summary"} == set(listed[0])
+    assert "canonicalize" in [about["name"] for about in listed]
+    page = tmp_path / "passes.html"
+    done = kbitc(
+        "compile", "demo", "--dry-run", "--spec", "nf4:64", "--passes", "canonicalize,apply_plan",
+        "--passes-html", page, "--print-diff", "apply_plan", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["weights"]["model.embed_tokens.weight"]["spec"] == "nf4:64"
+    assert done.stderr.startswith("changes of apply_plan:\n--- before\n+++ after\n")
+    assert "0 … 5 (6 alike)" in page.read_text()
+    assert "http" not in page.read_text()
+
+
 @pytest.mark.parametrize(
-    "command", [[], ["compile"], ["inspect"], ["run"], ["eval"], ["bench"], ["build-kernels"]]
+    "command", [[], ["compile"], ["inspect"], ["passes"], ["run"], ["eval"], ["bench"], ["build-kernels"]]
 )
 def test_help_has_examples(command):
     done = kbitc(*command, "--help")
@@ -132,6 +148,14 @@ BAD = [
     (["compile", "demo", "--bits", "2"], 2, "Ask for --bits"),
     (["compile", "demo", "-o", "/proc/x"], 2, "cannot be written|not a writable"),
     (["compile"], 2, "Missing argument"),
+    (["compile", "demo", "--disable", "alocate_bits"], 2, "did you mean 'allocate_bits'"),
+    (["compile", "demo", "--passes", "canonicalize"], 2, "only a program of stage PLANNED can be packed"),
+    (
+        ["compile", "demo", "--spec", "nf4:64", "--passes", "canonicalize,allocate_bits"],
+        2,
+        "add it, or leave",
+    ),
+    (["compile", "demo", "--print-after", "allocate"], 2, "no pass of this pipeline 'allocate'"),
     (["run", "demo-none", "hi"], 1, "no such file or folder"),
     (["eval", "demo", "--text", "none.txt"], 2, "cannot be read"),
     (["eval", "demo", "--context", "1"], 2, "takes 2 to"),

@@ -24,6 +24,14 @@ def test_demo():
     assert "continues" in out
 
 
+def test_custom_pass():
+    out = run(EXAMPLES / "custom_pass.py").splitlines()
+    assert [line.split()[0] for line in out[:3]] == ["canonicalize", "allocate_bits", "keep_ends"]
+    assert out[2].endswith("14 weights planned")
+    assert 3.5 < float(out[3].split()[0]) < 6
+    assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40
+
+
 def test_train_demo_model(tmp_path):
     text = tmp_path / "text.txt"
     words = "the quick brown fox jumps over a lazy dog while seven wizards mix potent brews".split()

@@ -29,8 +29,9 @@ LAYERS = [
         "kbitc.streaming",
         "kbitc.reads",
         "kbitc.matching",
-        "kbitc.pipeline",
+        "kbitc.graphs",
     ],
+    ["kbitc.registry", "kbitc.pass_order", "kbitc.drawing", "kbitc.invariants", "kbitc.pipeline"],
     [
         "kbitc.passes.canonicalize",
         "kbitc.passes.measure_moments",
@@ -54,6 +55,7 @@ LAYERS = [
         "kbitc.artifact",
         "kbitc.huggingface",
         "kbitc.report",
+        "kbitc.passes_page",
     ],
     ["kbitc.documents", "kbitc.pack", "kbitc.driver", "kbitc.loading"],
     ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark"],

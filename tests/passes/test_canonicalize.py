@@ -48,7 +48,7 @@ def family_program(tiny_model):
 
 
 def canonicalize(model, inputs=None):
-    return PassManager([Canonicalize()]).run(capture(model, inputs))
+    return PassManager([Canonicalize()], is_checked=True).run(capture(model, inputs))
 
 
 def run(program, model, inputs):

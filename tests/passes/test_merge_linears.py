@@ -56,7 +56,7 @@ def program_of(module, *inputs):
 
 def run(module, *inputs):
     program, wanted = program_of(module, *inputs)
-    after = PassManager([MergeLinears()]).run(program)
+    after = PassManager([MergeLinears()], is_checked=True).run(program)
     return after, after.graph(*inputs), wanted
 
 

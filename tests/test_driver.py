@@ -1,0 +1,63 @@
+"""Which passes a request runs, and what is checked of their plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import kbitc
+from kbitc.driver import Request, pipeline_of
+from kbitc.errors import BudgetError, UsageError
+from kbitc.passes.allocate_bits import AllocateBits
+from kbitc.passes.canonicalize import Canonicalize
+from kbitc.plan import Choice, Plan
+from kbitc.program import Stage
+from kbitc.spec import parse
+from kbitc.tensor import KbitTensor
+
+
+@dataclass(frozen=True)
+class FirstAt8Bits:
+    needs: ClassVar[Stage] = Stage.PLANNED
+    gives: ClassVar[Stage] = Stage.PLANNED
+
+    def run(self, program):
+        first = {next(iter(program.weights)): Choice(parse("int8:32"), "first")}
+        return replace(program, plan=Plan({**program.plan.weights, **first}, program.plan.budget))
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).requires_grad_(False)
+
+
+def test_the_passes_of_a_request():
+    assert pipeline_of(Request(bits=3.5)) == [Canonicalize(), AllocateBits(budget=3.5)]
+    keep = FirstAt8Bits()
+    request = Request(bits=3.5, passes=["canonicalize", "allocate_bits", keep])
+    assert pipeline_of(request) == [Canonicalize(), AllocateBits(budget=3.5), keep]
+    assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == pipeline_of(Request(bits=3.5))
+
+
+def test_a_spec_that_no_pass_reads_is_an_error():
+    with pytest.raises(UsageError, match=r"--spec is what the pass 'apply_plan' applies, which is not among"):
+        pipeline_of(Request(spec="nf4:64", passes=["canonicalize", "allocate_bits"]))
+
+
+def test_a_pass_of_ones_own_runs_in_compile():
+    passes = ["canonicalize", "apply_plan", FirstAt8Bits()]
+    packed = kbitc.compile(model(), spec="nf4:64", passes=passes, example_inputs=(torch.zeros(1, 256),))
+    weights = [p for p in packed.parameters() if isinstance(p, KbitTensor)]
+    assert [str(weight.packed.spec) for weight in weights] == ["int8:32", "nf4:64"]
+
+
+def test_a_pass_cannot_break_the_budget():
+    passes = ["canonicalize", "allocate_bits", FirstAt8Bits()]
+    with pytest.raises(
+        BudgetError, match=r"--bits 4: the passes .*'first_at8_bits'\] ended with a plan of [67]\.\d+ stored"
+    ):
+        kbitc.compile(model(), 4, passes=passes, example_inputs=(torch.zeros(1, 256),))
