@@ -59,7 +59,7 @@ def test_dot_has_each_call_once(program):
 
 def page_of(model, rules):
     page = PassesPage("a <model>")
-    manager = PassManager(["canonicalize", ApplyPlan({"weights": rules})], observe=page)
+    manager = PassManager(["canonicalize", ApplyPlan({"weights": rules})], observe=page, is_checked=True)
     return page.html(manager.run(capture(model)))
 
 

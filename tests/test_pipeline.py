@@ -444,6 +444,13 @@ def test_the_default_pipeline_ends_in_a_plan():
     assert passes[-1].budget == 3.5
 
 
+def test_the_default_pipeline_keeps_every_invariant():
+    model = nn.Sequential(nn.Linear(70, 50), nn.ReLU(), nn.Linear(50, 30)).requires_grad_(False)
+    program = capture(model, (torch.zeros(2, 70),), read=model.state_dict().__getitem__)
+    planned = PassManager(default_pipeline(budget=6), is_checked=True).run(program)
+    assert set(planned.plan.weights) == {"0.weight", "2.weight"}
+
+
 def test_importing_the_package_of_passes_loads_no_pass():
     code = (
         "import sys, kbitc.passes; "
