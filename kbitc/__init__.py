@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from kbitc.artifact import Artifact
     from kbitc.loading import load, load_into, save
@@ -78,6 +78,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     strict: bool = False,
     passes: Sequence[Pass | str] | None = None,
     force: bool = False,
+    calibrate: str | Path | Tensor = "auto",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Compile a model to k-bit weights.
@@ -92,6 +93,9 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         passes: what to run between capture and pack instead, as names or values of your own:
             ``["canonicalize", "allocate_bits", MyPass()]``.
         force: replace an existing ``out``.
+        calibrate: text that says which errors matter: "auto" ("self" for a language model with ``bits``,
+            otherwise none), "self" (text that the model samples), "none", a UTF-8 text file, or int64 token
+            ids of shape (windows, length).
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know.
 
@@ -109,7 +113,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from kbitc import driver, loading
 
     budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = driver.Request(budget, spec, plan, is_strict=strict, passes=passes)
+    request = driver.Request(budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate)
     if isinstance(model, torch_nn.Module):
         if out is None:
             return driver.compile_module(model, request, example_inputs)

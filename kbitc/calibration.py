@@ -1,24 +1,174 @@
 """Text to calibrate a language model on: the user's, or what the model itself samples.
 
 The one thing to know: calibration looks at token windows alone, and a window that the model sampled needs
-no data of the user's. Sampling has its own random generator: the global one is never touched.
+no data of the user's. Sampling has its own random generator: the global one is never touched. What was
+measured is kept in the cache, so that another budget for the same model begins at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kbitc.errors import UsageError
+from kbitc.capture import capture
+from kbitc.checkpoint import Checkpoint
+from kbitc.errors import SourceError, UsageError
+from kbitc.kernels.cpu.build import cache_folder
+from kbitc.loading import dense_model, tokenizer_of
+from kbitc.moments import Moments, from_tensors, to_tensors
+from kbitc.passes.canonicalize import Canonicalize
+from kbitc.pipeline import PassManager
+from kbitc.program import Program
+from kbitc.version import VERSION
 
-COUNT = 8
-LENGTH = 512
+AUTO, SELF, NONE = "auto", "self", "none"
+COUNT = 16
+LENGTH = 256
 SEED = 0
 
+Event = Callable[[str, int, int], None]
+Calibrate = str | Path | Tensor
+"""``"auto"``, ``"self"``, ``"none"``, a UTF-8 text file, or ``(windows, length)`` token ids."""
+
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """What a pass needs to measure moments on text: windows, and the model to run them through.
+
+    Attributes:
+        checkpoint: open while this is used.
+        source: "self", a text file, or token ids ``(windows, length)``.
+        on_event: progress, ``(what, done, all)``.
+    """
+
+    checkpoint: Checkpoint
+    source: str | Path | Tensor = SELF
+    on_event: Event = lambda *_: None
+
+    @property
+    def label(self) -> str:
+        """How reports call the text."""
+        if isinstance(self.source, Tensor):
+            return f"{self.source.shape[0]} windows of {self.source.shape[1]} given tokens"
+        length = window_length(self.checkpoint.skeleton())
+        by = "that the model sampled itself" if self.source == SELF else f"of {Path(self.source).name}"
+        return f"up to {COUNT} windows of {length} tokens {by}"
+
+    def windows(self) -> Tensor:
+        """``(count, length)`` int64 token ids.
+
+        Raises:
+            UsageError: the text cannot be read, is too short, or there is no tokenizer for it.
+        """
+        if isinstance(self.source, Tensor):
+            return self.source
+        length = window_length(self.checkpoint.skeleton())
+        if self.source == SELF:
+            self.on_event("loading the model to sample from", 0, 0)
+            model = dense_model(self.checkpoint)
+            return sample_windows(model, length, on_token=lambda i, n: self.on_event("sampling text", i, n))
+        tokenizer = tokenizer_of(self.checkpoint)
+        if tokenizer is None:
+            raise UsageError(
+                f"--calibrate {self.source}: {self.checkpoint.label} has no tokenizer; give token ids "
+                "(kbitc.compile(..., calibrate=ids)), or calibrate with 'self'"
+            )
+        return text_windows(tokenizer, _read(Path(self.source)), length, label=str(self.source))
+
+    def trace(self, batch: int, length: int) -> Program:
+        """The model's canonical program in float32 for token ids of ``(batch, length)``."""
+        skeleton = copy.deepcopy(self.checkpoint.skeleton()).float()
+        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+        return PassManager([Canonicalize()]).run(capture(skeleton, {"input_ids": ids}))
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer, those included that no checkpoint holds."""
+        if name in self.checkpoint.tensors():
+            return self.checkpoint.read(name)
+        found = self.checkpoint.transient(name)
+        if found is None:
+            raise SourceError(
+                f"{self.checkpoint.label}: the value of the buffer '{name}' is not known without running the "
+                "model's own set-up; calibrate with 'none'"
+            )
+        return found
+
+    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]:
+        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept."""
+        path = cache_folder() / "moments" / f"{self._key()}.safetensors"
+        if path.exists():
+            return from_tensors(load_file(path))
+        found = measure()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            os.close(handle)
+            save_file(to_tensors(found), scratch)
+            Path(scratch).replace(path)
+        except OSError:
+            pass  # a cache that cannot be written costs time, nothing else
+        return found
+
+    def _key(self) -> str:
+        if isinstance(self.source, Tensor):
+            text = hashlib.sha256(self.source.contiguous().numpy().tobytes()).hexdigest()
+        elif self.source == SELF:
+            text = f"self {SEED}"
+        else:
+            text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
+        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), VERSION, torch.__version__]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def make_calibrator(
+    checkpoint: Checkpoint, calibrate: Calibrate, on_event: Event, *, is_wanted: bool
+) -> Calibrator | None:
+    """The calibrator that was asked for; None for none.
+
+    Args:
+        checkpoint: of the model.
+        calibrate: the user's choice.
+        on_event: progress.
+        is_wanted: what "auto" means for a language model: sample text, or calibrate on nothing.
+
+    Raises:
+        UsageError: text for a model that is no causal language model, or bad token ids.
+    """
+    if isinstance(calibrate, str) and calibrate == NONE:
+        return None
+    can = is_language_model(checkpoint.skeleton())
+    if isinstance(calibrate, str) and calibrate == AUTO:
+        return Calibrator(checkpoint, SELF, on_event) if can and is_wanted else None
+    if not can:
+        raise UsageError(
+            f"--calibrate: {checkpoint.label} is no causal language model of transformers, which is what "
+            "calibration on text needs; use --calibrate none"
+        )
+    if isinstance(calibrate, Tensor) and (calibrate.dim() != 2 or calibrate.dtype != torch.int64):
+        raise UsageError(
+            f"calibrate: expected int64 token ids of shape (windows, length), got {calibrate.dtype} of shape "
+            f"{tuple(calibrate.shape)}"
+        )
+    return Calibrator(checkpoint, calibrate, on_event)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text: {error}") from error
 
 
 def window_length(model: nn.Module, length: int = LENGTH) -> int:
@@ -46,7 +196,9 @@ def text_windows(
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     available = len(ids) // length
     if available == 0:
-        raise UsageError(f"{label} has {len(ids)} tokens, fewer than one window of {length}; give a longer one")
+        raise UsageError(
+            f"{label} has {len(ids)} tokens, fewer than one window of {length}; give a longer one"
+        )
     picked = torch.arange(min(count, available)) * available // min(count, available)
     found: Tensor = ids[: available * length].view(available, length)[picked]
     return found

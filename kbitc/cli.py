@@ -57,9 +57,10 @@ def _examples(*lines: str) -> str:
     epilog=_examples(
         "kbitc compile demo --bits 4",
         "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
+        "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
-        "kbitc compile demo --dry-run --passes canonicalize,allocate_bits --passes-html passes.html",
+        "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
     )
 )
 def compile(  # noqa: A001  # the command's name, and its options
@@ -86,6 +87,14 @@ def compile(  # noqa: A001  # the command's name, and its options
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    calibrate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|self|none|TEXT",
+            help="Text that says which errors matter: what the model samples itself (the default with --bits "
+            "for language models), a UTF-8 file, or none.",
+        ),
+    ] = "auto",
     passes: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +128,9 @@ def compile(  # noqa: A001  # the command's name, and its options
     if bits is None and spec is None and plan is None:
         bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
-    request = driver.Request(bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable)
+    request = driver.Request(
+        bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate
+    )
     page = None if passes_html is None else PassesPage(model)
     manage = partial(
         PassManager,

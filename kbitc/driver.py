@@ -18,6 +18,7 @@ from torch import nn
 
 from kbitc import pack
 from kbitc.artifact import Writer, check_target
+from kbitc.calibration import AUTO, Calibrate, Calibrator, make_calibrator
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
@@ -26,6 +27,8 @@ from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
+from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
@@ -54,6 +57,9 @@ class Request:
         passes: what to run between capture and pack instead, as values or names; a name that is in the
             usual pipeline means the pass there, with its options.
         disabled: names of passes to leave out.
+        calibrate: text to measure on what errors cost: "auto" (text that a language model samples itself,
+            where a budget is to be spent; otherwise none), "self", "none", a UTF-8 text file, or int64
+            token ids ``(windows, length)``.
     """
 
     bits: float | None = None
@@ -62,6 +68,7 @@ class Request:
     is_strict: bool = False
     passes: Sequence[Pass | str] | None = None
     disabled: Sequence[str] = ()
+    calibrate: Calibrate = AUTO
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -89,14 +96,23 @@ class Request:
         return ApplyPlan(read_rules(self.plan), label=str(self.plan))
 
 
-def pipeline_of(request: Request) -> list[Pass]:
+def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[Pass]:
     """The passes between capture and pack, as the request edits them.
+
+    Args:
+        request: what the user asked for.
+        calibrator: of the model that is compiled, where there is text to measure on.
 
     Raises:
         UsageError: an unknown or misplaced pass, no plan at the end, or a spec or plan that no pass reads.
     """
     planner = request.planner()
-    passes = edit_pipeline([Canonicalize(), planner], request.passes, request.disabled)
+    usual: list[Pass] = [Canonicalize()]
+    if calibrator is not None:
+        usual.append(MeasureMoments(calibrator))
+    if request.bits is not None:
+        usual.append(ScoreSensitivity())
+    passes = edit_pipeline([*usual, planner], request.passes, request.disabled)
     if request.bits is None and planner not in passes:
         option = "--spec" if request.spec is not None else "--plan"
         raise UsageError(
@@ -178,13 +194,15 @@ def compile_to(
         SourceError: the source cannot be read or captured.
         BudgetError: no plan meets the budget.
     """
-    manager = manage(pipeline_of(request))
+    manage(pipeline_of(request))  # what is wrong with the request is said before the model is opened
     if not is_dry:
         check_target(out, is_forced=is_forced)
     seconds: dict[str, float] = {}
     with _timed(seconds, "open"):
         opened = open_checkpoint(source)
     with opened as checkpoint:
+        calibrator = _calibrator(request, checkpoint, on_event)
+        manager = manage(pipeline_of(request, calibrator))
         on_event("capture", 0, 0)
         with _timed(seconds, "capture"):
             skeleton = checkpoint.skeleton()
@@ -204,6 +222,10 @@ def compile_to(
             documents = _documents(result, writer)
             writer.commit(documents)
     return result
+
+
+def _calibrator(request: Request, checkpoint: Checkpoint, on_event: Event) -> Calibrator | None:
+    return make_calibrator(checkpoint, request.calibrate, on_event, is_wanted=request.bits is not None)
 
 
 class _timed:  # noqa: N801  # reads as a function
@@ -243,6 +265,7 @@ def _writer(
         "specs": {name: str(choice.spec) for name, choice in program.plan.weights.items()},
         "kbitc": VERSION,
         "torch": torch.__version__,
+        "calibration": program.facts.get(TEXT_FACT),
     }
     return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
 
@@ -288,6 +311,7 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
     facts = {
         "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
         "budget": program.plan.budget,
+        "calibration": program.facts.get(TEXT_FACT),
         "parameters": program.parameter_count,
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
@@ -311,7 +335,8 @@ def compile_module(
     """
     with open_checkpoint(module) as checkpoint:
         program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
-        program = PassManager(pipeline_of(request)).run(program)
+        passes = pipeline_of(request, _calibrator(request, checkpoint, lambda *_: None))
+        program = PassManager(passes).run(program)
     _check_request(program, request)
     return pack_module(module, program)
 
@@ -326,7 +351,11 @@ def pack_module(module: nn.Module, program: Program) -> nn.Module:
             continue
         source = parameters[name]
         packed = quantize(
-            source.detach(), choice.spec, is_transposed=program.weights[name].is_transposed, name=name
+            source.detach(),
+            choice.spec,
+            is_transposed=program.weights[name].is_transposed,
+            name=name,
+            **pack.quantizer_of(program, name),
         )
         # deepcopy looks here first: the copy gets the packed weight and never copies the dense one.
         memo[id(source)] = nn.Parameter(packed, requires_grad=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.artifact import PLAN_FILE, Artifact, Slot, Writer, shared_codebooks, stored_tensors
-from kbitc.checkpoint import open_checkpoint
+from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
 from kbitc.errors import SourceError, UsageError
@@ -217,24 +217,31 @@ def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
 
 
 def _open_dense(source: str, dtype: torch.dtype | None) -> Loaded:
+    with open_checkpoint(source) as checkpoint:
+        model = dense_model(checkpoint, dtype)
+        parameters = sum(parameter.numel() for parameter in checkpoint.skeleton().parameters())
+        nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
+        return Loaded(model, nbytes, 8 * nbytes / parameters, tokenizer_of(checkpoint))
+
+
+def dense_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module:
+    """The transformers model of a source, dense, in eval mode; a copy where the source is in memory."""
+    skeleton: Any = checkpoint.skeleton()
+    config = skeleton.config
+    wanted = dtype or compute_dtype({"dtype": str(config.dtype or torch.float32)})
+    state = {name: checkpoint.read(name) for name in checkpoint.tensors()}
+    with quiet_transformers():
+        model: nn.Module = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+    return model.eval()
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer that lies beside a source; None if there is none."""
     import tempfile
 
-    with open_checkpoint(source) as checkpoint:
-        skeleton = checkpoint.skeleton()
-        infos = checkpoint.tensors()
-        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        nbytes = sum(info.nbytes for info in infos.values())
-        config: Any = skeleton.config
-        wanted = dtype or compute_dtype({"dtype": str(config.dtype or torch.float32)})
-        state = {name: checkpoint.read(name) for name in infos}
-        with quiet_transformers():
-            model = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
-                None, config=config, state_dict=state, dtype=wanted
-            )
-        with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
-            checkpoint.save_companions(Path(folder))
-            tokenizer = _tokenizer(Path(folder))
-    return Loaded(model.eval(), nbytes, 8 * nbytes / parameters, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
+        checkpoint.save_companions(Path(folder))
+        return _tokenizer(Path(folder))
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from kbitc import scoring
 from kbitc.artifact import Slot, Writer, checksum, packed_slots, shared_codebooks, stored_tensors
 from kbitc.errors import UsageError
 from kbitc.kernels import ops
+from kbitc.moments import Moments
 from kbitc.program import Program, Rest, Weight
 
 Progress = Callable[[str, int], None]
@@ -118,9 +120,17 @@ def _convert(
         kept = to_rest(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": scoring.relative_error(source, kept)}
     oriented = source.mT if entry.is_transposed else source
-    packed = ops.quantize(oriented, spec, name=entry.name)
+    packed = ops.quantize(oriented, spec, name=entry.name, **quantizer_of(program, entry.name))
     stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
     return stored, {"error": scoring.packed_error(oriented, packed)}
+
+
+def quantizer_of(program: Program, name: str) -> dict[str, Any]:
+    """Options of ``quantize`` for a weight: the weighted search wherever its inputs were measured."""
+    moments = cast("Mapping[str, Moments]", program.facts.get("moments", {}))
+    if name not in moments:
+        return {"quantizer": "absmax"}
+    return {"quantizer": "weighted", "importance": moments[name].importance()}
 
 
 def to_rest(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:

@@ -82,7 +82,8 @@ class Scores:
         try:
             if data["format"] > FORMAT:
                 raise UsageError(
-                    f"{label}: score format {data['format']}, but this kbitc reads up to {FORMAT}; upgrade kbitc"
+                    f"{label}: score format {data['format']}, but this kbitc reads up to {FORMAT}; "
+                    "upgrade kbitc"
                 )
             options = {
                 name: tuple(Option(parse(s), int(n), float(c), float(e)) for s, n, c, e in entry["options"])

@@ -10,10 +10,10 @@ column part. Text that the model sampled itself makes it the true Fisher, other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,24 @@ from torch import Tensor
 from kbitc.errors import UsageError
 from kbitc.moments import Factor, Moments
 from kbitc.program import Program, Stage
-from kbitc.streaming import Read, Streamed, expert_slices
+from kbitc.streaming import Streamed, expert_slices
 
 FACT = "moments"
+TEXT_FACT = "calibration"
 OUTLIER_MAGNITUDE = 6.0  # LLM.int8(), section 4.1
+
+
+class Source(Protocol):
+    """Text, and the model to run it through: `kbitc.calibration.Calibrator`."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def on_event(self) -> Callable[[str, int, int], None]: ...  # noqa: D102
+    def windows(self) -> Tensor: ...  # noqa: D102
+    def trace(self, batch: int, length: int) -> Program: ...  # noqa: D102
+    def read(self, name: str) -> Tensor: ...  # noqa: D102
+    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -33,49 +47,49 @@ class MeasureMoments:
     """Needs a language model: token ids in, next-token logits out.
 
     Attributes:
-        windows: ``(count, length)`` int64 token ids.
-        trace: a canonical float32 program of the model for token ids of ``(batch, length)``.
-        read: a tensor of the model, non-persistent buffers included, by name.
-        on_window: progress, ``(done, all)``.
+        calibrator: gives the text and runs the model; see `kbitc.calibration.Calibrator`.
     """
 
-    windows: Tensor
-    trace: Callable[[int, int], Program]
-    read: Read
-    on_window: Callable[[int, int], None] = lambda *_: None
+    calibrator: Source | None = None
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
+    provides: ClassVar[tuple[str, ...]] = (FACT, TEXT_FACT)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError where the model is no causal language model."""
-        count, length = self.windows.shape
-        traced = self.trace(1, length)
-        (ids,) = [
-            n.name for n in traced.graph.graph.find_nodes(op="placeholder") if n.name not in traced.parameters
-        ]
+        """Raises UsageError where the model is no causal language model, or without a calibrator."""
+        if self.calibrator is None:
+            raise UsageError(
+                "the pass 'measure_moments' has no text to measure on; 'kbitc compile --calibrate' gives it "
+                "some, and leaves the pass out where there is none"
+            )
+        source = self.calibrator
+        found = source.remembered(lambda: self._measure(program, source))
+        return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
+
+    @staticmethod
+    def _measure(program: Program, source: Source) -> dict[str, Moments]:
+        windows = source.windows()
+        count, length = windows.shape
+        traced = source.trace(1, length)
+        placeholders = [node.name for node in traced.graph.graph.find_nodes(op="placeholder")]
+        (ids,) = [name for name in placeholders if name not in traced.parameters]
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, self.read, partial(_watch, program, sums))
-        for i, window in enumerate(self.windows):
+        streamed = Streamed(traced, source.read, partial(_watch, program, sums))
+        for i, window in enumerate(windows):
             with torch.enable_grad():
                 logits = _logits(streamed.call(**{ids: window[None]}), length)
                 # Summed, not averaged: what a token's activation does to all later ones.
                 loss = F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum")
                 loss.backward()
             del logits, loss
-            self.on_window(i + 1, count)
-        found = {name: _moments(own, count * length) for name, own in sums.items() if own}
-        return program.with_fact(FACT, found)
+            source.on_event("measuring on text", i + 1, count)
+        return {name: _moments(own, count * length) for name, own in sums.items() if own}
 
 
 def _logits(outputs: list[Any], length: int) -> Tensor:
     for value in outputs:
-        if (
-            isinstance(value, Tensor)
-            and value.dim() == 3
-            and value.shape[:2] == (1, length)
-            and value.requires_grad
-        ):
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
             return value
     raise UsageError("calibration on text needs a causal language model, whose first output is logits")
 

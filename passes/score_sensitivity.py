@@ -74,6 +74,7 @@ class ScoreSensitivity:
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
+    provides: ClassVar[tuple[str, ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """Raises UsageError for a program without a source of weights."""

@@ -47,6 +47,10 @@ class InMemory(Checkpoint):
         """See `Checkpoint`; shares memory with the module where that is on the CPU."""
         return self._tensors[name].detach().cpu()
 
+    def transient(self, name: str) -> Tensor | None:
+        """See `Checkpoint`."""
+        return tensor_of(self.module, name).detach().cpu()
+
     def fingerprint(self) -> str:
         """See `Checkpoint`; a hash of all data, since nothing else tells two modules apart."""
         digest = hashlib.sha256()
