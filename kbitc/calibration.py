@@ -204,7 +204,7 @@ def text_windows(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: autograd will look at what was sampled
 def sample_windows(
     model: nn.Module,
     length: int,

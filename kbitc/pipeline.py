@@ -81,7 +81,7 @@ class Step:
 def default_pipeline(budget: float = 4.0) -> list[Pass]:
     """From a captured program to a plan of at most ``budget`` stored bits per parameter."""
     make_plan = cast("Any", load_pass("allocate_bits"))
-    return [load_pass("canonicalize")(), make_plan(budget=budget)]
+    return [load_pass("canonicalize")(), load_pass("score_sensitivity")(), make_plan(budget=budget)]
 
 
 class PassManager:

@@ -14,6 +14,7 @@ from kbitc.driver import Request, pipeline_of
 from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.plan import Choice, Plan
 from kbitc.program import Stage
 from kbitc.spec import parse
@@ -36,7 +37,7 @@ def model():
 
 
 def test_the_passes_of_a_request():
-    assert pipeline_of(Request(bits=3.5)) == [Canonicalize(), AllocateBits(budget=3.5)]
+    assert pipeline_of(Request(bits=3.5)) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5)]
     keep = FirstAt8Bits()
     request = Request(bits=3.5, passes=["canonicalize", "allocate_bits", keep])
     assert pipeline_of(request) == [Canonicalize(), AllocateBits(budget=3.5), keep]

@@ -26,7 +26,12 @@ def test_demo():
 
 def test_custom_pass():
     out = run(EXAMPLES / "custom_pass.py").splitlines()
-    assert [line.split()[0] for line in out[:3]] == ["canonicalize", "allocate_bits", "keep_ends"]
+    assert [line.split()[0] for line in out[:4]] == [
+        "canonicalize",
+        "score_sensitivity",
+        "allocate_bits",
+        "keep_ends",
+    ]
     assert out[2].endswith("14 weights planned")
     assert 3.5 < float(out[3].split()[0]) < 6
     assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40

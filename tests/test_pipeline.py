@@ -386,7 +386,7 @@ def test_a_pipeline_is_edited():
     usual = default_pipeline(budget=3.5)
     assert edit_pipeline(usual) == usual
     keep = Broken2(lambda p: p)
-    edited = edit_pipeline(usual, ["canonicalize", FindMoments(), "allocate_bits", keep])
+    edited = edit_pipeline(usual, ["canonicalize", FindMoments(), "score_sensitivity", "allocate_bits", keep])
     assert edited == [usual[0], FindMoments(), usual[1], keep]  # the configured planner
     assert edit_pipeline(edited, None, ["find_moments", "broken2"]) == usual
     for chosen, disabled, message in (
@@ -438,7 +438,7 @@ def test_what_is_no_pass_is_refused():
 
 def test_the_default_pipeline_ends_in_a_plan():
     passes = default_pipeline(budget=3.5)
-    assert [name_of(p) for p in passes] == ["canonicalize", "allocate_bits"]
+    assert [name_of(p) for p in passes] == ["canonicalize", "score_sensitivity", "allocate_bits"]
     assert passes[0].needs is Stage.CAPTURED
     assert passes[-1].gives is Stage.PLANNED
     assert passes[-1].budget == 3.5
