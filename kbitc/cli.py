@@ -1,4 +1,4 @@
-"""The command line: ``kbitc compile | inspect | passes | run | eval | bench | build-kernels``.
+"""The command line: ``kbitc compile | plan | inspect | passes | run | eval | bench | build-kernels``.
 
 The one thing to know: results go to standard output, progress and errors to standard error; exit
 code 0 is success, 1 a failure of the input or the machine, 2 bad usage. Nothing heavy is imported
@@ -212,6 +212,48 @@ def _print_result(result: Result) -> None:
     else:
         speed = f", {result.source_bytes / 1e6 / pack_seconds:.0f} MB/s" if pack_seconds else ""
         out_console.print(f"written to [bold]{result.out}[/] in {sum(result.seconds.values()):.1f} s{speed}")
+
+
+@app.command(
+    epilog=_examples(
+        "kbitc plan smol-4bit --bits 3.5 -o plan.json",
+        "kbitc compile ./SmolLM2-135M --plan plan.json --calibrate self -o smol-3.5bit",
+    )
+)
+def plan(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="OUT", help="An artifact of 'compile --bits', or its kbit_scores.json.")
+    ],
+    bits: Annotated[
+        float,
+        typer.Option("--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan file here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Solve another budget from an artifact's score table, without the model."""
+    from kbitc import driver
+
+    found = driver.replan(artifact, bits)
+    if out is not None:
+        _write(out, json.dumps(found, indent=1) + "\n")
+    if as_json:
+        _print_json(found)
+        return
+    from collections import Counter
+
+    count = Counter(entry["spec"] for entry in found["weights"].values())
+    table = Table(title=f"{found['bits_per_param']:.4f} stored bits per parameter", title_justify="left")
+    table.add_column("format")
+    table.add_column("weights", justify="right")
+    for name, number in count.most_common():
+        table.add_row(name, str(number))
+    out_console.print(table)
+    predicted = found["predicted"]
+    out_console.print(
+        f"predicted cost {predicted['cost']:.4g} ({predicted['unit']}); no plan of this size costs "
+        f"{100 * predicted['gap']:.2g} % less"
+    )
 
 
 @app.command(

@@ -7,6 +7,7 @@ same statements; the module only ends as packed parameters in a copy of itself i
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
 from kbitc.errors import BudgetError, UsageError
-from kbitc.passes.allocate_bits import AllocateBits
+from kbitc.passes import score_sensitivity
+from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
@@ -32,6 +34,7 @@ from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
+from kbitc.scores import SCORES_FILE, Scores
 from kbitc.spec import parse
 from kbitc.tensor import quantize
 from kbitc.version import VERSION
@@ -219,8 +222,7 @@ def compile_to(
         with _timed(seconds, "pack"), _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
             pack.pack_to(program, checkpoint.read, writer, _counter(on_event, source_bytes))
             checkpoint.save_companions(writer.partial)
-            documents = _documents(result, writer)
-            writer.commit(documents)
+            writer.commit(_documents(result, writer) | _score_table(program))
     return result
 
 
@@ -322,6 +324,44 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
     }
     config = writer.partial / "config.json"
     return documents(facts, weights, left, writer.checksums, read_json(config) if config.exists() else None)
+
+
+def _score_table(program: Program) -> dict[str, str]:
+    """The file that answers another budget without the model, where options were scored."""
+    scores = program.facts.get(score_sensitivity.FACT)
+    return {SCORES_FILE: json.dumps(scores.to_json()) + "\n"} if isinstance(scores, Scores) else {}
+
+
+def replan(folder: Path, bits: float) -> dict[str, Any]:
+    """A plan for another budget, from the score table of an artifact alone.
+
+    Args:
+        folder: an artifact that was compiled with ``--bits``, or a score table.
+        bits: stored bits per parameter of the whole model.
+
+    Returns:
+        The contents of a plan file for ``--plan``, with the predicted loss and its bound.
+
+    Raises:
+        UsageError: no score table there, or a budget out of range.
+        BudgetError: no plan meets the budget.
+    """
+    Request(bits=bits)
+    path = folder / SCORES_FILE if folder.is_dir() else folder
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' writes "
+            f"one into its artifact"
+        ) from error
+    scores = Scores.from_json(data, str(path))
+    plan, solution = allocate(scores, bits)
+    stored = 8 * (solution.nbytes + scores.fixed) / scores.parameters
+    return plan.to_json() | {
+        "bits_per_param": stored,
+        "predicted": {"cost": solution.cost, "unit": scores.unit, "gap": solution.gap},
+    }
 
 
 def compile_module(

@@ -14,6 +14,7 @@ from kbitc.errors import UsageError
 from kbitc.spec import Spec, parse
 
 FORMAT = 1
+SCORES_FILE = "kbit_scores.json"  # in an artifact
 
 
 @dataclass(frozen=True)

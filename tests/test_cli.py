@@ -39,6 +39,20 @@ def test_compile_json_keeps_the_budget(compiled):
     assert data["left_alone"]
 
 
+def test_another_budget_from_the_score_table(compiled, tmp_path):
+    out, _ = compiled
+    done = kbitc("plan", out, "--bits", "3.5", "-o", tmp_path / "plan.json", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert 3.45 < data["bits_per_param"] <= 3.5
+    assert json.loads((tmp_path / "plan.json").read_text()) == data
+    again = kbitc("compile", "demo", "--plan", tmp_path / "plan.json", "--dry-run", "--json")
+    assert json.loads(again.stdout)["bits_per_param"] == pytest.approx(data["bits_per_param"], abs=1e-9)
+    done = kbitc("plan", tmp_path, "--bits", "3.5")
+    assert done.returncode == 2
+    assert "kbit_scores.json" in done.stderr
+
+
 def test_eval_reports_the_bits_of_the_file(compiled):
     from kbitc.artifact import Artifact
 
@@ -127,7 +141,8 @@ def test_passes_are_listed_edited_and_watched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["compile"], ["inspect"], ["passes"], ["run"], ["eval"], ["bench"], ["build-kernels"]]
+    "command",
+    [[], ["compile"], ["plan"], ["inspect"], ["passes"], ["run"], ["eval"], ["bench"], ["build-kernels"]],
 )
 def test_help_has_examples(command):
     done = kbitc(*command, "--help")
@@ -151,7 +166,7 @@ BAD = [
     (["compile", "demo", "--disable", "alocate_bits"], 2, "did you mean 'allocate_bits'"),
     (["compile", "demo", "--passes", "canonicalize"], 2, "only a program of stage PLANNED can be packed"),
     (
-        ["compile", "demo", "--spec", "nf4:64", "--passes", "canonicalize,allocate_bits"],
+        ["compile", "demo", "--spec", "nf4:64", "--passes", "canonicalize,score_sensitivity,allocate_bits"],
         2,
         "add it, or leave",
     ),

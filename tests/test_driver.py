@@ -39,14 +39,14 @@ def model():
 def test_the_passes_of_a_request():
     assert pipeline_of(Request(bits=3.5)) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5)]
     keep = FirstAt8Bits()
-    request = Request(bits=3.5, passes=["canonicalize", "allocate_bits", keep])
-    assert pipeline_of(request) == [Canonicalize(), AllocateBits(budget=3.5), keep]
+    request = Request(bits=3.5, passes=["canonicalize", "score_sensitivity", "allocate_bits", keep])
+    assert pipeline_of(request) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5), keep]
     assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == pipeline_of(Request(bits=3.5))
 
 
 def test_a_spec_that_no_pass_reads_is_an_error():
     with pytest.raises(UsageError, match=r"--spec is what the pass 'apply_plan' applies, which is not among"):
-        pipeline_of(Request(spec="nf4:64", passes=["canonicalize", "allocate_bits"]))
+        pipeline_of(Request(spec="nf4:64", passes=["canonicalize", "score_sensitivity", "allocate_bits"]))
 
 
 def test_a_pass_of_ones_own_runs_in_compile():
@@ -57,7 +57,7 @@ def test_a_pass_of_ones_own_runs_in_compile():
 
 
 def test_a_pass_cannot_break_the_budget():
-    passes = ["canonicalize", "allocate_bits", FirstAt8Bits()]
+    passes = ["canonicalize", "score_sensitivity", "allocate_bits", FirstAt8Bits()]
     with pytest.raises(
         BudgetError, match=r"--bits 4: the passes .*'first_at8_bits'\] ended with a plan of [67]\.\d+ stored"
     ):
