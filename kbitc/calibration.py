@@ -35,6 +35,7 @@ AUTO, SELF, NONE = "auto", "self", "none"
 COUNT = 16
 LENGTH = 256
 SEED = 0
+SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
 
 Event = Callable[[str, int, int], None]
 Calibrate = str | Path | Tensor
@@ -77,7 +78,9 @@ class Calibrator:
         length = window_length(self.checkpoint.skeleton())
         if self.source == SELF:
             self.on_event("loading the model to sample from", 0, 0)
-            model = dense_model(self.checkpoint)
+            size = sum(info.nbytes for info in self.checkpoint.tensors().values())
+            # CPUs multiply float32 fastest; a large model keeps its own width for its memory's sake.
+            model = dense_model(self.checkpoint, torch.float32 if size <= SMALL else None)
             return sample_windows(model, length, on_token=lambda i, n: self.on_event("sampling text", i, n))
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:

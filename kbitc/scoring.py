@@ -18,18 +18,13 @@ from kbitc.moments import Moments
 from kbitc.spec import Spec
 
 SAMPLE = 2**15
+PRICED = 2**14  # of a price: a hundred options for each weight are tried on the same rows
 
 
 def sample_rows(rows: int, in_features: int, values: int = SAMPLE) -> Tensor:
     """Indices of evenly spaced rows that hold about ``values`` weights; at least one."""
     count = min(rows, max(1, values // in_features))
     return torch.arange(count) * rows // count
-
-
-def take_sample(weight: Tensor) -> Tensor:
-    """``(sampled rows, in_features)`` float32 of a ``(*lead, in_features)`` weight."""
-    rows = weight.flatten(0, -2)
-    return rows[sample_rows(*rows.shape)].float()
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Sample:
     def of(weight: Tensor, moments: Moments | None) -> Sample:
         """Of a ``(*lead, rows, in_features)`` weight."""
         flat = weight.flatten(0, -2)
-        picked = sample_rows(*flat.shape)
+        picked = sample_rows(*flat.shape, PRICED)
         values = flat[picked].float()
         if moments is None:
             return Sample(values, None, ())
