@@ -47,7 +47,7 @@ class Sample:
     def of(weight: Tensor, moments: Moments | None) -> Sample:
         """Of a ``(*lead, rows, in_features)`` weight."""
         flat = weight.flatten(0, -2)
-        picked = sample_rows(*flat.shape, PRICED)
+        picked = sample_rows(flat.shape[0], flat.shape[1], PRICED)
         values = flat[picked].float()
         if moments is None:
             return Sample(values, None, ())
