@@ -81,14 +81,16 @@ class Calibrator:
             size = sum(info.nbytes for info in self.checkpoint.tensors().values())
             # CPUs multiply float32 fastest; a large model keeps its own width for its memory's sake.
             model = dense_model(self.checkpoint, torch.float32 if size <= SMALL else None)
-            return sample_windows(model, length, on_token=lambda i, n: self.on_event("sampling text", i, n))
+            return sample_windows(
+                model, length, COUNT, on_token=lambda i, n: self.on_event("sampling text", i, n)
+            )
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:
             raise UsageError(
                 f"--calibrate {self.source}: {self.checkpoint.label} has no tokenizer; give token ids "
                 "(kbitc.compile(..., calibrate=ids)), or calibrate with 'self'"
             )
-        return text_windows(tokenizer, _read(Path(self.source)), length, label=str(self.source))
+        return text_windows(tokenizer, _read(Path(self.source)), length, COUNT, label=str(self.source))
 
     def trace(self, batch: int, length: int) -> Program:
         """The model's canonical program in float32 for token ids of ``(batch, length)``."""
@@ -174,10 +176,10 @@ def _read(path: Path) -> str:
         raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text: {error}") from error
 
 
-def window_length(model: nn.Module, length: int = LENGTH) -> int:
-    """``length``, or what the model can take if that is less."""
+def window_length(model: nn.Module) -> int:
+    """Tokens of a window: ``LENGTH``, or what the model can take if that is less."""
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(length, longest) if longest else length
+    return min(LENGTH, longest) if longest else LENGTH
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -189,7 +191,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def text_windows(
-    tokenizer: Any, text: str, length: int, count: int = COUNT, label: str = "the calibration text"
+    tokenizer: Any, text: str, length: int, count: int, label: str = "the calibration text"
 ) -> Tensor:
     """``(count, length)`` token ids, evenly spread over a text.
 
@@ -211,7 +213,7 @@ def text_windows(
 def sample_windows(
     model: nn.Module,
     length: int,
-    count: int = COUNT,
+    count: int,
     seed: int = SEED,
     on_token: Progress = lambda *_: None,
 ) -> Tensor:

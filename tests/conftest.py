@@ -181,6 +181,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens say what a model of random weights has to say."""
+    monkeypatch.setattr("kbitc.calibration.COUNT", 2)
+    monkeypatch.setattr("kbitc.calibration.LENGTH", 16)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., nn.Module]:
     """``tiny_model(family, is_meta=False)``: two layers, about 30k weights, tied as the family ties."""

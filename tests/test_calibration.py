@@ -29,7 +29,7 @@ def test_windows_are_spread_over_the_text():
     assert ["".join(map(chr, w.tolist()))[0] for w in windows] == ["a", "f", "k", "p"]
     assert len(text_windows(Characters(), text[:25], 10, 4)) == 2
     with pytest.raises(UsageError, match="9 tokens, fewer than one window of 10"):
-        text_windows(Characters(), text[:9], 10)
+        text_windows(Characters(), text[:9], 10, 4)
 
 
 def test_sampling_repeats_and_touches_no_seed(tiny_model):
@@ -43,8 +43,10 @@ def test_sampling_repeats_and_touches_no_seed(tiny_model):
     assert bool(((first >= 0) & (first < 101)).all())
 
 
-def test_a_short_context_is_kept(tiny_model):
+def test_a_short_context_is_kept(tiny_model, monkeypatch):
+    monkeypatch.setattr("kbitc.calibration.LENGTH", 256)
     assert window_length(tiny_model("gpt2")) == 33
+    assert window_length(tiny_model("llama")) == 256
 
 
 @pytest.mark.parametrize("family", ["bart", "roberta", "clip"])

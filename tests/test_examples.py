@@ -32,8 +32,8 @@ def test_custom_pass():
         "allocate_bits",
         "keep_ends",
     ]
-    assert out[2].endswith("14 weights planned")
-    assert 3.5 < float(out[3].split()[0]) < 6
+    assert out[3].endswith("14 weights planned")
+    assert 3.5 < float(out[4].split()[0]) < 6
     assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40
 
 
