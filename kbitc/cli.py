@@ -122,7 +122,6 @@ def compile(  # noqa: A001  # the command's name, and its options
     from functools import partial
 
     from kbitc import driver
-    from kbitc.passes_page import PassesPage
     from kbitc.pipeline import PassManager
 
     if bits is None and spec is None and plan is None:
@@ -131,7 +130,11 @@ def compile(  # noqa: A001  # the command's name, and its options
     request = driver.Request(
         bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate
     )
-    page = None if passes_html is None else PassesPage(model)
+    page = None
+    if passes_html is not None:
+        from kbitc.passes_page import PassesPage
+
+        page = PassesPage(model)
     manage = partial(
         PassManager,
         observe=page,

@@ -31,7 +31,7 @@ NODES = 20_000  # of the solver's tree: a limit that does not depend on the mach
 ROUNDS = 60  # bisections of the multiplier
 
 
-class Infeasible(ValueError):  # as BudgetError says to its user
+class Infeasible(ValueError):
     """Even the smallest choice is larger than the room.
 
     Attributes:
@@ -288,8 +288,8 @@ def _fill(
             return
 
 
-def _better(groups: Groups, shared: Mapping[str, int], room: int, *choices: list[int] | None) -> list[int]:
-    fitting = [c for c in choices if c is not None and _size(groups, c, shared) <= room]
+def _better(groups: Groups, shared: Mapping[str, int], room: int, *choices: list[int]) -> list[int]:
+    fitting = [c for c in choices if _size(groups, c, shared) <= room]
     return min(fitting, key=lambda c: (_cost(groups, c), _size(groups, c, shared), c))
 
 
@@ -347,7 +347,6 @@ class _Program:
         self.nbytes = np.array(
             [groups[g][i].nbytes for g, i in flat] + [shared[n] for n in tables], dtype=float
         )
-        self.count = count
         rows, columns, values = [], [], []
         for column, (g, _) in enumerate(flat):
             rows.append(g)

@@ -36,14 +36,10 @@ class Moments:
     Attributes:
         factors: one a use; tied weights have several.
         inputs: ``(*lead, in_features)`` mean squared input over all tokens; None for an embedding alone.
-        outlier_share: ``(in_features,)`` share of the tokens where the input's magnitude is at least 6.
-        largest: ``(in_features,)`` largest magnitude of the input.
     """
 
     factors: tuple[Factor, ...]
     inputs: Tensor | None = None
-    outlier_share: Tensor | None = None
-    largest: Tensor | None = None
 
     def importance(self) -> Tensor:
         """``(*lead, in_features)``: what an error in each input feature costs, for the scale search."""
@@ -60,10 +56,8 @@ def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
         for i, factor in enumerate(found.factors):
             flat[f"{name}|{i}.rows"] = factor.rows
             flat[f"{name}|{i}.columns"] = factor.columns
-        for field in ("inputs", "outlier_share", "largest"):
-            value = getattr(found, field)
-            if value is not None:
-                flat[f"{name}|{field}"] = value
+        if found.inputs is not None:
+            flat[f"{name}|inputs"] = found.inputs
     return {key: value.contiguous() for key, value in flat.items()}
 
 
@@ -85,8 +79,6 @@ def from_tensors(flat: Mapping[str, Tensor]) -> dict[str, Moments]:
                 for i in range(sum(field.endswith(".rows") for field in own))
             ),
             own.get("inputs"),
-            own.get("outlier_share"),
-            own.get("largest"),
         )
         for name, own in fields.items()
     }

@@ -19,6 +19,7 @@ from kbitc.artifact import Slot, Writer, checksum, packed_slots, shared_codebook
 from kbitc.errors import UsageError
 from kbitc.kernels import ops
 from kbitc.moments import Moments
+from kbitc.passes import measure_moments
 from kbitc.program import Program, Rest, Weight
 
 Progress = Callable[[str, int], None]
@@ -127,7 +128,7 @@ def _convert(
 
 def quantizer_of(program: Program, name: str) -> dict[str, Any]:
     """Options of ``quantize`` for a weight: the weighted search wherever its inputs were measured."""
-    moments = cast("Mapping[str, Moments]", program.facts.get("moments", {}))
+    moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
     if name not in moments:
         return {"quantizer": "absmax"}
     return {"quantizer": "weighted", "importance": moments[name].importance()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kbitc import blockwise
-from kbitc.blockwise import Packed
+from kbitc.blockwise import Operands, Packed
 from kbitc.kernels import ops
 from kbitc.moments import Moments
 from kbitc.spec import Spec
@@ -68,9 +68,7 @@ class Sample:
         if spec.is_left_alone:
             back = self.values.half().float()
         else:
-            packed = self._quantize(spec)
-            flat = packed.map(lambda t: t.flatten(0, -2) if t.dim() == 3 else t).operands()
-            back = torch.ops.kbit.dequantize(*flat, torch.float32)
+            back = torch.ops.kbit.dequantize(*_flat_operands(self._quantize(spec)), torch.float32)
         error = relative_error(self.values, back)
         if not self.factors:
             return None, error
@@ -94,9 +92,13 @@ def packed_error(weight: Tensor, packed: Packed) -> float:
     """Relative error of what was packed, on the sampled rows of ``weight`` (oriented like it)."""
     rows = weight.flatten(0, -2)
     picked = sample_rows(*rows.shape)
-    operands = packed.map(lambda t: t.flatten(0, -2) if t.dim() == 3 else t).operands()
-    back = blockwise.dequantize_operands(*operands, dtype=torch.float32, rows=picked)
+    back = blockwise.dequantize_operands(*_flat_operands(packed), dtype=torch.float32, rows=picked)
     return relative_error(rows[picked].float(), back)
+
+
+def _flat_operands(packed: Packed) -> Operands:
+    """Operands of a packed weight, the rows of all experts as rows of one matrix."""
+    return packed.map(lambda t: t.flatten(0, -2) if t.dim() == 3 else t).operands()
 
 
 def relative_error(weight: Tensor, back: Tensor) -> float:

@@ -26,7 +26,6 @@ from kbitc.streaming import Streamed, expert_slices
 
 FACT = "moments"
 TEXT_FACT = "calibration"
-OUTLIER_MAGNITUDE = 6.0  # LLM.int8(), section 4.1
 
 
 class Source(Protocol):
@@ -104,12 +103,10 @@ class _Sums:
     )
     energy: Tensor  # (lead, 1): squared gradients of all outputs of all tokens
     inputs: Tensor  # (lead, in): squared inputs
-    outliers: Tensor  # (in,): tokens whose input is large
-    largest: Tensor  # (in,)
 
     @staticmethod
     def of(lead: int, rows: int, columns: int) -> _Sums:
-        shapes = ((lead, rows), (lead, columns), (lead, 1), (lead, columns), (columns,), (columns,))
+        shapes = ((lead, rows), (lead, columns), (lead, 1), (lead, columns))
         return _Sums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
@@ -120,9 +117,6 @@ class _Sums:
         self.columns[expert] += (squared * energy).sum(0)
         self.energy[expert] += energy.sum()
         self.inputs[expert] += squared.sum(0)
-        magnitude = x.abs()
-        self.outliers += (magnitude >= OUTLIER_MAGNITUDE).sum(0)
-        self.largest = torch.maximum(self.largest, magnitude.amax(0))
 
 
 def _watch(
@@ -153,7 +147,7 @@ def _watch(
 
 def _moments(uses: dict[str, _Sums], tokens: int) -> Moments:
     factors = []
-    inputs = outliers = largest = None
+    inputs = None
     for kind, own in uses.items():
         if kind == "embedding":
             # Half of the weight on rows that this text does not hold: another text will.
@@ -161,13 +155,8 @@ def _moments(uses: dict[str, _Sums], tokens: int) -> Moments:
             factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
             continue
         factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))
-        inputs, outliers, largest = _plain(own.inputs / tokens), own.outliers / tokens, own.largest
-    return Moments(
-        tuple(factors),
-        inputs,
-        None if outliers is None else outliers.float(),
-        None if largest is None else largest.float(),
-    )
+        inputs = _plain(own.inputs / tokens)
+    return Moments(tuple(factors), inputs)
 
 
 def _plain(sums: Tensor) -> Tensor:
