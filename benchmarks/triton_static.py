@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from kbitc.kernels.gpu.dequantize import dequantize_kernel
 from kbitc.kernels.gpu.gemm import gemm_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
+from kbitc.kernels.gpu.launch import GEMV_ROWS, gemv_warps
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -30,15 +31,17 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 KERNELS: dict[str, tuple[Any, dict[str, int]]] = {
-    "gemv M=1": (gemv_kernel, {"M": 1, "ROWS": 8}),
-    "gemv M=16": (gemv_kernel, {"M": 16, "ROWS": 8}),
+    "gemv M=1": (gemv_kernel, {"M": 1, "ROWS": GEMV_ROWS}),
+    "gemv M=16": (gemv_kernel, {"M": 16, "ROWS": GEMV_ROWS}),
     "gemm": (gemm_kernel, {"IS_GRAD": False, "TILE_M": 64, "TILE_N": 64, "TILE_K": 32}),
     "input_grad": (gemm_kernel, {"IS_GRAD": True, "TILE_M": 64, "TILE_N": 64, "TILE_K": 32}),
     "dequantize": (dequantize_kernel, {"HAS_IDS": False, "COLUMNS": 1024}),
     "embedding": (dequantize_kernel, {"HAS_IDS": True, "COLUMNS": 1024}),
 }
 MATRIX_OPS = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
-WIDE_LOADS = re.compile(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4")
+WIDE_LOADS = re.compile(
+    r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Figures:
     shared_limit: int
     matrix_ops: int
     wide_loads: int
+    weight_bytes: int  # that one thread reads of the widest plane at once, by the kernel's layout
 
 
 def compile_one(name: str, bits: int, form: str, target: str) -> Figures:
@@ -78,12 +82,21 @@ def compile_one(name: str, bits: int, form: str, target: str) -> Figures:
         if signature[arg].startswith("*") or arg in ("row_stride", "features", "count")
     }
     source = ASTSource(kernel, signature, {k: constants[k] for k in constants}, aligned)
-    built = triton.compile(source, target=place)
+    options = {"num_warps": gemv_warps(bits, place.warp_size)} if "gemv" in name else {}
+    built = triton.compile(source, target=place, options=options)
     text = built.asm["ptx"] if place.backend == "cuda" else built.asm["amdgcn"]
     return Figures(
         name, bits, form, target, _spills(built, place.backend), built.metadata.shared, limit,
         len(MATRIX_OPS.findall(text)), len(WIDE_LOADS.findall(text)),
+        _weight_bytes(built.asm["ttgir"]),
     )  # fmt: skip
+
+
+def _weight_bytes(text: str) -> int:
+    """The widest run of bytes a thread holds among the loads of 8-bit integers."""
+    layouts = set(re.findall(r"load [^\n]*x(?:!tt\.ptr<i8>|i8), (#\w+)>", text))
+    sizes = [re.search(rf"{name} = #ttg\.blocked<{{sizePerThread = \[\d+, (\d+)\]", text) for name in layouts]
+    return max((int(found[1]) for found in sizes if found), default=0)
 
 
 def _spills(built: Any, backend: str) -> int:

@@ -17,6 +17,9 @@ for its device against the same op; where it has none, the reference here runs.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +43,22 @@ OPERANDS = 12
 
 library = torch.library.Library("kbit", "DEF")
 
+_ON_TRITON = {"linear", "input_grad", "embedding", "dequantize"}
+
+
+@functools.cache
+def _load_triton() -> bool:
+    """Register ``kernels/gpu`` for CUDA and ROCm tensors; False where Triton is not installed.
+
+    Here and not at import, because importing Triton takes long and the CPU has no use for it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    launch = importlib.import_module("kbitc.kernels.gpu.launch")
+    for name, kernel in launch.KERNELS.items():
+        library.impl(name, kernel, "CUDA")
+    return True
+
 
 def _op(
     name: str, signature: str, fake: Callable[..., Any], *, is_native: bool = True
@@ -54,6 +73,8 @@ def _op(
         def first(*args: Any, **kwargs: Any) -> Any:
             tensor = next(value for value in args if isinstance(value, Tensor))
             if tensor.device.type == "cpu" and native.load():
+                return getattr(torch.ops.kbit, name)(*args, **kwargs)
+            if tensor.is_cuda and name in _ON_TRITON and _load_triton():
                 return getattr(torch.ops.kbit, name)(*args, **kwargs)
             return kernel(*args, **kwargs)
 

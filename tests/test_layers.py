@@ -20,7 +20,7 @@ LAYERS = [
         "kbitc.scale_search",
         "kbitc.blockwise",
     ],
-    ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
+    ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.gpu", "kbitc.kernels.ops"],
     ["kbitc.tensor", "kbitc.moments", "kbitc.scoring"],
     [
         "kbitc.plan",

@@ -28,7 +28,9 @@ def gemm_kernel(
     sums = tl.zeros((TILE_M, TILE_N), tl.float32)
     for start in range(0, inner, TILE_K):
         steps = start + tl.arange(0, TILE_K)
-        given = tl.load(x + slots * inner + steps[None, :], mask=(slots < m) & (steps[None, :] < inner), other=0.0)
+        given = tl.load(
+            x + slots * inner + steps[None, :], mask=(slots < m) & (steps[None, :] < inner), other=0.0
+        )
         rows = (steps if IS_GRAD else ours).to(tl.int64)[:, None]
         columns = (ours if IS_GRAD else steps)[None, :]
         mask = (rows < count) & (columns < features)

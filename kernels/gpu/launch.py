@@ -17,7 +17,8 @@ from kbitc.kernels.gpu.gemm import gemm_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
 
 FEW = 16  # rows of x up to which the weight is read by the GEMV
-GEMV_ROWS = 8
+GEMV_ROWS = 16
+WARP = 64 if torch.version.hip else 32
 PROGRAMS = 512  # split K until there are about as many: a few for each multiprocessor
 
 
@@ -75,6 +76,14 @@ def _gemm(x: Tensor, operands: Operands, is_grad: bool) -> Tensor:
     return out
 
 
+def gemv_warps(bits: int, warp: int) -> int:
+    """As many as leave 16 bytes of the widest plane to a thread: 64 threads for 2 bits, else 128.
+
+    The plane of one bit beside it is read 4 or 8 bytes at a time: 16 would take 128 registers of values.
+    """
+    return (64 if bits < 4 else 128) // warp
+
+
 def _gemv(x: Tensor, operands: Operands) -> Tensor:
     pointers, sizes, flags = _weight(operands)
     m, count = x.shape[0], operands[0].shape[0]
@@ -84,8 +93,9 @@ def _gemv(x: Tensor, operands: Operands) -> Tensor:
     splits = max(1, min(PROGRAMS // tiles, sizes[1] // 256))
     parts = torch.empty(splits, slots, count, dtype=torch.float32, device=x.device)
     gemv_kernel[tiles, splits](
-        x, parts, *pointers, *sizes, count, splits, M=slots, **flags, ROWS=GEMV_ROWS
-    )
+        x, parts, *pointers, *sizes, count, splits, M=slots, **flags, ROWS=GEMV_ROWS,
+        num_warps=gemv_warps(operands[10], WARP),
+    )  # fmt: skip
     return parts.sum(0)[:m].to(x.dtype)
 
 
