@@ -125,7 +125,7 @@ def main() -> None:
             for bits in chosen.bits:
                 for form in chosen.forms:
                     found.append(compile_one(name, bits, form, target))
-                    print(*asdict(found[-1]).values(), sep="\t", flush=True)  # noqa: T201
+                    print(*asdict(found[-1]).values(), sep="\t", flush=True)
     path = Path(__file__).parent / "results" / "triton_static.json"
     rows = [asdict(figures) for figures in found]
     path.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")

@@ -20,25 +20,35 @@ def close(got, want, dtype, what):
     assert error < LIMIT[dtype], f"{what}: {error}"
 
 
-for number, spec in enumerate(SPECS):
-    dtype = list(LIMIT)[number % 3]
-    rows, features = [(37, 531), (9, 101), (21, 512)][number % 3]
-    operands = quantize(torch.randn(rows, features), spec).operands()
-    exact = reference.dequantize(*operands, dtype=torch.float32)
-    close(launch.dequantize(*operands, dtype), exact.double(), dtype, f"{spec} dequantize")
-    ids = torch.randint(rows, (3, 2))
-    close(launch.embedding(ids, *operands, dtype), exact[ids].double(), dtype, f"{spec} embedding")
-    bias = torch.randn(rows)
-    # The interpreter's tl.dot multiplies the bit patterns of bfloat16; that one is left to a GPU.
-    has_dot = dtype != torch.bfloat16
-    for m in (1, 3, 19) if has_dot else (1, 3, 16):
-        x, grad = torch.randn(m, features).to(dtype), torch.randn(m, rows).to(dtype)
-        want = x.double() @ exact.double().T + bias.double()
-        close(launch.linear(x, *operands, bias), want, dtype, f"{spec} linear M={m}")
-        if not has_dot:
-            continue
-        close(launch.input_grad(grad, *operands), grad.double() @ exact.double(), dtype, f"{spec} grad M={m}")
-experts = quantize(torch.randn(3, 5, 70), "nf4:32+dq").operands()
-whole = reference.dequantize(*experts, dtype=torch.float32)
-close(launch.dequantize(*experts, torch.float32), whole.double(), torch.float32, "experts")
-sys.stdout.write("all equal\n")
+def main():
+    for number, spec in enumerate(SPECS):
+        dtype = list(LIMIT)[number % 3]
+        rows, features = [(37, 531), (9, 101), (21, 512)][number % 3]
+        operands = quantize(torch.randn(rows, features), spec).operands()
+        exact = reference.dequantize(*operands, dtype=torch.float32)
+        close(launch.dequantize(*operands, dtype), exact.double(), dtype, f"{spec} dequantize")
+        ids = torch.randint(rows, (3, 2))
+        close(launch.embedding(ids, *operands, dtype), exact[ids].double(), dtype, f"{spec} embedding")
+        bias = torch.randn(rows)
+        # The interpreter's tl.dot multiplies the bit patterns of bfloat16; that one is left to a GPU.
+        has_dot = dtype != torch.bfloat16
+        for m in (1, 3, 19) if has_dot else (1, 3, 16):
+            x, grad = torch.randn(m, features).to(dtype), torch.randn(m, rows).to(dtype)
+            want = x.double() @ exact.double().T + bias.double()
+            close(launch.linear(x, *operands, bias), want, dtype, f"{spec} linear M={m}")
+            if not has_dot:
+                continue
+            close(
+                launch.input_grad(grad, *operands),
+                grad.double() @ exact.double(),
+                dtype,
+                f"{spec} grad M={m}",
+            )
+    experts = quantize(torch.randn(3, 5, 70), "nf4:32+dq").operands()
+    whole = reference.dequantize(*experts, dtype=torch.float32)
+    close(launch.dequantize(*experts, torch.float32), whole.double(), torch.float32, "experts")
+    sys.stdout.write("all equal\n")
+
+
+if __name__ == "__main__":
+    main()
