@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time for GPUs that need not be there: ``python -m benchmarks.triton_static``.
+"""Compile every Triton kernel for GPUs that need not be there: ``python -m benchmarks.triton_static``.
 
 The one thing to know: it counts instructions and resources; it says nothing about speed.
 """

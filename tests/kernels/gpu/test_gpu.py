@@ -28,7 +28,11 @@ def test_interpreted_kernels_equal_the_reference():
     ("name", "bits", "form", "target"),
     [
         ("gemv M=1", 4, "plain", "sm_80"),
-        ("gemv M=1", 3, "dq", "sm_90"),
+        ("gemv M=1", 3, "plain", "sm_90"),
+        pytest.param(
+            *("gemv M=1", 3, "dq", "sm_90"),
+            marks=pytest.mark.xfail(strict=True, reason="48 bytes spill on sm_90"),
+        ),
         pytest.param(
             *("gemv M=1", 2, "plain", "gfx942"),
             marks=pytest.mark.xfail(strict=True, reason="10 registers spill on gfx942"),
