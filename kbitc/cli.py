@@ -39,6 +39,15 @@ Model = Annotated[
     str, typer.Argument(help="Local folder, GGUF file, hub id, or [bold]demo[/] (the model in the package).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Agree = Annotated[
+    str,
+    typer.Option(
+        "--agree",
+        metavar="input|role",
+        help="Weights that get one format: those that read one value (queries, keys and values; gate and "
+        "up), or those at one place of every layer.",
+    ),
+]
 Backend = Annotated[
     str,
     typer.Option(
@@ -58,6 +67,7 @@ def _examples(*lines: str) -> str:
         "kbitc compile demo --bits 4",
         "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
         "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
+        "kbitc compile ./SmolLM2-135M --bits 4 --agree input",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
         "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
@@ -95,6 +105,7 @@ def compile(  # noqa: A001  # the command's name, and its options
             "for language models), a UTF-8 file, or none.",
         ),
     ] = "auto",
+    agree: Agree = "",
     passes: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +139,7 @@ def compile(  # noqa: A001  # the command's name, and its options
         bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
     request = driver.Request(
-        bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate
+        bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate, agree=agree
     )
     page = None
     if passes_html is not None:
@@ -232,12 +243,13 @@ def plan(
         typer.Option("--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8."),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan file here.")] = None,
+    agree: Agree = "",
     as_json: Json = False,
 ) -> None:
     """Solve another budget from an artifact's score table, without the model."""
     from kbitc import driver
 
-    found = driver.replan(artifact, bits)
+    found = driver.replan(artifact, bits, agree)
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
     if as_json:

@@ -24,7 +24,8 @@ from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
-from kbitc.errors import BudgetError, UsageError
+from kbitc.errors import BudgetError, UsageError, did_you_mean
+from kbitc.graphs import KINDS
 from kbitc.passes import score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
@@ -72,6 +73,7 @@ class Request:
     passes: Sequence[Pass | str] | None = None
     disabled: Sequence[str] = ()
     calibrate: Calibrate = AUTO
+    agree: str = ""
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -84,11 +86,15 @@ class Request:
                 f"--bits {self.bits:g}: the budget must be between {MIN_BUDGET:g} and {MAX_BUDGET:g} "
                 "stored bits per parameter"
             )
+        if self.agree and self.agree not in KINDS:
+            raise UsageError(f"--agree: {did_you_mean('kind of weights', self.agree, KINDS)}")
+        if self.agree and self.bits is None:
+            raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
 
     def planner(self) -> Pass:
         """The pass that makes the plan."""
         if self.bits is not None:
-            return AllocateBits(budget=self.bits)
+            return AllocateBits(budget=self.bits, agree=self.agree)
         if self.spec is not None:
             parse(self.spec)
             entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
@@ -204,7 +210,7 @@ def compile_to(
     with _timed(seconds, "open"):
         opened = open_checkpoint(source)
     with opened as checkpoint:
-        calibrator = _calibrator(request, checkpoint, on_event)
+        calibrator = calibrator_of(request, checkpoint, on_event)
         manager = manage(pipeline_of(request, calibrator))
         on_event("capture", 0, 0)
         with _timed(seconds, "capture"):
@@ -226,7 +232,12 @@ def compile_to(
     return result
 
 
-def _calibrator(request: Request, checkpoint: Checkpoint, on_event: Event) -> Calibrator | None:
+def calibrator_of(request: Request, checkpoint: Checkpoint, on_event: Event) -> Calibrator | None:
+    """What measures on the text that was asked for; None where there is none.
+
+    Raises:
+        UsageError: see :func:`kbitc.calibration.make_calibrator`.
+    """
     return make_calibrator(checkpoint, request.calibrate, on_event, is_wanted=request.bits is not None)
 
 
@@ -332,12 +343,13 @@ def _score_table(program: Program) -> dict[str, str]:
     return {SCORES_FILE: json.dumps(scores.to_json()) + "\n"} if isinstance(scores, Scores) else {}
 
 
-def replan(folder: Path, bits: float) -> dict[str, Any]:
+def replan(folder: Path, bits: float, agree: str = "") -> dict[str, Any]:
     """A plan for another budget, from the score table of an artifact alone.
 
     Args:
         folder: an artifact that was compiled with ``--bits``, or a score table.
         bits: stored bits per parameter of the whole model.
+        agree: weights that get one spec, see `Request`.
 
     Returns:
         The contents of a plan file for ``--plan``, with the predicted loss and its bound.
@@ -346,7 +358,7 @@ def replan(folder: Path, bits: float) -> dict[str, Any]:
         UsageError: no score table there, or a budget out of range.
         BudgetError: no plan meets the budget.
     """
-    Request(bits=bits)
+    Request(bits=bits, agree=agree)
     path = folder / SCORES_FILE if folder.is_dir() else folder
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -356,7 +368,7 @@ def replan(folder: Path, bits: float) -> dict[str, Any]:
             f"one into its artifact"
         ) from error
     scores = Scores.from_json(data, str(path))
-    plan, solution = allocate(scores, bits)
+    plan, solution = allocate(scores, bits, agree)
     stored = 8 * (solution.nbytes + scores.fixed) / scores.parameters
     return plan.to_json() | {
         "bits_per_param": stored,
@@ -375,7 +387,7 @@ def compile_module(
     """
     with open_checkpoint(module) as checkpoint:
         program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
-        passes = pipeline_of(request, _calibrator(request, checkpoint, lambda *_: None))
+        passes = pipeline_of(request, calibrator_of(request, checkpoint, lambda *_: None))
         program = PassManager(passes).run(program)
     _check_request(program, request)
     return pack_module(module, program)

@@ -7,10 +7,11 @@ other budget in a second, without the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kbitc.errors import UsageError
+from kbitc.graphs import Groups
 from kbitc.spec import Spec, parse
 
 FORMAT = 1
@@ -44,6 +45,7 @@ class Scores:
         parameters: of the whole model, tied ones once.
         source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
         unit: of a cost: "nats per token" or "relative".
+        groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graphs.KINDS`).
     """
 
     options: Mapping[str, tuple[Option, ...]]
@@ -52,6 +54,7 @@ class Scores:
     parameters: int
     source: str
     unit: str
+    groups: Mapping[str, Groups] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
@@ -61,6 +64,7 @@ class Scores:
             "unit": self.unit,
             "fixed_bytes": self.fixed,
             "parameters": self.parameters,
+            "groups": {kind: [list(names) for names in found] for kind, found in self.groups.items()},
             "weights": {
                 name: {
                     "parameters": self.numel[name],
@@ -98,6 +102,7 @@ class Scores:
                 int(data["parameters"]),
                 data["source"],
                 data["unit"],
+                {kind: [tuple(names) for names in found] for kind, found in data["groups"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error

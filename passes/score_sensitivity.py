@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kbitc import scoring
 from kbitc.errors import UsageError
+from kbitc.graphs import KINDS, Groups, agreeing_groups
 from kbitc.moments import Moments
 from kbitc.passes import measure_moments
 from kbitc.program import Program, Stage, Weight
@@ -100,6 +101,7 @@ class ScoreSensitivity:
             program.parameter_count,
             source="fisher" if moments else "error",
             unit="nats per token" if moments else "relative",
+            groups={kind: _joined(agreeing_groups(program, kind)) for kind in KINDS},
         )
         return program.with_fact(FACT, scores)
 
@@ -114,6 +116,10 @@ class ScoreSensitivity:
             nbytes = spec.packed_bytes(weight.rows, weight.in_features)
             found.append(Option(spec, nbytes, price, error))
         return monotone(tuple(found))
+
+
+def _joined(groups: Groups) -> Groups:
+    return [names for names in groups if len(names) > 1]
 
 
 def fixed_bytes(program: Program) -> int:

@@ -24,12 +24,12 @@ LAYERS = [
     ["kbitc.tensor", "kbitc.moments", "kbitc.scoring"],
     [
         "kbitc.plan",
-        "kbitc.scores",
         "kbitc.program",
         "kbitc.streaming",
         "kbitc.reads",
         "kbitc.matching",
         "kbitc.graphs",
+        "kbitc.scores",
     ],
     ["kbitc.registry", "kbitc.pass_order", "kbitc.drawing", "kbitc.invariants", "kbitc.pipeline"],
     [
