@@ -94,9 +94,10 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         passes: what to run between capture and pack instead, as names or values of your own:
             ``["canonicalize", "allocate_bits", MyPass()]``.
         force: replace an existing ``out``.
-        calibrate: text that says which errors matter: "auto" ("self" for a language model with ``bits``,
-            otherwise none), "self" (text that the model samples), "none", a UTF-8 text file, or int64 token
-            ids of shape (windows, length).
+        calibrate: what says which errors matter: "auto" (with ``bits`` "self" for a causal language model
+            and "random" for another model of transformers, otherwise "none"), "self" (text that the model
+            samples), "random" (random inputs), "none", a UTF-8 text file, or int64 token ids of shape
+            (windows, length).
         agree: weights that a budget's plan gives one spec: "input" for those that read one value (queries,
             keys and values; gate and up), "role" for those at one place of every layer.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers

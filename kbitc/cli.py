@@ -100,9 +100,9 @@ def compile(  # noqa: A001  # the command's name, and its options
     calibrate: Annotated[
         str,
         typer.Option(
-            metavar="auto|self|none|TEXT",
-            help="Text that says which errors matter: what the model samples itself (the default with --bits "
-            "for language models), a UTF-8 file, or none.",
+            metavar="auto|self|random|none|TEXT",
+            help="What says which errors matter: text that the model samples itself (the default with --bits "
+            "for language models), random inputs (for other models), a UTF-8 file, or nothing.",
         ),
     ] = "auto",
     agree: Agree = "",

@@ -61,9 +61,10 @@ class Request:
         passes: what to run between capture and pack instead, as values or names; a name that is in the
             usual pipeline means the pass there, with its options.
         disabled: names of passes to leave out.
-        calibrate: text to measure on what errors cost: "auto" (text that a language model samples itself,
-            where a budget is to be spent; otherwise none), "self", "none", a UTF-8 text file, or int64
-            token ids ``(windows, length)``.
+        calibrate: on what to measure what errors cost: "auto" (where a budget is to be spent, text that a
+            language model samples itself, random inputs of another model of transformers; otherwise nothing),
+            "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
+        agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
     """
 
     bits: float | None = None

@@ -1,25 +1,25 @@
-"""Run text through the model and note, for each weight, what its errors would cost.
+"""Run the model on text, or on random inputs, and note for each weight what its errors would cost.
 
 before:  stage CANONICAL
 after:   stage CANONICAL, fact "moments": `Moments` by weight name
 
-One forward and one backward pass a window, with the next-token loss. A gradient g of an output and the
-input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and a
-column part. Text that the model sampled itself makes it the true Fisher, other text the empirical one.
+One forward and one backward pass a window (`kbitc.fisher` has the losses). A gradient g of an output and
+the input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and
+a column part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.errors import UsageError
+from kbitc.fisher import positions
 from kbitc.moments import Factor, Moments
 from kbitc.program import Program, Stage
 from kbitc.streaming import Streamed, expert_slices
@@ -29,24 +29,27 @@ TEXT_FACT = "calibration"
 
 
 class Source(Protocol):
-    """Text, and the model to run it through: `kbitc.calibration.Calibrator`."""
+    """Inputs, and the model to run them through: `kbitc.calibration.Calibrator`."""
 
     @property
     def label(self) -> str: ...  # noqa: D102
     @property
     def on_event(self) -> Callable[[str, int, int], None]: ...  # noqa: D102
-    def windows(self) -> Tensor: ...  # noqa: D102
-    def trace(self, batch: int, length: int) -> Program: ...  # noqa: D102
+    @property
+    def is_text(self) -> bool: ...  # noqa: D102
+    def feeds(self) -> list[dict[str, Tensor]]: ...  # noqa: D102
+    def trace(self, feed: Mapping[str, Tensor]) -> Program: ...  # noqa: D102
+    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor: ...  # noqa: D102
     def read(self, name: str) -> Tensor: ...  # noqa: D102
     def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class MeasureMoments:
-    """Needs a language model: token ids in, next-token logits out.
+    """Needs a model of transformers.
 
     Attributes:
-        calibrator: gives the text and runs the model; see `kbitc.calibration.Calibrator`.
+        calibrator: gives inputs and losses; see `kbitc.calibration.Calibrator`.
     """
 
     calibrator: Source | None = None
@@ -56,11 +59,11 @@ class MeasureMoments:
     provides: ClassVar[tuple[str, ...]] = (FACT, TEXT_FACT)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError where the model is no causal language model, or without a calibrator."""
+        """Raises UsageError without a calibrator."""
         if self.calibrator is None:
             raise UsageError(
-                "the pass 'measure_moments' has no text to measure on; 'kbitc compile --calibrate' gives it "
-                "some, and leaves the pass out where there is none"
+                "the pass 'measure_moments' has nothing to measure on; 'kbitc compile --calibrate' gives it "
+                "text or random inputs, and leaves the pass out where there are none"
             )
         source = self.calibrator
         found = source.remembered(lambda: self._measure(program, source))
@@ -68,29 +71,19 @@ class MeasureMoments:
 
     @staticmethod
     def _measure(program: Program, source: Source) -> dict[str, Moments]:
-        windows = source.windows()
-        count, length = windows.shape
-        traced = source.trace(1, length)
-        placeholders = [node.name for node in traced.graph.graph.find_nodes(op="placeholder")]
-        (ids,) = [name for name in placeholders if name not in traced.parameters]
+        feeds = source.feeds()
+        traced = source.trace(feeds[0])
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
         streamed = Streamed(traced, source.read, partial(_watch, program, sums))
-        for i, window in enumerate(windows):
+        tokens = 0
+        for i, feed in enumerate(feeds):
             with torch.enable_grad():
-                logits = _logits(streamed.call(**{ids: window[None]}), length)
-                # Summed, not averaged: what a token's activation does to all later ones.
-                loss = F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum")
-                loss.backward()
-            del logits, loss
-            source.on_event("measuring on text", i + 1, count)
-        return {name: _moments(own, count * length) for name, own in sums.items() if own}
-
-
-def _logits(outputs: list[Any], length: int) -> Tensor:
-    for value in outputs:
-        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
-            return value
-    raise UsageError("calibration on text needs a causal language model, whose first output is logits")
+                outputs = streamed.call(**feed)
+                source.loss(feed, outputs, i).backward()
+            tokens += positions(outputs)
+            del outputs
+            source.on_event("measuring what errors cost", i + 1, len(feeds))
+        return {name: _moments(own, tokens, is_text=source.is_text) for name, own in sums.items() if own}
 
 
 @dataclass
@@ -140,18 +133,17 @@ def _watch(
                 if tokens.stop > tokens.start:
                     own.add(expert, x[tokens].detach(), grad[tokens])
 
-    if not out.requires_grad:
-        raise UsageError(f"{name}: nothing before it in the graph has a gradient; calibrate with none")
     out.register_hook(note)
 
 
-def _moments(uses: dict[str, _Sums], tokens: int) -> Moments:
+def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
     factors = []
     inputs = None
     for kind, own in uses.items():
         if kind == "embedding":
-            # Half of the weight on rows that this text does not hold: another text will.
-            often = own.rows / (2 * tokens) + 0.5 / own.rows.shape[1]
+            often = torch.full_like(own.rows, 1 / own.rows.shape[1])
+            if is_text:  # half of the weight on rows that this text does not hold: another text will
+                often = (often + own.rows / own.rows.sum()) / 2
             factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
             continue
         factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))

@@ -26,6 +26,7 @@ LAYERS = [
         "kbitc.plan",
         "kbitc.program",
         "kbitc.streaming",
+        "kbitc.fisher",
         "kbitc.reads",
         "kbitc.matching",
         "kbitc.graphs",
