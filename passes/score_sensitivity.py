@@ -55,6 +55,8 @@ def default_candidates() -> tuple[Spec, ...]:
         for family in names
         for block in (32, 64, 128, 256)
     ]
+    # Between 3.25 and 4.25 bits there is little else, and a small model's embedding is one choice.
+    plain += [f"{family}{bits}:16+dq" for bits in (2, 3) for family in ("nf", "bof", "learned")]
     with_zero = [f"int{bits}:{block}+zp+dq" for bits in (2, 3, 4) for block in (32, 64, 128)]
     return tuple(parse(text) for text in plain + with_zero)
 
