@@ -133,13 +133,14 @@ def _heat_cell(cell: HeatCell, share: float, x: float, top: float, width: float)
     drawn = Markup(
         "<rect x='{:.1f}' y='{}' width='{:.1f}' height='{}' fill='#{}'><title>{}</title></rect>"
     ).format(x, top, max(width - 1, 0.5), _ROW - 1, bytes(colour).hex(), cell.title)
-    if width < 6.5 * len(cell.shown):
+    is_narrow = width < 8 * len(cell.shown)
+    if width < 5.5 * len(cell.shown):
         return drawn
     red, green, blue = colour
     ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "#fff"
-    return drawn + Markup(
-        "<text x='{:.1f}' y='{}' text-anchor=middle style='fill:{}' pointer-events=none>{}</text>"
-    ).format(x + width / 2, top + 14, ink, cell.shown)
+    text = "<text{} x='{:.1f}' y='{}' text-anchor=middle style='fill:{}' pointer-events=none>{}</text>"
+    size = Markup(" class=narrow") if is_narrow else ""
+    return drawn + Markup(text).format(size, x + width / 2, top + 14, ink, cell.shown)  # noqa: S704
 
 
 def _scale(low: float, high: float, label: str, top: float) -> Markup:

@@ -61,13 +61,16 @@ def page(title: str, subtitle: str, facts: Mapping[str, str], sections: Sequence
     """
     shown = [section for section in sections if section.html]
     is_sortable = any("class=sortable" in section.html for section in shown)
-    fact = Markup("<div class=fact><b>{}</b>{}</div>")
+    fact = Markup("<div class=fact><b{}>{}</b>{}</div>")
+    small = Markup(" class=long")
     return _PAGE.format(
         title=title,
         subtitle=subtitle,
         style=style(),
         script=Markup("<script>\n{}</script>").format(_asset("page.js")) if is_sortable else "",
-        facts=Markup("<div class=facts>{}</div>").format(join(fact.format(v, k) for k, v in facts.items())),
+        facts=Markup("<div class=facts>{}</div>").format(
+            join(fact.format(small if len(v) > 16 else "", v, k) for k, v in facts.items())
+        ),
         links=join(Markup("<a href='#s{}'>{}</a>").format(i, s.title) for i, s in enumerate(shown)),
         sections=join(_SECTION.format(number=i, title=s.title, html=s.html) for i, s in enumerate(shown)),
     )
@@ -81,7 +84,12 @@ def style() -> Markup:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]], *, name: str = "") -> Markup:
     """A table; with a ``name``, unique on the page, one that sorts and filters."""
     button = Markup("<button type=button>{}</button>") if name else Markup("{}")
-    head = join(Markup("<th scope=col>{}</th>").format(button.format(column)) for column in columns)
+    head = join(
+        Markup("<th scope=col{}>{}</th>").format(
+            Markup(" class=n") if any(_is_number(row[i]) for row in rows) else "", button.format(column)
+        )
+        for i, column in enumerate(columns)
+    )
     body = join(Markup("<tr>{}</tr>\n").format(join(map(_cell, row))) for row in rows)
     if not name:
         return Markup(
@@ -123,6 +131,10 @@ def _cell(cell: Cell | str) -> Markup:
     if cell.value is None:
         return Markup("<td class=s>{}</td>").format(cell.shown)
     return Markup("<td class=n data-v='{:.6g}'>{}</td>").format(cell.value, cell.shown)
+
+
+def _is_number(cell: Cell | str) -> bool:
+    return isinstance(cell, Cell) and cell.value is not None
 
 
 def _asset(name: str) -> Markup:

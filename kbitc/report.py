@@ -95,7 +95,7 @@ def _prediction(predicted: Mapping[str, Any]) -> dict[str, str]:
     gap = predicted.get("gap")
     found = {name: shown}
     if gap is not None:
-        found["from the bound: no plan of this size is predicted better by more"] = (
+        found["proved gap: no plan of this size is predicted better by more"] = (
             f"{100 * max(float(gap), 0.0):.2g} %"
         )
     return found
@@ -158,7 +158,7 @@ def _formats(weights: Mapping[str, Any]) -> Markup:
         members[entry["spec"]].append(entry)
     sizes = {spec: sum(math.prod(e["shape"]) for e in own) for spec, own in members.items()}
     total = sum(sizes.values()) or 1
-    rows = []
+    rows: list[list[Cell | str]] = []
     for spec, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         own = members[spec]
         known = [e for e in own if e.get("error") is not None]
@@ -216,7 +216,7 @@ def trade_off_rows(scores: Scores, around: float) -> list[tuple[float, float, Po
 
 def trade_off_table(scores: Scores, around: float) -> Markup:
     """:func:`trade_off_rows` for a page."""
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             Cell(f"{bits:.2f}", bits),
             Cell(f"{cost:.4g}", cost),
