@@ -282,7 +282,8 @@ def inspect(
     from kbitc import inspection
 
     with _progress("reading") as update:
-        with_graph = dot is not None or html is not None
+        # An artifact of a model that transformers does not know has no config to draw its graph from.
+        with_graph = dot is not None or (html is not None and (Path(model) / "config.json").exists())
         found = inspection.inspect(model, update, with_graph=with_graph, measured=measured)
     if html is not None:
         _write(html, found.html())
