@@ -30,7 +30,7 @@ from benchmarks.cpu_linear import Section, markdown, print_section
 from kbitc import evaluation, loading, pack
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import Request, calibrator_of, pipeline_of
+from kbitc.driver import Request, calibrator_of, equipped, pipeline_of
 from kbitc.kernels import ops
 from kbitc.passes.allocate_bits import allocate
 from kbitc.pipeline import PassManager
@@ -106,7 +106,7 @@ def scored(source: str, calibrate: str) -> tuple[Program, Scores]:
     with open_checkpoint(source) as checkpoint:
         program = capture(checkpoint.skeleton(), read=checkpoint.read)
         calibrator = calibrator_of(request, checkpoint, _say)
-        program = PassManager(pipeline_of(request, calibrator)).run(program)
+        program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
     return program, cast("Scores", program.facts["scores"])
 
 

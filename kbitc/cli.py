@@ -247,7 +247,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Solve another budget from an artifact's score table, without the model."""
-    from kbitc import driver
+    from kbitc import driver, inspection
+    from kbitc.scores import Scores
 
     found = driver.replan(artifact, bits, agree)
     if out is not None:
@@ -269,24 +270,33 @@ def plan(
         f"predicted cost {predicted['cost']:.4g} ({predicted['unit']}); no plan of this size costs "
         f"{100 * predicted['gap']:.2g} % less"
     )
+    out_console.print(inspection.trade_off_table(Scores.open(artifact), found["bits_per_param"]))
 
 
 @app.command(
     epilog=_examples(
-        "kbitc inspect demo", "kbitc inspect demo-4bit --html demo.html", "kbitc inspect demo --dot graph.dot"
+        "kbitc inspect demo",
+        "kbitc inspect demo-4bit --html demo.html --measured other.json",
+        "kbitc inspect demo --dot graph.dot",
     )
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
-    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file (artifacts).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the canonical graph in DOT form.")] = None,
+    measured: Annotated[
+        list[Path],
+        typer.Option(help="A result of 'eval --json' to show in an artifact's report; may be repeated."),
+    ] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
     from kbitc import inspection
 
     with _progress("reading") as update:
-        found = inspection.inspect(model, update, with_graph=dot is not None)
+        # An artifact of a model that transformers does not know has no config to draw its graph from.
+        with_graph = dot is not None or (html is not None and (Path(model) / "config.json").exists())
+        found = inspection.inspect(model, update, with_graph=with_graph, measured=measured)
     if html is not None:
         _write(html, found.html())
     if dot is not None:
@@ -390,7 +400,7 @@ def _check_backend(name: str) -> None:
     epilog=_examples(
         "kbitc eval demo-4bit",
         "kbitc eval smol-4bit --text wikitext-2/test.txt --context 512 --limit-tokens 5120",
-        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M --record",
     ),
 )
 def evaluate(
@@ -403,11 +413,17 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the result beside the artifact, for 'inspect --html'.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
-    from kbitc import demo, evaluation, loading
+    from kbitc import demo, evaluation, loading, measured
+    from kbitc.artifact import PLAN_FILE
 
+    if record and not (Path(model) / PLAN_FILE).exists():
+        raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
     body = evaluation.read_text(demo.heldout() if text is None else text)
     with _progress("loading") as update:
         loaded = loading.open_model(model)
@@ -420,6 +436,7 @@ def evaluate(
         )
     data = {
         "model": model,
+        "text": "the demo model's held-out text" if text is None else text.name,
         "perplexity": score.perplexity,
         "loss": score.loss,
         "tokens": score.tokens,
@@ -429,6 +446,9 @@ def evaluate(
     }
     if score.divergence is not None:
         data["kl_divergence"] = score.divergence
+        data["reference_loss"] = score.reference_loss
+    if record:
+        measured.record(Path(model), data)
     if as_json:
         _print_json(data)
         return

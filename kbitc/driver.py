@@ -7,35 +7,37 @@ same statements; the module only ends as packed parameters in a copy of itself i
 from __future__ import annotations
 
 import copy
-import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kbitc import pack
+from kbitc import pack, pipeline, tradeoff
 from kbitc.artifact import Writer, check_target
-from kbitc.calibration import AUTO, Calibrate, Calibrator, make_calibrator
+from kbitc.calibration import AUTO, NONE, Calibrate, Calibrator, make_calibrator
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
 from kbitc.errors import BudgetError, UsageError, did_you_mean
 from kbitc.graphs import KINDS
-from kbitc.passes import score_sensitivity
+from kbitc.knapsack import Solution
+from kbitc.passes import allocate_bits, score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
-from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
+from kbitc.passes_page import graph_section
+from kbitc.pipeline import Pass, PassManager, Step, edit_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
-from kbitc.scores import SCORES_FILE, Scores
+from kbitc.scores import Scores
 from kbitc.spec import parse
 from kbitc.tensor import quantize
 from kbitc.version import VERSION
@@ -106,20 +108,16 @@ class Request:
         return ApplyPlan(read_rules(self.plan), label=str(self.plan))
 
 
-def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[Pass]:
-    """The passes between capture and pack, as the request edits them.
-
-    Args:
-        request: what the user asked for.
-        calibrator: of the model that is compiled, where there is text to measure on.
+def pipeline_of(request: Request) -> list[Pass]:
+    """The passes between capture and pack, as the request edits them; :func:`equipped` once it is open.
 
     Raises:
         UsageError: an unknown or misplaced pass, no plan at the end, or a spec or plan that no pass reads.
     """
     planner = request.planner()
     usual: list[Pass] = [Canonicalize()]
-    if calibrator is not None:
-        usual.append(MeasureMoments(calibrator))
+    if _is_calibrated(request):
+        usual.append(MeasureMoments())
     if request.bits is not None:
         usual.append(ScoreSensitivity())
     passes = edit_pipeline([*usual, planner], request.passes, request.disabled)
@@ -130,6 +128,34 @@ def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[
             f"{[name_of(pass_) for pass_ in passes]}; add it, or leave {option} out"
         )
     return passes
+
+
+def _is_calibrated(request: Request) -> bool:
+    if not isinstance(request.calibrate, str):
+        return True
+    return request.bits is not None if request.calibrate == AUTO else request.calibrate != NONE
+
+
+def equipped(
+    passes: Sequence[Pass], request: Request, calibrator: Calibrator | None, on_event: Event = lambda *_: None
+) -> list[Pass]:
+    """The passes with what only an open model has: the text to measure on, and someone to tell of progress.
+
+    Args:
+        passes: of :func:`pipeline_of`.
+        request: the same.
+        calibrator: None where there is no text; the usual pass that measures on it is left out then.
+        on_event: told of each weight that is scored.
+    """
+    found: list[Pass] = []
+    for pass_ in passes:
+        if isinstance(pass_, ScoreSensitivity):
+            found.append(replace(pass_, on_weight=on_event))
+        elif not isinstance(pass_, MeasureMoments) or pass_.calibrator is not None:
+            found.append(pass_)
+        elif calibrator is not None or request.passes is not None:
+            found.append(replace(pass_, calibrator=calibrator))
+    return found
 
 
 @dataclass(frozen=True)
@@ -204,7 +230,8 @@ def compile_to(
         SourceError: the source cannot be read or captured.
         BudgetError: no plan meets the budget.
     """
-    manage(pipeline_of(request))  # what is wrong with the request is said before the model is opened
+    passes = pipeline_of(request)
+    manage(passes)  # what is wrong with the request is said before the model is opened
     if not is_dry:
         check_target(out, is_forced=is_forced)
     seconds: dict[str, float] = {}
@@ -212,14 +239,14 @@ def compile_to(
         opened = open_checkpoint(source)
     with opened as checkpoint:
         calibrator = calibrator_of(request, checkpoint, on_event)
-        manager = manage(pipeline_of(request, calibrator))
+        manager = manage(equipped(passes, request, calibrator, on_event))
         on_event("capture", 0, 0)
         with _timed(seconds, "capture"):
             skeleton = checkpoint.skeleton()
-            program = capture(skeleton, example_inputs, read=checkpoint.read)
+            captured = capture(skeleton, example_inputs, read=checkpoint.read)
         on_event("plan", 0, 0)
         with _timed(seconds, "plan"):
-            program = manager.run(program)
+            program = manager.run(captured)
         _check_request(program, request)
         source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
         size = pack.payload_bytes(program)
@@ -229,7 +256,7 @@ def compile_to(
         with _timed(seconds, "pack"), _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
             pack.pack_to(program, checkpoint.read, writer, _counter(on_event, source_bytes))
             checkpoint.save_companions(writer.partial)
-            writer.commit(_documents(result, writer) | _score_table(program))
+            writer.commit(_documents(result, writer, captured))
     return result
 
 
@@ -310,8 +337,8 @@ def _check_strict(program: Program) -> None:
         )
 
 
-def _documents(result: Result, writer: Writer) -> dict[str, str]:
-    """The text files of the artifact: plan, config with its quantization entry, report."""
+def _documents(result: Result, writer: Writer, captured: Program) -> dict[str, str]:
+    """The text files of the artifact: plan, config with its quantization entry, scores, report."""
     program = result.program
     assert program.plan is not None
     weights = {}
@@ -326,6 +353,16 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
         "budget": program.plan.budget,
         "calibration": program.facts.get(TEXT_FACT),
+        "predicted": _prediction(program),
+        "passes": [
+            {
+                "name": step.name,
+                "nodes_before": step.nodes_before,
+                "nodes_after": step.nodes_after,
+                "changes": str(step),
+            }
+            for step in cast("tuple[Step, ...]", program.facts.get(pipeline.FACT, ()))
+        ],
         "parameters": program.parameter_count,
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
@@ -335,13 +372,37 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         for name, rest in program.rest.items()
     }
     config = writer.partial / "config.json"
-    return documents(facts, weights, left, writer.checksums, read_json(config) if config.exists() else None)
+    return documents(
+        facts,
+        weights,
+        left,
+        writer.checksums,
+        read_json(config) if config.exists() else None,
+        _scores(program),
+        [graph_section(captured, program)],
+    )
 
 
-def _score_table(program: Program) -> dict[str, str]:
-    """The file that answers another budget without the model, where options were scored."""
+def _scores(program: Program) -> Scores | None:
     scores = program.facts.get(score_sensitivity.FACT)
-    return {SCORES_FILE: json.dumps(scores.to_json()) + "\n"} if isinstance(scores, Scores) else {}
+    return scores if isinstance(scores, Scores) else None
+
+
+def _prediction(program: Program) -> dict[str, Any] | None:
+    """What the score table says of the plan, whichever passes made it; None if it cannot say."""
+    scores, solution = _scores(program), program.facts.get(allocate_bits.FACT)
+    assert program.plan is not None
+    if scores is None:
+        return None
+    specs = {name: choice.spec for name, choice in program.plan.weights.items()}
+    found = tradeoff.priced(scores, specs)
+    if found is None:
+        return None
+    cost = math.fsum(option.cost for option in found.values())
+    # A bound on the allocator's answer says nothing of a plan that another pass changed.
+    is_solved = isinstance(solution, Solution) and math.isclose(cost, solution.cost, rel_tol=1e-9)
+    gap = solution.gap if isinstance(solution, Solution) and is_solved else None
+    return {"cost": cost, "unit": scores.unit, "source": scores.source, "gap": gap}
 
 
 def replan(folder: Path, bits: float, agree: str = "") -> dict[str, Any]:
@@ -360,15 +421,7 @@ def replan(folder: Path, bits: float, agree: str = "") -> dict[str, Any]:
         BudgetError: no plan meets the budget.
     """
     Request(bits=bits, agree=agree)
-    path = folder / SCORES_FILE if folder.is_dir() else folder
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' writes "
-            f"one into its artifact"
-        ) from error
-    scores = Scores.from_json(data, str(path))
+    scores = Scores.open(folder)
     plan, solution = allocate(scores, bits, agree)
     stored = 8 * (solution.nbytes + scores.fixed) / scores.parameters
     return plan.to_json() | {
@@ -388,8 +441,8 @@ def compile_module(
     """
     with open_checkpoint(module) as checkpoint:
         program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
-        passes = pipeline_of(request, calibrator_of(request, checkpoint, lambda *_: None))
-        program = PassManager(passes).run(program)
+        calibrator = calibrator_of(request, checkpoint, lambda *_: None)
+        program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
     _check_request(program, request)
     return pack_module(module, program)
 

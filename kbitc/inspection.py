@@ -7,24 +7,30 @@ over all input features of that weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbitc import drawing
+from rich.markup import escape
+
+from kbitc import drawing, model_page, report
 from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
 from kbitc.errors import UsageError
+from kbitc.measured import Measured, of_artifact
+from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes_page import graph_section
 from kbitc.pipeline import PassManager
 from kbitc.program import Program
-from kbitc.report import render
+from kbitc.scores import SCORES_FILE, Scores
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from torch import Tensor
 
 Z_SCORE = 4.0
@@ -40,12 +46,18 @@ class Inspection:
         program: of a model; None for an artifact, unless its graph was asked for.
         outliers: input-feature indices by weight name, models only.
         plan: an artifact's plan file.
+        captured: the model's graph before any pass, if it was asked for.
+        scores: an artifact's score table, if it has one.
+        measured: what was recorded of an artifact's loss.
     """
 
     label: str
     program: Program | None = None
     outliers: Mapping[str, list[int]] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
+    captured: Program | None = None
+    scores: Scores | None = None
+    measured: Sequence[Measured] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The ``--json`` output."""
@@ -68,16 +80,14 @@ class Inspection:
         return {"parameters": self.program.parameter_count, "weights": weights, "left_alone": left}
 
     def html(self) -> str:
-        """The report of an artifact.
-
-        Raises:
-            UsageError: this is a model, which has no plan yet.
-        """
-        if self.plan is None:
-            raise UsageError(
-                f"--html: {self.label} is not compiled yet, so there is no plan to report; compile it first"
-            )
-        return render(self.plan)
+        """The report of an artifact, or of a model what can be known before it is compiled."""
+        graph = []
+        if self.captured is not None and self.program is not None:
+            graph = [graph_section(self.captured, self.program)]
+        if self.plan is not None:
+            return report.render(self.plan, self.scores, self.measured, graph)
+        assert self.program is not None
+        return model_page.render(self.label, self.program, self.outliers, graph)
 
     def dot(self) -> str:
         """The canonical graph in DOT form."""
@@ -87,7 +97,7 @@ class Inspection:
     def print(self, console: Console) -> None:
         """Tables for people."""
         if self.plan is not None:
-            _print_plan(console, self.label, self.plan)
+            self._print_plan(console, self.plan)
         else:
             self._print_model(console)
 
@@ -110,26 +120,49 @@ class Inspection:
         console.print(table)
         _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
 
+    def _print_plan(self, console: Console, plan: Mapping[str, Any]) -> None:
+        console.print(f"[bold]{escape(self.label)}[/]", highlight=False)
+        for name, value in report.facts(plan).items():
+            console.print(f"  {escape(value):>14}  {escape(name)}", highlight=False)
+        for entry in self.measured:
+            console.print(
+                f"  {entry.perplexity:>14.4f}  measured perplexity of {escape(entry.model)} on "
+                f"{escape(entry.text)}, {entry.tokens:,} tokens",
+                highlight=False,
+            )
+        if self.scores is not None:
+            console.print(trade_off_table(self.scores, plan["bits_per_param"]))
+        _print_weights(console, plan)
 
-def _print_plan(console: Console, label: str, plan: Mapping[str, Any]) -> None:
+
+def trade_off_table(scores: Scores, bits: float) -> Table:
+    """Budgets around one, what the best plan and the best uniform spec would cost there."""
     from rich.table import Table
 
-    title = (
-        f"{label}: {plan['bits_per_param']:.4f} bits per parameter, {plan['bytes'] / 1e6:,.2f} MB, "
-        f"{plan['parameters']:,} parameters"
-    )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"trade-off, predicted {scores.unit}", title_justify="left")
+    for column in ("stored bits", "best plan", "best uniform spec", "its cost"):
+        table.add_column(column, justify="left" if "spec" in column else "right")
+    for size, cost, uniform in report.trade_off_rows(scores, bits):
+        other = ("none fits", "") if uniform is None else (uniform.label, f"{uniform.cost:.4g}")
+        table.add_row(f"{size:.2f}", f"{cost:.4g}", *other)
+    return table
+
+
+def _print_weights(console: Console, plan: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{len(plan['weights'])} packed weights", title_justify="left")
     for column in ("weight", "shape", "spec", "bits", "rel. error", "reason"):
         table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
     for name, entry in plan["weights"].items():
         error, bits = entry.get("error"), entry.get("bits")
         table.add_row(
-            name,
+            escape(name),
             "x".join(map(str, entry["shape"])),
             entry["spec"],
             "" if bits is None else f"{bits:.3f}",
             "" if error is None else f"{error:.4f}",
-            entry["reason"],
+            escape(entry["reason"]),
         )
     console.print(table)
     _print_left(console, {name: entry["reason"] for name, entry in plan["left_alone"].items()})
@@ -144,30 +177,48 @@ def _print_left(console: Console, reasons: Mapping[str, str]) -> None:
         console.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
 
 
-def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool = False) -> Inspection:
+def inspect(
+    source: str,
+    on_event: Event = lambda *_: None,
+    *,
+    with_graph: bool = False,
+    measured: Sequence[Path] = (),
+) -> Inspection:
     """Look at a model or an artifact.
 
     Args:
         source: as for compile, or an artifact's folder.
         on_event: progress.
-        with_graph: also capture an artifact's graph, for :meth:`Inspection.dot`.
+        with_graph: also capture an artifact's graph, for :meth:`Inspection.dot` and the page.
+        measured: further results of ``kbitc eval --json`` to show with an artifact.
 
     Raises:
+        UsageError: a damaged score table or result.
         SourceError: neither, or damaged.
     """
     folder = Path(source)
     if (folder / PLAN_FILE).exists():
         artifact = Artifact.open(folder)
-        program = _artifact_program(folder) if with_graph else None
-        return Inspection(source, program=program, plan=artifact.plan)
+        captured = capture(skeleton_of(folder)) if with_graph else None
+        return Inspection(
+            source,
+            program=None if captured is None else _planned(captured, artifact.plan),
+            plan=artifact.plan,
+            captured=captured,
+            scores=Scores.open(folder) if (folder / SCORES_FILE).exists() else None,
+            measured=of_artifact(folder, measured),
+        )
+    if measured:
+        raise UsageError(f"--measured: {source} is not compiled; losses are shown with an artifact")
     with open_checkpoint(source) as checkpoint:
-        program = PassManager([Canonicalize()]).run(capture(checkpoint.skeleton()))
-        return Inspection(source, program, _outliers(program, checkpoint, on_event))
+        captured = capture(checkpoint.skeleton())
+        program = PassManager([Canonicalize()]).run(captured)
+        return Inspection(source, program, _outliers(program, checkpoint, on_event), captured=captured)
 
 
-def _artifact_program(folder: Path) -> Program:
-    # Capture needs shapes alone: the packed model's skeleton is the source's.
-    return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))
+def _planned(captured: Program, plan: Mapping[str, Any]) -> Program:
+    """The artifact's program; capture needed shapes alone: the packed model's skeleton is the source's."""
+    return PassManager([Canonicalize(), ApplyPlan({"weights": plan["weights"]})]).run(captured)
 
 
 def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:

@@ -6,8 +6,10 @@ other budget in a second, without the model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from kbitc.errors import UsageError
@@ -76,6 +78,23 @@ class Scores:
                 for name, found in self.options.items()
             },
         }
+
+    @staticmethod
+    def open(path: Path) -> Scores:
+        """The score table of an artifact's folder, or in a file.
+
+        Raises:
+            UsageError: none there, or a damaged one.
+        """
+        path = path / SCORES_FILE if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' "
+                "writes one into its artifact"
+            ) from error
+        return Scores.from_json(data, str(path))
 
     @staticmethod
     def from_json(data: Any, label: str = "scores") -> Scores:
