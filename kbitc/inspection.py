@@ -17,8 +17,12 @@ from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
+from kbitc.driver import lower
 from kbitc.errors import UsageError
+from kbitc.fusions import Fired, lines, records
+from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.fold_norms import FoldNorms
 from kbitc.pipeline import PassManager
 from kbitc.program import Program
 from kbitc.report import render
@@ -40,12 +44,15 @@ class Inspection:
         program: of a model; None for an artifact, unless its graph was asked for.
         outliers: input-feature indices by weight name, models only.
         plan: an artifact's plan file.
+        fusions: what fusion and clean-up passes did to the graph; for a model, what they would do if
+            every weight were packed, by the pass.
     """
 
     label: str
     program: Program | None = None
     outliers: Mapping[str, list[int]] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The ``--json`` output."""
@@ -65,7 +72,13 @@ class Inspection:
             for name, weight in self.program.weights.items()
         }
         left = {name: rest.reason for name, rest in self.program.rest.items()}
-        return {"parameters": self.program.parameter_count, "weights": weights, "left_alone": left}
+        fusions = {name: record.to_json() for name, record in self.fusions.items()}
+        return {
+            "parameters": self.program.parameter_count,
+            "weights": weights,
+            "left_alone": left,
+            "fusions": fusions,
+        }
 
     def html(self) -> str:
         """The report of an artifact.
@@ -90,6 +103,8 @@ class Inspection:
             _print_plan(console, self.label, self.plan)
         else:
             self._print_model(console)
+        for line in lines(self.fusions):
+            console.print(line, highlight=False, markup=False)
 
     def _print_model(self, console: Console) -> None:
         from rich.table import Table
@@ -159,15 +174,26 @@ def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool 
     if (folder / PLAN_FILE).exists():
         artifact = Artifact.open(folder)
         program = _artifact_program(folder) if with_graph else None
-        return Inspection(source, program=program, plan=artifact.plan)
+        # An artifact of an earlier version has none.
+        fusions = {n: Fired.from_json(record) for n, record in artifact.plan.get("fusions", {}).items()}
+        return Inspection(source, program=program, plan=artifact.plan, fusions=fusions)
     with open_checkpoint(source) as checkpoint:
         program = PassManager([Canonicalize()]).run(capture(checkpoint.skeleton()))
-        return Inspection(source, program, _outliers(program, checkpoint, on_event))
+        outliers = _outliers(program, checkpoint, on_event)
+        return Inspection(source, program, outliers, fusions=possible_fusions(program))
 
 
 def _artifact_program(folder: Path) -> Program:
     # Capture needs shapes alone: the packed model's skeleton is the source's.
     return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))
+
+
+def possible_fusions(program: Program) -> dict[str, Fired]:
+    """What the passes that rewrite would do to a canonical program, were every weight packed."""
+    if not program.weights:
+        return {}
+    everything = ApplyPlan({"weights": {"*": "nf4:64"}})  # no pass looks at the format
+    return records(lower(PassManager([FoldNorms(), everything]).run(program)))
 
 
 def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:

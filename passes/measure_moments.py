@@ -63,7 +63,12 @@ class MeasureMoments:
                 "some, and leaves the pass out where there is none"
             )
         source = self.calibrator
-        found = source.remembered(lambda: self._measure(program, source))
+        # What is remembered is of the source's own weights.
+        found = (
+            self._measure(program, source)
+            if program.changes
+            else source.remembered(lambda: self._measure(program, source))
+        )
         return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
 
     @staticmethod
@@ -74,7 +79,7 @@ class MeasureMoments:
         placeholders = [node.name for node in traced.graph.graph.find_nodes(op="placeholder")]
         (ids,) = [name for name in placeholders if name not in traced.parameters]
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, source.read, partial(_watch, program, sums))
+        streamed = Streamed(traced, program.as_stored(source.read), partial(_watch, program, sums))
         for i, window in enumerate(windows):
             with torch.enable_grad():
                 logits = _logits(streamed.call(**{ids: window[None]}), length)
