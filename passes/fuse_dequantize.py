@@ -11,6 +11,7 @@ reads it (``remove_dead_code``). The numbers are those of the op's definition, `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from kbitc.fusions import Fired
 from kbitc.kernels import ops
 from kbitc.matching import Miss, match
 from kbitc.program import CANONICAL, Program, Stage
-from kbitc.reads import Read, reads, value_of
+from kbitc.reads import Read, op_name, reads, value_of
 from kbitc.rewriting import build, call, copy_of
 
 FACT = "fuse_dequantize"
@@ -47,10 +48,15 @@ class FuseDequantize:
         found = [node for node in graph.nodes if node.target is kbit.dequantize.default]
         views = {view for node in found for view in _views(node)}
         for node in found:
-            reasons: dict[str, None] = {} if reads(node) else {"nothing reads it": None}
-            for read in reads(node):
+            readers = reads(node)
+            reasons: dict[str, None] = {} if readers else {"nothing reads it": None}
+            count = Counter(read.node for read in readers)
+            for read in readers:
                 names = (node.name, read.node.name)
-                reason = _fuse(graph, node, read, views)
+                is_once = count[read.node] == 1
+                reason = (
+                    _fuse(graph, node, read, views) if is_once else f"{op_name(read.node)} reads it twice"
+                )
                 if reason is None:
                     groups.append(names)
                 else:
@@ -68,29 +74,30 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
 
 def _fuse(graph: fx.Graph, dequantize: fx.Node, read: Read, views: set[fx.Node]) -> str | None:
     """Replace one read by a packed call; the reason if that cannot be."""
-    old = read.node
-    if CANONICAL.get(old.target) is not None:  # type: ignore[arg-type]  # a string for other nodes
-        if old.args[1] is not read.view or sum(node is read.view for node in old.args) > 1:
-            return f"read by {CANONICAL[old.target]} as something else than its weight"  # type: ignore[index]
-        if read.is_turned ^ bool(old.kwargs.get("is_transposed", False)):
+    reader = read.node
+    if reader.target not in CANONICAL:
+        found = match(read, views.__contains__)
+        if isinstance(found, Miss):
+            return found.reason
+        if found.is_transposed:
             return TURNED
-        with graph.inserting_before(old):
-            old.replace_all_uses_with(_packed_call(graph, old, dequantize))
-        graph.erase_node(old)
-        return None
-    found = match(read, views.__contains__)
-    if isinstance(found, Miss):
-        return found.reason
-    if found.is_transposed:
+        with graph.inserting_before(reader):
+            result, canonical = build(graph, reader, found, dequantize, lambda node: node)
+        _replace(graph, reader, result)
+        reader = canonical
+    elif reader.args[1] is not read.view:
+        return f"read by {op_name(reader)} as something else than its weight"
+    elif read.is_turned ^ bool(reader.kwargs.get("is_transposed", False)):
         return TURNED
-    with graph.inserting_before(old):
-        result, canonical = build(graph, old, found, dequantize, lambda node: node)
-        packed = _packed_call(graph, canonical, dequantize)
-    old.replace_all_uses_with(result)
-    canonical.replace_all_uses_with(packed)
-    graph.erase_node(canonical)
-    graph.erase_node(old)
+    with graph.inserting_before(reader):
+        packed = _packed_call(graph, reader, dequantize)
+    _replace(graph, reader, packed)
     return None
+
+
+def _replace(graph: fx.Graph, node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    graph.erase_node(node)
 
 
 def _packed_call(graph: fx.Graph, canonical: fx.Node, dequantize: fx.Node) -> fx.Node:

@@ -99,12 +99,12 @@ def _obstacle(path: list[fx.Node], order: dict[fx.Node, int]) -> str | None:
         return RESIDUAL
     if linear.target is kbit.grouped_linear.default:
         return "kbit.grouped_linear takes no bias"
+    if len(linear.args) > 1 + ops.OPERANDS or linear.kwargs:
+        return "the linear has a bias already"
     if not all(keeps_features(step) for step in path[1:-1]):
         return "its product is cut, cast or turned before the bias is added"
     if value_of(bias).dtype != product.dtype:
         return "its product and its bias differ in dtype"
-    if len(linear.args) > 1 + ops.OPERANDS or linear.kwargs:
-        return "the linear has a bias already"
     if any(len(step.users) > 1 for step in path[:-1]):
         return "its product is also read without the bias"
     if order[bias] > order[linear]:

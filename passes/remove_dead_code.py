@@ -39,6 +39,7 @@ class RemoveDeadCode:
                 graph.erase_node(node)
             elif is_idle_dropout(node):
                 node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
         graph.eliminate_dead_code()
         unread = [node for node in graph.nodes if not node.users and node.op != "output"]
         left = {node.name: _why_kept(program, node) for node in unread}
