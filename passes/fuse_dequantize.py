@@ -25,7 +25,7 @@ from kbitc.kernels import ops
 from kbitc.matching import Miss, match
 from kbitc.program import CANONICAL, Program, Stage
 from kbitc.reads import Read, op_name, reads, value_of
-from kbitc.rewriting import build, call, copy_of
+from kbitc.rewriting import build, copy_of
 
 FACT = "fuse_dequantize"
 kbit = torch.ops.kbit
@@ -102,15 +102,17 @@ def _replace(graph: fx.Graph, node: fx.Node, by: fx.Node) -> None:
 
 def _packed_call(graph: fx.Graph, canonical: fx.Node, dequantize: fx.Node) -> fx.Node:
     """The ``kbit`` op that a canonical call of a dequantized weight is."""
-    operands = dequantize.args[: ops.OPERANDS]
-    x, _, *rest = canonical.args
     target: Any = {
         forms.linear: kbit.linear.default,
         forms.embedding: kbit.embedding.default,
         forms.grouped_linear: kbit.grouped_linear.default,
     }[canonical.target]  # type: ignore[index]
-    extra = [value_of(dequantize).dtype] if canonical.target is forms.embedding else rest
-    return call(graph, canonical, target, x, *operands, *extra)
+    x, _, *rest = canonical.args
+    if canonical.target is forms.embedding:
+        rest = [value_of(dequantize).dtype]
+    packed = graph.call_function(target, (x, *dequantize.args[: ops.OPERANDS], *rest))
+    packed.meta = dict(canonical.meta)
+    return packed
 
 
 PASS = FuseDequantize

@@ -21,7 +21,7 @@ from torch import fx
 from kbitc.blockwise import TENSOR_FIELDS
 from kbitc.program import Program, Stage, Weight
 from kbitc.reads import value_of
-from kbitc.rewriting import call, copy_of
+from kbitc.rewriting import copy_of
 from kbitc.slots import Slot, operand_slots
 from kbitc.spec import Spec
 
@@ -81,10 +81,11 @@ class _Inputs:
 def _read_packed(
     graph: fx.Graph, dense: fx.Node, weight: Weight, operands: list[fx.Node | int | None]
 ) -> None:
+    dequantize = torch.ops.kbit.dequantize.default
     for use in list(dense.users):
         with graph.inserting_before(use):
-            dequantize = torch.ops.kbit.dequantize.default
-            unpacked = call(graph, use, dequantize, *operands, weight.dtype)
+            unpacked = graph.call_function(dequantize, (*operands, weight.dtype))
+        unpacked.meta = {**use.meta, "val": value_of(dense).new_empty(weight.oriented_shape)}
         use.replace_input_with(dense, unpacked)
         # What is dequantized has its output features first, however the source stores it.
         use.kwargs = {key: value for key, value in use.kwargs.items() if key != "is_transposed"}
