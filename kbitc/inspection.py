@@ -103,6 +103,8 @@ class Inspection:
             _print_plan(console, self.label, self.plan)
         else:
             self._print_model(console)
+        if self.fusions and self.plan is None:
+            console.print("were every weight packed (fold_norms on request only):")
         for line in lines(self.fusions):
             console.print(line, highlight=False, markup=False)
 

@@ -83,6 +83,8 @@ def keeps_features(node: fx.Node) -> bool:
     short, last = op_name(node).rpartition(".")[2], before.dim() - 1
     if short in _ROW_MAJOR or is_idle_dropout(node):
         return True
+    if len(node.args) < 2:
+        return False
     if short == "index":
         indices: Any = node.args[1]
         return len(indices) <= last or indices[last] is None

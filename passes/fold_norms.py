@@ -83,7 +83,8 @@ def _is_scale(read: reading.Read) -> bool:
     places = SCALES.get(op_name(read.node), ())
     scale, value = value_of(read.view), read.node.meta.get("val")
     is_features = isinstance(value, Tensor) and scale.dim() == 1 and value.shape[-1:] == scale.shape
-    return is_features and any(read.view in read.node.args[at : at + 1] for at in places)
+    # Once: multiplied by itself it is no scale.
+    return is_features and sum(read.view in read.node.args[at : at + 1] for at in places) == 1
 
 
 def _weight(call: fx.Node) -> fx.Node:

@@ -48,7 +48,9 @@ class FuseEpilogues:
         for linear in list(graph.nodes):
             if linear.target not in (kbit.linear.default, kbit.grouped_linear.default):
                 continue
-            for path in list(_epilogues(linear)):
+            paths = list(_epilogues(linear))
+            while paths:
+                path = paths.pop()
                 end = path[-1]
                 reason = _obstacle(path, order)
                 if reason is not None:
@@ -59,6 +61,7 @@ class FuseEpilogues:
                 linear.args = (*linear.args[: 1 + ops.OPERANDS], _addend(path))
                 end.replace_all_uses_with(path[-2])
                 graph.erase_node(end)
+                paths = list(_epilogues(linear))  # what read the sum reads the linear now
         module = fx.GraphModule(program.graph, graph)
         return replace(program, graph=module).with_fact(FACT, Fired(tuple(groups), left))
 

@@ -163,6 +163,11 @@ def test_a_bias_without_a_place_to_go_stays():
     }
 
 
+def test_a_parameter_times_itself_is_no_scale():
+    module = Normed(lambda m, y: m.first(m.other * m.other) + y[..., :5])
+    assert "other" not in fold(module).facts[FACT].left
+
+
 def test_the_norm_of_torch_without_a_bias():
     module = nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 4)).requires_grad_(False)
     nn.init.normal_(module[0].weight)

@@ -101,6 +101,11 @@ def test_the_second_of_two_biases_stays():
     assert list(again.facts[FACT].left.values()) == ["the linear has a bias already"]
 
 
+def test_what_follows_the_bias_is_a_candidate_too():
+    after = fuse(lambda y, b, _: F.relu(y + b))
+    assert after.facts[FACT].left == {"relu": GENERATED}
+
+
 def test_a_bias_that_changes_in_place_stays():
     class InPlace(Block):
         def forward(self, x):
