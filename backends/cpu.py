@@ -273,15 +273,10 @@ def _key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequenc
         (paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.operands()[9:])
         for module, leaf, weight, names in step.places
     ]
-    modules = [
-        _decode_step,
-        _decoder,
-        matching,
-        reads,
-        rewriting,
-        *(sys.modules[type(p).__module__] for p in passes),
-    ]
-    sources = [Path(module.__file__ or "") for module in modules]
+    modules = [_decode_step, _decoder, matching, reads, rewriting]
+    modules += [sys.modules[type(pass_).__module__] for pass_ in passes]
+    # A pass that was typed in has no file.
+    sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     facts = {
         "versions": [VERSION, torch.__version__, transformers.__version__, sys.version],
         "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, Path(__file__))],
