@@ -311,15 +311,20 @@ def inspect(
     "passes", epilog=_examples("kbitc passes", "kbitc passes --json", "kbitc compile demo --disable NAME")
 )
 def list_passes(as_json: Json = False) -> None:
-    """The passes that 'compile --passes' takes: this package's and those of others installed."""
-    from kbitc.pipeline import describe, pass_names
+    """This package's passes and those of others installed, and where each runs.
 
-    found = [describe(name) for name in pass_names()]
+    'compile --passes' takes those that run in compile. Those that run in lowering rewrite the graph of a
+    packed model, in that order, before code is made of it.
+    """
+    from kbitc.pipeline import LOWERING, describe, pass_names
+
+    lowering = {name: f"lowering {i}" for i, name in enumerate(LOWERING, start=1)}
+    found = [{**describe(name), "runs": lowering.get(name, "compile")} for name in pass_names()]
     if as_json:
         _print_json(found)
         return
     table = Table(title=f"{len(found)} passes", title_justify="left")
-    columns = ("name", "needs", "gives", "requires", "provides", "summary")
+    columns = ("name", "runs", "needs", "gives", "requires", "provides", "summary")
     for column in columns:
         table.add_column(column)
     for about in found:

@@ -49,7 +49,7 @@ def documents(
     """File names to contents.
 
     Args:
-        facts: source, budget, calibration, prediction, passes, parameters, bytes, source_bytes.
+        facts: source, budget, calibration, prediction, passes, parameters, bytes, source_bytes, fusions.
         weights: :func:`weight_entry` by name.
         left_alone: shape and reason of everything else, by name.
         checksums: SHA-256 by stored name.

@@ -25,16 +25,18 @@ from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
 from kbitc.errors import BudgetError, UsageError, did_you_mean
+from kbitc.fusions import Fired, records
 from kbitc.graphs import KINDS
 from kbitc.knapsack import Solution
 from kbitc.passes import allocate_bits, score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.insert_dequantize import InsertDequantize
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.passes_page import graph_section
-from kbitc.pipeline import Pass, PassManager, Step, edit_pipeline, name_of
+from kbitc.pipeline import Pass, PassManager, Step, edit_pipeline, lowering_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
 from kbitc.scores import Scores
@@ -158,6 +160,11 @@ def equipped(
     return found
 
 
+def lower(program: Program) -> Program:
+    """The graph of a planned program on packed weights, fused and cleaned up; needs no weights."""
+    return PassManager([InsertDequantize(), *lowering_pipeline()]).run(program)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a compilation did.
@@ -168,6 +175,7 @@ class Result:
         payload_bytes: bytes of all stored tensors.
         source_bytes: bytes of the same tensors in the source.
         out: the artifact; None after a dry run.
+        fusions: what fusion and clean-up passes did and left, by the pass.
         seconds: wall time by phase.
     """
 
@@ -176,6 +184,7 @@ class Result:
     payload_bytes: int
     source_bytes: int
     out: Path | None
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -197,6 +206,7 @@ class Result:
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "weights": program.plan.to_json()["weights"],
             "left_alone": {name: rest.reason for name, rest in program.rest.items()},
+            "fusions": {name: record.to_json() for name, record in self.fusions.items()},
         }
 
 
@@ -248,9 +258,12 @@ def compile_to(
         with _timed(seconds, "plan"):
             program = manager.run(captured)
         _check_request(program, request)
+        with _timed(seconds, "lower"):
+            fusions = records(lower(program))
         source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
         size = pack.payload_bytes(program)
-        result = Result(checkpoint.label, program, size, source_bytes, None if is_dry else out, seconds)
+        target = None if is_dry else out
+        result = Result(checkpoint.label, program, size, source_bytes, target, fusions, seconds)
         if is_dry:
             return result
         with _timed(seconds, "pack"), _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
@@ -307,6 +320,7 @@ def _writer(
         "kbitc": VERSION,
         "torch": torch.__version__,
         "calibration": program.facts.get(TEXT_FACT),
+        "changed": sorted(name for changes in program.changes for name in changes),
     }
     return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
 
@@ -366,6 +380,7 @@ def _documents(result: Result, writer: Writer, captured: Program) -> dict[str, s
         "parameters": program.parameter_count,
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
+        "fusions": {name: record.to_json() for name, record in result.fusions.items()},
     }
     left = {
         name: {"reason": rest.reason, "shape": list(rest.shape), "aliases": list(rest.aliases)}
@@ -451,18 +466,20 @@ def pack_module(module: nn.Module, program: Program) -> nn.Module:
     """Deep copy of a module with every planned parameter, tied ones too, replaced by its packed form."""
     assert program.plan is not None
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    read = program.as_stored(lambda name: parameters[name].detach())
+    # deepcopy looks here first: the copy gets what is stored and never copies the dense weight.
     memo: dict[int, Any] = {}
-    for name, choice in program.plan.weights.items():
-        if choice.spec.is_left_alone:
-            continue
-        source = parameters[name]
-        packed = quantize(
-            source.detach(),
-            choice.spec,
-            is_transposed=program.weights[name].is_transposed,
-            name=name,
-            **pack.quantizer_of(program, name),
-        )
-        # deepcopy looks here first: the copy gets the packed weight and never copies the dense one.
-        memo[id(source)] = nn.Parameter(packed, requires_grad=False)
+    for name, source in parameters.items():
+        choice = program.plan.weights.get(name)
+        if choice is not None and not choice.spec.is_left_alone:
+            packed = quantize(
+                read(name),
+                choice.spec,
+                is_transposed=program.weights[name].is_transposed,
+                name=name,
+                **pack.quantizer_of(program, name),
+            )
+            memo[id(source)] = nn.Parameter(packed, requires_grad=False)
+        elif program.is_changed(name):
+            memo[id(source)] = nn.Parameter(read(name), requires_grad=source.requires_grad)
     return copy.deepcopy(module, memo)

@@ -19,10 +19,13 @@ from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
+from kbitc.driver import lower
 from kbitc.errors import UsageError
+from kbitc.fusions import Fired, lines, records
 from kbitc.measured import Measured, of_artifact
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.fold_norms import FoldNorms
 from kbitc.passes_page import graph_section
 from kbitc.pipeline import PassManager
 from kbitc.program import Program
@@ -49,6 +52,8 @@ class Inspection:
         captured: the model's graph before any pass, if it was asked for.
         scores: an artifact's score table, if it has one.
         measured: what was recorded of an artifact's loss.
+        fusions: what fusion and clean-up passes did to the graph; for a model, what they would do if
+            every weight were packed, by the pass.
     """
 
     label: str
@@ -58,6 +63,7 @@ class Inspection:
     captured: Program | None = None
     scores: Scores | None = None
     measured: Sequence[Measured] = ()
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The ``--json`` output."""
@@ -77,7 +83,13 @@ class Inspection:
             for name, weight in self.program.weights.items()
         }
         left = {name: rest.reason for name, rest in self.program.rest.items()}
-        return {"parameters": self.program.parameter_count, "weights": weights, "left_alone": left}
+        fusions = {name: record.to_json() for name, record in self.fusions.items()}
+        return {
+            "parameters": self.program.parameter_count,
+            "weights": weights,
+            "left_alone": left,
+            "fusions": fusions,
+        }
 
     def html(self) -> str:
         """The report of an artifact, or of a model what can be known before it is compiled."""
@@ -100,6 +112,10 @@ class Inspection:
             self._print_plan(console, self.plan)
         else:
             self._print_model(console)
+        if self.fusions and self.plan is None:
+            console.print("were every weight packed (fold_norms on request only):")
+        for line in lines(self.fusions):
+            console.print(line, highlight=False, markup=False)
 
     def _print_model(self, console: Console) -> None:
         from rich.table import Table
@@ -200,6 +216,8 @@ def inspect(
     if (folder / PLAN_FILE).exists():
         artifact = Artifact.open(folder)
         captured = capture(skeleton_of(folder)) if with_graph else None
+        # An artifact of an earlier version has no fusions.
+        fusions = {n: Fired.from_json(record) for n, record in artifact.plan.get("fusions", {}).items()}
         return Inspection(
             source,
             program=None if captured is None else _planned(captured, artifact.plan),
@@ -207,18 +225,28 @@ def inspect(
             captured=captured,
             scores=Scores.open(folder) if (folder / SCORES_FILE).exists() else None,
             measured=of_artifact(folder, measured),
+            fusions=fusions,
         )
     if measured:
         raise UsageError(f"--measured: {source} is not compiled; losses are shown with an artifact")
     with open_checkpoint(source) as checkpoint:
         captured = capture(checkpoint.skeleton())
         program = PassManager([Canonicalize()]).run(captured)
-        return Inspection(source, program, _outliers(program, checkpoint, on_event), captured=captured)
+        outliers = _outliers(program, checkpoint, on_event)
+        return Inspection(source, program, outliers, captured=captured, fusions=possible_fusions(program))
 
 
 def _planned(captured: Program, plan: Mapping[str, Any]) -> Program:
     """The artifact's program; capture needed shapes alone: the packed model's skeleton is the source's."""
     return PassManager([Canonicalize(), ApplyPlan({"weights": plan["weights"]})]).run(captured)
+
+
+def possible_fusions(program: Program) -> dict[str, Fired]:
+    """What the passes that rewrite would do to a canonical program, were every weight packed."""
+    if not program.weights:
+        return {}
+    everything = ApplyPlan({"weights": {"*": "nf4:64"}})  # no pass looks at the format
+    return records(lower(PassManager([FoldNorms(), everything]).run(program)))
 
 
 def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kbitc.program import CANONICAL, Program
+from kbitc.program import CANONICAL, Program, Read
 
-Read = Callable[[str], Tensor]
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""

@@ -66,7 +66,12 @@ class MeasureMoments:
                 "text or random inputs, and leaves the pass out where there are none"
             )
         source = self.calibrator
-        found = source.remembered(lambda: self._measure(program, source))
+        # What is remembered is of the source's own weights.
+        found = (
+            self._measure(program, source)
+            if program.changes
+            else source.remembered(lambda: self._measure(program, source))
+        )
         return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
 
     @staticmethod
@@ -74,7 +79,7 @@ class MeasureMoments:
         feeds = source.feeds()
         traced = source.trace(feeds[0])
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, source.read, partial(_watch, program, sums))
+        streamed = Streamed(traced, program.as_stored(source.read), partial(_watch, program, sums))
         tokens = 0
         for i, feed in enumerate(feeds):
             with torch.enable_grad():
