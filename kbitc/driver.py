@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitc import pack
+from kbitc import outliers, pack
 from kbitc.artifact import Writer, check_target
 from kbitc.calibration import AUTO, Calibrate, Calibrator, make_calibrator
 from kbitc.capture import capture
@@ -29,6 +29,7 @@ from kbitc.passes import score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
@@ -85,6 +86,12 @@ class Request:
                 "stored bits per parameter"
             )
 
+    def asks_for_outliers(self) -> bool:
+        """Whether a spec that the user gave keeps outlier features."""
+        if self.plan is None:
+            return self.spec is not None and parse(self.spec).outliers > 0
+        return "+out" in json.dumps(self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan))
+
     def planner(self) -> Pass:
         """The pass that makes the plan."""
         if self.bits is not None:
@@ -112,7 +119,9 @@ def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[
     planner = request.planner()
     usual: list[Pass] = [Canonicalize()]
     if calibrator is not None:
-        usual.append(MeasureMoments(calibrator))
+        usual += [MeasureMoments(calibrator), FindOutliers()]
+    elif request.asks_for_outliers():
+        usual.append(FindOutliers())
     if request.bits is not None:
         usual.append(ScoreSensitivity())
     passes = edit_pipeline([*usual, planner], request.passes, request.disabled)
@@ -310,6 +319,10 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         weights[name] = weight_entry(
             measured, weight.shape, weight.dtype, weight.aliases, is_transposed=weight.is_transposed
         )
+        found = outliers.of_weight(program.facts, name)
+        if found is not None:
+            kept = choice.spec.outlier_count(weight.in_features)
+            weights[name]["outlier_features"] = found.to_json() | {"kept": kept}
     facts = {
         "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
         "budget": program.plan.budget,

@@ -11,7 +11,7 @@ column part. Text that the model sampled itself makes it the true Fisher, other 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.errors import UsageError
-from kbitc.moments import Factor, Moments
+from kbitc.moments import Factor, Moments, Reach
 from kbitc.program import Program, Stage
 from kbitc.streaming import Streamed, expert_slices
 
 FACT = "moments"
 TEXT_FACT = "calibration"
+MAGNITUDE = 6.0
 
 
 class Source(Protocol):
@@ -38,7 +39,9 @@ class Source(Protocol):
     def windows(self) -> Tensor: ...  # noqa: D102
     def trace(self, batch: int, length: int) -> Program: ...  # noqa: D102
     def read(self, name: str) -> Tensor: ...  # noqa: D102
-    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]: ...  # noqa: D102
+    def remembered(  # noqa: D102
+        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
+    ) -> Mapping[str, Moments]: ...
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,11 @@ class MeasureMoments:
 
     Attributes:
         calibrator: gives the text and runs the model; see `kbitc.calibration.Calibrator`.
+        magnitude: from where on an input counts as an outlier; 6 is LLM.int8()'s threshold.
     """
 
     calibrator: Source | None = None
+    magnitude: float = MAGNITUDE
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
@@ -63,18 +68,19 @@ class MeasureMoments:
                 "some, and leaves the pass out where there is none"
             )
         source = self.calibrator
-        found = source.remembered(lambda: self._measure(program, source))
+        found = source.remembered(lambda: self._measure(program, source), f"magnitude {self.magnitude:g}")
         return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
 
-    @staticmethod
-    def _measure(program: Program, source: Source) -> dict[str, Moments]:
+    def _measure(self, program: Program, source: Source) -> dict[str, Moments]:
         windows = source.windows()
         count, length = windows.shape
         traced = source.trace(1, length)
         placeholders = [node.name for node in traced.graph.graph.find_nodes(op="placeholder")]
         (ids,) = [name for name in placeholders if name not in traced.parameters]
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, source.read, partial(_watch, program, sums))
+        seen: dict[str, _Seen] = {}
+        watch = partial(_watch, program, sums, seen, self.magnitude)
+        streamed = Streamed(traced, source.read, watch)
         for i, window in enumerate(windows):
             with torch.enable_grad():
                 logits = _logits(streamed.call(**{ids: window[None]}), length)
@@ -83,7 +89,11 @@ class MeasureMoments:
                 loss.backward()
             del logits, loss
             source.on_event("measuring on text", i + 1, count)
-        return {name: _moments(own, count * length) for name, own in sums.items() if own}
+        return {
+            name: replace(_moments(own, count * length), reach=seen[name].reach() if name in seen else None)
+            for name, own in sums.items()
+            if own
+        }
 
 
 def _logits(outputs: list[Any], length: int) -> Tensor:
@@ -119,10 +129,42 @@ class _Sums:
         self.inputs[expert] += squared.sum(0)
 
 
+@dataclass
+class _Seen:
+    """Magnitudes of the inputs of one weight's matmuls."""
+
+    magnitude: float
+    peaks: Tensor | float = 0.0  # (in,) once something was seen
+    counts: Tensor | float = 0.0  # (in,): tokens that reach the magnitude
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        size = x.abs().flatten(0, -2)
+        if len(size):
+            self.peaks = size.amax(0).clamp_min(self.peaks)
+            self.counts = self.counts + (size >= self.magnitude).sum(0)
+            self.tokens += len(size)
+
+    def reach(self) -> Reach | None:
+        if not isinstance(self.peaks, Tensor) or not isinstance(self.counts, Tensor):
+            return None
+        return Reach(self.peaks, (self.counts / self.tokens).float(), self.magnitude)
+
+
 def _watch(
-    program: Program, sums: dict[str, dict[str, _Sums]], name: str, kind: str, given: Any, out: Tensor
+    program: Program,
+    sums: dict[str, dict[str, _Sums]],
+    seen: dict[str, _Seen],
+    magnitude: float,
+    name: str,
+    kind: str,
+    given: Any,
+    out: Tensor,
 ) -> None:
-    """Arrange that the gradient of a use's output is noted when the backward pass reaches it."""
+    """Note the input of a use, and arrange that the gradient of its output is noted in the backward pass."""
+    if kind != "embedding":
+        x = given[0] if kind == "grouped_linear" else given
+        seen.setdefault(name, _Seen(magnitude)).add(x.detach())
     weight = program.weights[name]
     lead = weight.shape[0] if len(weight.shape) == 3 else 1
     own = sums[name].setdefault(kind, _Sums.of(lead, weight.rows // lead, weight.in_features))

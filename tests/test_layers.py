@@ -21,7 +21,7 @@ LAYERS = [
         "kbitc.blockwise",
     ],
     ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
-    ["kbitc.tensor", "kbitc.moments", "kbitc.scoring"],
+    ["kbitc.tensor", "kbitc.moments", "kbitc.outliers", "kbitc.scoring"],
     [
         "kbitc.plan",
         "kbitc.scores",
@@ -35,6 +35,7 @@ LAYERS = [
     [
         "kbitc.passes.canonicalize",
         "kbitc.passes.measure_moments",
+        "kbitc.passes.find_outliers",
         "kbitc.passes.score_sensitivity",
         "kbitc.passes.allocate_bits",
         "kbitc.passes.apply_plan",
