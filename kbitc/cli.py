@@ -391,15 +391,20 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="'int8': linears in integers, LLM.int8(), where the format allows it.")
+    ] = "float",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
     from kbitc import demo, evaluation, loading
+    from kbitc.activations import use_activations
 
     body = evaluation.read_text(demo.heldout() if text is None else text)
     with _progress("loading") as update:
         loaded = loading.open_model(model)
         tokenizer = loading.need_tokenizer(loaded, model)
+        left = use_activations(loaded.model, activations) if activations != "float" else {}
         reference = loading.open_model(against).model if against else None
         context = min(context, demo.CONTEXT) if text is None else context
         ids = evaluation.windows(loaded.model, tokenizer, body, context, limit_tokens)
@@ -414,6 +419,8 @@ def evaluate(
         "context": context,
         "bits_per_param": loaded.bits_per_param,
         "bytes": loaded.nbytes,
+        "activations": activations,
+        "float_activations": left,
     }
     if score.divergence is not None:
         data["kl_divergence"] = score.divergence

@@ -89,7 +89,8 @@ class Request:
     def asks_for_outliers(self) -> bool:
         """Whether a spec that the user gave keeps outlier features."""
         if self.plan is None:
-            return self.spec is not None and parse(self.spec).outliers > 0
+            spec = None if self.spec is None else parse(self.spec)
+            return spec is not None and (spec.wants_found or spec.outliers > 0)
         return "+out" in json.dumps(self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan))
 
     def planner(self) -> Pass:

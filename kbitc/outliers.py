@@ -7,7 +7,7 @@ them (``+outP%``), so a spec that asks for as many as were found gets exactly th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,15 @@ class Found:
         """As it stands in a plan file."""
         figures = {name: [float(f"{v:.4g}") for v in values] for name, values in self.figures.items()}
         return {"index": list(self.index), **figures, "reason": self.reason}
+
+    def resolved(self, spec: Spec) -> Spec:
+        """``spec`` with ``+out`` replaced by the share that was found, or dropped where that is none."""
+        if not spec.wants_found:
+            return spec
+        known = replace(spec, wants_found=False)
+        if not self.index or self.ranking is None or len(self.index) == len(self.ranking):
+            return known
+        return replace(known, outliers=share_of(len(self.index), len(self.ranking)))
 
     def picked(self, spec: Spec) -> Tensor | None:
         """The sorted input features that ``spec`` keeps at 16 bits; None where nothing ranks them."""

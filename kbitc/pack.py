@@ -127,7 +127,7 @@ def _convert(
 
 
 def quantizer_of(program: Program, name: str) -> dict[str, Any]:
-    """Options of ``quantize`` for a planned weight: outlier features, and the importance of inputs, if known."""
+    """Options of ``quantize`` for a planned weight: outliers, and the importance of inputs, where known."""
     moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
     assert program.plan is not None
     options: dict[str, Any] = {"quantizer": "absmax"}

@@ -21,7 +21,7 @@ LAYERS = [
         "kbitc.blockwise",
     ],
     ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
-    ["kbitc.tensor", "kbitc.moments", "kbitc.outliers", "kbitc.scoring"],
+    ["kbitc.tensor", "kbitc.activations", "kbitc.moments", "kbitc.outliers", "kbitc.scoring"],
     [
         "kbitc.plan",
         "kbitc.scores",
