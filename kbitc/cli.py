@@ -268,13 +268,16 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file (artifacts).")] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the canonical graph in DOT form.")] = None,
+    calibrate: Annotated[
+        str, typer.Option(metavar="TEXT|self|none", help="Find a model's outlier features on text.")
+    ] = "none",
     as_json: Json = False,
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
     from kbitc import inspection
 
     with _progress("reading") as update:
-        found = inspection.inspect(model, update, with_graph=dot is not None)
+        found = inspection.inspect(model, update, with_graph=dot is not None, calibrate=calibrate)
     if html is not None:
         _write(html, found.html())
     if dot is not None:

@@ -1,8 +1,7 @@
 """What ``kbitc inspect`` shows: of a model its weights and their outlier features, of an artifact its plan.
 
-The one thing to know: outlier features are the weight-only proxy of the k-bit paper's code: input
-features whose weights' standard deviation stands more than four standard deviations above the mean
-over all input features of that weight.
+The one thing to know: outlier features are those that the pass ``find_outliers`` finds: on text where
+some is given, by the weights of the layer before where not.
 """
 
 from __future__ import annotations
@@ -10,24 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kbitc import drawing
 from kbitc.artifact import PLAN_FILE, Artifact
+from kbitc.calibration import NONE, Calibrate, make_calibrator
 from kbitc.capture import capture
-from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
 from kbitc.errors import UsageError
+from kbitc.outlier_map import summary
+from kbitc.outliers import FACT, Found
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
+from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline import PassManager
 from kbitc.program import Program
 from kbitc.report import render
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
-Z_SCORE = 4.0
 Event = Callable[[str, int, int], None]
 
 
@@ -38,13 +40,13 @@ class Inspection:
     Attributes:
         label: as the user named it.
         program: of a model; None for an artifact, unless its graph was asked for.
-        outliers: input-feature indices by weight name, models only.
+        outliers: outlier features by weight name, models only.
         plan: an artifact's plan file.
     """
 
     label: str
     program: Program | None = None
-    outliers: Mapping[str, list[int]] = field(default_factory=dict)
+    outliers: Mapping[str, Found] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Inspection:
                 "kinds": list(weight.kinds),
                 "aliases": list(weight.aliases),
                 "is_transposed": weight.is_transposed,
-                "outlier_features": self.outliers.get(name, []),
+                "outlier_features": self.outliers[name].to_json(),
             }
             for name, weight in self.program.weights.items()
         }
@@ -100,13 +102,9 @@ class Inspection:
         for column in ("weight", "shape", "read by", "outlier features"):
             table.add_column(column)
         for name, weight in self.program.weights.items():
-            found = self.outliers.get(name, [])
-            listed = ", ".join(map(str, found[:6])) + (" ..." if len(found) > 6 else "")
             tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
             shape = "x".join(map(str, weight.shape))
-            table.add_row(
-                name + tied, shape, ", ".join(weight.kinds), f"{len(found)}: {listed}" if found else "-"
-            )
+            table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(self.outliers[name].to_json()))
         console.print(table)
         _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
 
@@ -119,7 +117,9 @@ def _print_plan(console: Console, label: str, plan: Mapping[str, Any]) -> None:
         f"{plan['parameters']:,} parameters"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("weight", "shape", "spec", "bits", "rel. error", "reason"):
+    with_outliers = any("outlier_features" in entry for entry in plan["weights"].values())
+    outliers = ("outlier features",) if with_outliers else ()
+    for column in ("weight", "shape", "spec", "bits", "rel. error", *outliers, "reason"):
         table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
     for name, entry in plan["weights"].items():
         error, bits = entry.get("error"), entry.get("bits")
@@ -129,6 +129,7 @@ def _print_plan(console: Console, label: str, plan: Mapping[str, Any]) -> None:
             entry["spec"],
             "" if bits is None else f"{bits:.3f}",
             "" if error is None else f"{error:.4f}",
+            *((summary(entry["outlier_features"]),) if outliers else ()),
             entry["reason"],
         )
     console.print(table)
@@ -144,12 +145,19 @@ def _print_left(console: Console, reasons: Mapping[str, str]) -> None:
         console.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
 
 
-def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool = False) -> Inspection:
+def inspect(
+    source: str,
+    on_event: Event = lambda *_: None,
+    *,
+    with_graph: bool = False,
+    calibrate: Calibrate = NONE,
+) -> Inspection:
     """Look at a model or an artifact.
 
     Args:
         source: as for compile, or an artifact's folder.
         on_event: progress.
+        calibrate: text to find a model's outlier features on, as for compile; "none" looks at weights alone.
         with_graph: also capture an artifact's graph, for :meth:`Inspection.dot`.
 
     Raises:
@@ -161,27 +169,13 @@ def inspect(source: str, on_event: Event = lambda *_: None, *, with_graph: bool 
         program = _artifact_program(folder) if with_graph else None
         return Inspection(source, program=program, plan=artifact.plan)
     with open_checkpoint(source) as checkpoint:
-        program = PassManager([Canonicalize()]).run(capture(checkpoint.skeleton()))
-        return Inspection(source, program, _outliers(program, checkpoint, on_event))
+        calibrator = make_calibrator(checkpoint, calibrate, on_event, is_wanted=True)
+        measured = [] if calibrator is None else [MeasureMoments(calibrator)]
+        passes = PassManager([Canonicalize(), *measured, FindOutliers(on_weight=on_event)])
+        program = passes.run(capture(checkpoint.skeleton(), read=checkpoint.read))
+        return Inspection(source, program, cast("Mapping[str, Found]", program.facts[FACT]))
 
 
 def _artifact_program(folder: Path) -> Program:
     # Capture needs shapes alone: the packed model's skeleton is the source's.
     return PassManager([Canonicalize()]).run(capture(skeleton_of(folder)))
-
-
-def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:
-    found = {}
-    for i, (name, weight) in enumerate(program.weights.items(), start=1):
-        data = checkpoint.read(name)
-        found[name] = outlier_features(data.mT if weight.is_transposed else data)
-        on_event(name, i, len(program.weights))
-    return found
-
-
-def outlier_features(weight: Tensor) -> list[int]:
-    """Input features of a ``(*lead, in_features)`` weight that stand out by standard deviation."""
-    deviation = weight.flatten(0, -2).float().std(dim=0, correction=0)
-    spread = deviation.std(correction=0)
-    outstanding = deviation > deviation.mean() + Z_SCORE * spread
-    return [int(i) for i in outstanding.nonzero().flatten()]

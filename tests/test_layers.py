@@ -56,6 +56,7 @@ LAYERS = [
         "kbitc.artifact",
         "kbitc.huggingface",
         "kbitc.report",
+        "kbitc.outlier_map",
         "kbitc.passes_page",
     ],
     ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration", "kbitc.driver"],
