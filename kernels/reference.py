@@ -42,8 +42,9 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
         RuntimeError: the weight is not `int8` with one scale a row.
     """
     planes, scales, codebook, zeros, *_, values, index, in_features, bits, _ = operands
-    levels = codebook.numel()
-    if bits != 8 or levels != 2 * INT8_MOST + 1 or scales.shape[-1] != 1 or zeros is not None:
+    even = torch.arange(-INT8_MOST, INT8_MOST + 1, device=codebook.device) * (codebook[-1] / INT8_MOST)
+    is_even = codebook.shape == even.shape and torch.allclose(codebook, even, rtol=1e-6, atol=1e-8)
+    if bits != 8 or not is_even or scales.shape[-1] != 1 or zeros is not None:
         raise RuntimeError(
             "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero "
             "points: int8 with a block of at least in_features"
@@ -52,7 +53,7 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     if index is not None:
         rest = rest.index_fill(-1, index.long(), 0.0)
     absmax = rest.abs().amax(-1, keepdim=True)
-    inverse = INT8_MOST / absmax
+    inverse = torch.full_like(absmax, INT8_MOST) / absmax  # a number over a tensor would round twice
     rounded = torch.where(inverse.isfinite(), (rest * inverse).round(), 0.0 * rest)
     weight = unpack(planes, in_features, 8).double() - INT8_MOST
     sums = rounded.double() @ weight.mT  # whole numbers below 2**53: exact

@@ -46,7 +46,8 @@ def definition(x, weight, bias=None):
     rest[..., columns] = 0.0
     absmax = rest.abs().amax(-1, keepdim=True)
     # In float32, where the kernels round: a tie must fall to the same side.
-    whole = (rest.float() * (127 / absmax.float())).round().nan_to_num(0.0).double()
+    inverse = torch.full_like(absmax, 127, dtype=torch.float32) / absmax.float()
+    whole = (rest.float() * inverse).round().nan_to_num(0.0).double()
     y = whole @ dense.mT * (absmax / 127) + x.double()[..., columns] @ dense[:, columns].mT
     return y if bias is None else y + bias.double()
 
