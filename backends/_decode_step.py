@@ -131,7 +131,7 @@ class TracedStep(nn.Module):
         for module, leaf, weight, names in self.places:
             fields = {field: getattr(self, name) for field, name in names.items()}
             packed = replace(weight.packed, **fields)
-            built: Any = KbitTensor(packed, weight.dtype, is_transposed=weight.is_transposed)
+            built: Any = weight._like(packed)
             module._parameters[leaf] = built
         try:
             out = self.model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)

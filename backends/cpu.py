@@ -270,7 +270,10 @@ def _key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequenc
         config.pop(name, None)
     paths = {id(module): path for path, module in model.named_modules()}
     places = [
-        (paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.operands()[9:])
+        (
+            *(paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.activations),
+            weight.operands()[9:],
+        )
         for module, leaf, weight, names in step.places
     ]
     modules = [_decode_step, _decoder, matching, reads, rewriting]

@@ -37,6 +37,7 @@ AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
 SEED = 0
+FORMAT = 2  # of what is kept
 SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
 
 Event = Callable[[str, int, int], None]
@@ -137,9 +138,14 @@ class Calibrator:
             )
         return found
 
-    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]:
-        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept."""
-        path = cache_folder() / "moments" / f"{self._key()}.safetensors"
+    def remembered(
+        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
+    ) -> Mapping[str, Moments]:
+        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept.
+
+        ``options`` names whatever else the result depends on.
+        """
+        path = cache_folder() / "moments" / f"{self._key(options)}.safetensors"
         if path.exists():
             return from_tensors(load_file(path))
         found = measure()
@@ -153,14 +159,15 @@ class Calibrator:
             pass  # a cache that cannot be written costs time, nothing else
         return found
 
-    def _key(self) -> str:
+    def _key(self, options: str) -> str:
         if isinstance(self.source, Tensor):
             text = hashlib.sha256(self.source.contiguous().numpy().tobytes()).hexdigest()
         elif self.source in {SELF, RANDOM}:
             text = f"{self.source} {SEED}"
         else:
             text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
-        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), VERSION, torch.__version__]
+        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
+        parts += [str(FORMAT), VERSION, torch.__version__]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

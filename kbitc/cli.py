@@ -288,6 +288,9 @@ def inspect(
         list[Path],
         typer.Option(help="A result of 'eval --json' to show in an artifact's report; may be repeated."),
     ] = [],  # noqa: B006
+    calibrate: Annotated[
+        str, typer.Option(metavar="TEXT|self|random|none", help="Find a model's outlier features on text.")
+    ] = "none",
     as_json: Json = False,
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
@@ -296,7 +299,9 @@ def inspect(
     with _progress("reading") as update:
         # An artifact of a model that transformers does not know has no config to draw its graph from.
         with_graph = dot is not None or (html is not None and (Path(model) / "config.json").exists())
-        found = inspection.inspect(model, update, with_graph=with_graph, measured=measured)
+        found = inspection.inspect(
+            model, update, with_graph=with_graph, measured=measured, calibrate=calibrate
+        )
     if html is not None:
         _write(html, found.html())
     if dot is not None:
@@ -421,10 +426,14 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Keep the result beside the artifact, for 'inspect --html'.")
     ] = False,
+    activations: Annotated[
+        str, typer.Option(help="'int8': linears in integers, LLM.int8(), where the format allows it.")
+    ] = "float",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
     from kbitc import demo, evaluation, loading, measured
+    from kbitc.activations import use_activations
     from kbitc.artifact import PLAN_FILE
 
     if record and not (Path(model) / PLAN_FILE).exists():
@@ -433,6 +442,7 @@ def evaluate(
     with _progress("loading") as update:
         loaded = loading.open_model(model)
         tokenizer = loading.need_tokenizer(loaded, model)
+        left = use_activations(loaded.model, activations) if activations != "float" else {}
         reference = loading.open_model(against).model if against else None
         context = min(context, demo.CONTEXT) if text is None else context
         ids = evaluation.windows(loaded.model, tokenizer, body, context, limit_tokens)
@@ -448,6 +458,8 @@ def evaluate(
         "context": context,
         "bits_per_param": loaded.bits_per_param,
         "bytes": loaded.nbytes,
+        "activations": activations,
+        "float_activations": left,
     }
     if score.divergence is not None:
         data["kl_divergence"] = score.divergence

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kbitc import pack, pipeline, tradeoff
+from kbitc import outliers, pack, pipeline, tradeoff
 from kbitc.artifact import Writer, check_target
 from kbitc.calibration import AUTO, NONE, Calibrate, Calibrator, make_calibrator
 from kbitc.capture import capture
@@ -32,6 +33,7 @@ from kbitc.passes import allocate_bits, score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.insert_dequantize import InsertDequantize
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
@@ -96,6 +98,23 @@ class Request:
         if self.agree and self.bits is None:
             raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
 
+    def asks_for_outliers(self) -> bool:
+        """Whether a spec that the user gave keeps outlier features."""
+        if self.plan is None:
+            spec = None if self.spec is None else parse(self.spec)
+            return spec is not None and (spec.wants_found or spec.outliers > 0)
+        return any("+out" in str(rule) for rule in self.rules.values())
+
+    @cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """The plan's entries by name or pattern; a file is read once.
+
+        Raises:
+            UsageError: it is no plan file.
+        """
+        assert self.plan is not None
+        return self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan)
+
     def planner(self) -> Pass:
         """The pass that makes the plan."""
         if self.bits is not None:
@@ -104,10 +123,8 @@ class Request:
             parse(self.spec)
             entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
             return ApplyPlan({"weights": {"*": entry}}, label="--spec")
-        if isinstance(self.plan, Mapping):
-            return ApplyPlan(self.plan)
-        assert self.plan is not None
-        return ApplyPlan(read_rules(self.plan), label=str(self.plan))
+        label = {} if isinstance(self.plan, Mapping) else {"label": str(self.plan)}
+        return ApplyPlan(self.rules, **label)
 
 
 def pipeline_of(request: Request) -> list[Pass]:
@@ -119,7 +136,9 @@ def pipeline_of(request: Request) -> list[Pass]:
     planner = request.planner()
     usual: list[Pass] = [Canonicalize()]
     if _is_calibrated(request):
-        usual.append(MeasureMoments())
+        usual += [MeasureMoments(), FindOutliers()]
+    elif request.asks_for_outliers():
+        usual.append(FindOutliers())
     if request.bits is not None:
         usual.append(ScoreSensitivity())
     passes = edit_pipeline([*usual, planner], request.passes, request.disabled)
@@ -153,6 +172,9 @@ def equipped(
     for pass_ in passes:
         if isinstance(pass_, ScoreSensitivity):
             found.append(replace(pass_, on_weight=on_event))
+        elif isinstance(pass_, FindOutliers) and request.passes is None:
+            if calibrator is not None or request.asks_for_outliers():
+                found.append(pass_)
         elif not isinstance(pass_, MeasureMoments) or pass_.calibrator is not None:
             found.append(pass_)
         elif calibrator is not None or request.passes is not None:
@@ -363,6 +385,10 @@ def _documents(result: Result, writer: Writer, captured: Program) -> dict[str, s
         weights[name] = weight_entry(
             measured, weight.shape, weight.dtype, weight.aliases, is_transposed=weight.is_transposed
         )
+        found = outliers.of_weight(program.facts, name)
+        if found is not None:
+            kept = choice.spec.outlier_count(weight.in_features)
+            weights[name]["outlier_features"] = found.to_json() | {"kept": kept}
     facts = {
         "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
         "budget": program.plan.budget,

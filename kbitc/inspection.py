@@ -1,8 +1,7 @@
 """What ``kbitc inspect`` shows: of a model its weights and their outlier features, of an artifact its plan.
 
-The one thing to know: outlier features are the weight-only proxy of the k-bit paper's code: input
-features whose weights' standard deviation stands more than four standard deviations above the mean
-over all input features of that weight.
+The one thing to know: outlier features are those that the pass ``find_outliers`` finds: on text where
+some is given, by the weights of the layer before where not.
 """
 
 from __future__ import annotations
@@ -10,22 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.markup import escape
 
 from kbitc import drawing, model_page, report
 from kbitc.artifact import PLAN_FILE, Artifact
+from kbitc.calibration import NONE, Calibrate, make_calibrator
 from kbitc.capture import capture
-from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
 from kbitc.driver import lower
 from kbitc.errors import UsageError
 from kbitc.fusions import Fired, lines, records
 from kbitc.measured import Measured, of_artifact
+from kbitc.outlier_map import summary
+from kbitc.outliers import FACT, Found
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.fold_norms import FoldNorms
+from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes_page import graph_section
 from kbitc.pipeline import PassManager
 from kbitc.program import Program
@@ -34,9 +38,7 @@ from kbitc.scores import SCORES_FILE, Scores
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from torch import Tensor
 
-Z_SCORE = 4.0
 Event = Callable[[str, int, int], None]
 
 
@@ -47,7 +49,7 @@ class Inspection:
     Attributes:
         label: as the user named it.
         program: of a model; None for an artifact, unless its graph was asked for.
-        outliers: input-feature indices by weight name, models only.
+        outliers: outlier features by weight name, models only.
         plan: an artifact's plan file.
         captured: the model's graph before any pass, if it was asked for.
         scores: an artifact's score table, if it has one.
@@ -58,7 +60,7 @@ class Inspection:
 
     label: str
     program: Program | None = None
-    outliers: Mapping[str, list[int]] = field(default_factory=dict)
+    outliers: Mapping[str, Found] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     captured: Program | None = None
     scores: Scores | None = None
@@ -78,7 +80,7 @@ class Inspection:
                 "kinds": list(weight.kinds),
                 "aliases": list(weight.aliases),
                 "is_transposed": weight.is_transposed,
-                "outlier_features": self.outliers.get(name, []),
+                "outlier_features": self.outliers[name].to_json(),
             }
             for name, weight in self.program.weights.items()
         }
@@ -99,7 +101,8 @@ class Inspection:
         if self.plan is not None:
             return report.render(self.plan, self.scores, self.measured, graph)
         assert self.program is not None
-        return model_page.render(self.label, self.program, self.outliers, graph)
+        fired = [report.fusions(self.fusions)] if self.fusions else []
+        return model_page.render(self.label, self.program, self.outliers, [*fired, *graph])
 
     def dot(self) -> str:
         """The canonical graph in DOT form."""
@@ -126,13 +129,9 @@ class Inspection:
         for column in ("weight", "shape", "read by", "outlier features"):
             table.add_column(column)
         for name, weight in self.program.weights.items():
-            found = self.outliers.get(name, [])
-            listed = ", ".join(map(str, found[:6])) + (" ..." if len(found) > 6 else "")
             tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
             shape = "x".join(map(str, weight.shape))
-            table.add_row(
-                name + tied, shape, ", ".join(weight.kinds), f"{len(found)}: {listed}" if found else "-"
-            )
+            table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(self.outliers[name].to_json()))
         console.print(table)
         _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
 
@@ -168,7 +167,9 @@ def _print_weights(console: Console, plan: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{len(plan['weights'])} packed weights", title_justify="left")
-    for column in ("weight", "shape", "spec", "bits", "rel. error", "reason"):
+    with_outliers = any("outlier_features" in entry for entry in plan["weights"].values())
+    outliers = ("outlier features",) if with_outliers else ()
+    for column in ("weight", "shape", "spec", "bits", "rel. error", *outliers, "reason"):
         table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
     for name, entry in plan["weights"].items():
         error, bits = entry.get("error"), entry.get("bits")
@@ -178,6 +179,7 @@ def _print_weights(console: Console, plan: Mapping[str, Any]) -> None:
             entry["spec"],
             "" if bits is None else f"{bits:.3f}",
             "" if error is None else f"{error:.4f}",
+            *((summary(entry["outlier_features"]),) if outliers else ()),
             escape(entry["reason"]),
         )
     console.print(table)
@@ -199,6 +201,7 @@ def inspect(
     *,
     with_graph: bool = False,
     measured: Sequence[Path] = (),
+    calibrate: Calibrate = NONE,
 ) -> Inspection:
     """Look at a model or an artifact.
 
@@ -207,6 +210,7 @@ def inspect(
         on_event: progress.
         with_graph: also capture an artifact's graph, for :meth:`Inspection.dot` and the page.
         measured: further results of ``kbitc eval --json`` to show with an artifact.
+        calibrate: text to find a model's outlier features on, as for compile; "none" looks at weights alone.
 
     Raises:
         UsageError: a damaged score table or result.
@@ -230,9 +234,12 @@ def inspect(
     if measured:
         raise UsageError(f"--measured: {source} is not compiled; losses are shown with an artifact")
     with open_checkpoint(source) as checkpoint:
-        captured = capture(checkpoint.skeleton())
-        program = PassManager([Canonicalize()]).run(captured)
-        outliers = _outliers(program, checkpoint, on_event)
+        calibrator = make_calibrator(checkpoint, calibrate, on_event, is_wanted=True)
+        moments = [] if calibrator is None else [MeasureMoments(calibrator)]
+        captured = capture(checkpoint.skeleton(), read=checkpoint.read)
+        passes = PassManager([Canonicalize(), *moments, FindOutliers(on_weight=on_event)])
+        program = passes.run(captured)
+        outliers = cast("Mapping[str, Found]", program.facts[FACT])
         return Inspection(source, program, outliers, captured=captured, fusions=possible_fusions(program))
 
 
@@ -247,20 +254,3 @@ def possible_fusions(program: Program) -> dict[str, Fired]:
         return {}
     everything = ApplyPlan({"weights": {"*": "nf4:64"}})  # no pass looks at the format
     return records(lower(PassManager([FoldNorms(), everything]).run(program)))
-
-
-def _outliers(program: Program, checkpoint: Checkpoint, on_event: Event) -> dict[str, list[int]]:
-    found = {}
-    for i, (name, weight) in enumerate(program.weights.items(), start=1):
-        data = checkpoint.read(name)
-        found[name] = outlier_features(data.mT if weight.is_transposed else data)
-        on_event(name, i, len(program.weights))
-    return found
-
-
-def outlier_features(weight: Tensor) -> list[int]:
-    """Input features of a ``(*lead, in_features)`` weight that stand out by standard deviation."""
-    deviation = weight.flatten(0, -2).float().std(dim=0, correction=0)
-    spread = deviation.std(correction=0)
-    outstanding = deviation > deviation.mean() + Z_SCORE * spread
-    return [int(i) for i in outstanding.nonzero().flatten()]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from kbitc.outlier_map import outlier_map
+from kbitc.outliers import Found
 from kbitc.page import Cell, Section, code, page, paragraph, table
 from kbitc.passes.score_sensitivity import fixed_bytes
 from kbitc.program import Program
@@ -21,14 +23,14 @@ SPECS = ("int8:64+dq", "nf6:64+dq", "nf5:64+dq", "nf4:32", "nf4:64", "nf4:64+dq"
 
 
 def render(
-    label: str, program: Program, outliers: Mapping[str, Sequence[int]], sections: Sequence[Section] = ()
+    label: str, program: Program, outliers: Mapping[str, Found], sections: Sequence[Section] = ()
 ) -> str:
     """The page of a canonical program.
 
     Args:
         label: the model as the user named it.
         program: its weights are listed and sized.
-        outliers: input features that stand out, by weight name.
+        outliers: features that stand out, by weight name.
         sections: of those who know more.
     """
     packable = sum(weight.numel for weight in program.weights.values())
@@ -46,6 +48,7 @@ def render(
         Section("What uniform formats would take", _sizes(program)),
         Section("Parameters by layer", _by_layer(program)),
         Section("Weights", _weights(program, outliers)),
+        Section("Outlier features", Markup(outlier_map({n: f.to_json() for n, f in outliers.items()}))),  # noqa: S704
         *sections,
         Section("Stays at 16 bits", left_alone(left)),
     ]
@@ -73,10 +76,10 @@ def _by_layer(program: Program) -> Markup:
     return layer_map(sizes, shown, titles, "parameters") if sizes else Markup()
 
 
-def _weights(program: Program, outliers: Mapping[str, Sequence[int]]) -> Markup:
+def _weights(program: Program, outliers: Mapping[str, Found]) -> Markup:
     rows: list[list[Cell | str]] = []
     for name, weight in program.weights.items():
-        found = outliers.get(name, [])
+        found = outliers[name].index if name in outliers else ()
         listed = ", ".join(map(str, found[:12])) + (" …" if len(found) > 12 else "")
         rows.append(
             [

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kbitc import scoring
+from kbitc import outliers, scoring
 from kbitc.artifact import Writer, checksum, stored_tensors
 from kbitc.errors import UsageError
 from kbitc.kernels import ops
@@ -124,11 +124,16 @@ def _convert(
 
 
 def quantizer_of(program: Program, name: str) -> dict[str, Any]:
-    """Options of ``quantize`` for a weight: the weighted search wherever its inputs were measured."""
+    """Options of ``quantize`` for a planned weight: outliers, and the importance of inputs, where known."""
     moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
-    if name not in moments:
-        return {"quantizer": "absmax"}
-    return {"quantizer": "weighted", "importance": moments[name].importance()}
+    assert program.plan is not None
+    options: dict[str, Any] = {"quantizer": "absmax"}
+    if name in moments:
+        options = {"quantizer": "weighted", "importance": moments[name].importance()}
+    found = outliers.of_weight(program.facts, name)
+    if found is not None:
+        options["outliers"] = found.picked(program.plan.weights[name].spec)
+    return options
 
 
 def to_rest(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:

@@ -7,7 +7,7 @@ that any artifact can be reported again; what only a program knows comes as furt
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +15,9 @@ from markupsafe import Markup
 
 from kbitc import charts, tradeoff
 from kbitc.charts import HeatCell, HeatRow
+from kbitc.fusions import Fired
 from kbitc.measured import Measured
+from kbitc.outlier_map import outlier_map
 from kbitc.page import Cell, Section, bar, code, join, page, paragraph, table
 from kbitc.roles import by_role
 from kbitc.scores import Option, Scores
@@ -59,8 +61,10 @@ def render(
         *([] if scores is None else [Section("Trade-off", _trade_off(plan, scores, measured))]),
         Section("Measured", _measured(measured)),
         Section("Plan", _plan_table(weights, scores, chosen)),
+        Section("Outlier features", _outliers(weights)),
         *sections,
         Section("Passes", _passes(plan.get("passes", []))),
+        fusions({name: Fired.from_json(record) for name, record in plan.get("fusions", {}).items()}),
         Section("Left at 16 bits", left_alone(plan["left_alone"])),
     ]
     return page(
@@ -99,6 +103,30 @@ def _prediction(predicted: Mapping[str, Any]) -> dict[str, str]:
             f"{100 * max(float(gap), 0.0):.2g} %"
         )
     return found
+
+
+def fusions(found: Mapping[str, Fired]) -> Section:
+    """What fusion and clean-up passes did, and why they left what they left."""
+    rows: list[list[Cell | str]] = []
+    for name, record in found.items():
+        merged = sum(map(len, record.groups))
+        reasons = Counter(record.left.values()).most_common()
+        rows.append(
+            [
+                code(name),
+                Cell(str(len(record.groups)), len(record.groups)),
+                Cell(str(merged), merged),
+                Cell(str(len(record.left)), len(record.left)),
+                "; ".join(f"{count}: {reason}" for reason, count in reasons),
+            ]
+        )
+    columns = ("pass", "fired", "names rewritten", "left", "how many, and why")
+    return Section("Fusions", table(columns, rows) if rows else Markup())
+
+
+def _outliers(weights: Mapping[str, Any]) -> Markup:
+    features = {n: entry["outlier_features"] for n, entry in weights.items() if "outlier_features" in entry}
+    return Markup(outlier_map(features)) if features else Markup()  # noqa: S704  # it escapes names itself
 
 
 def _layers(weights: Mapping[str, Any]) -> Markup:

@@ -11,7 +11,7 @@ a column part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from kbitc.errors import UsageError
 from kbitc.fisher import positions
-from kbitc.moments import Factor, Moments
+from kbitc.moments import Factor, Moments, Reach
 from kbitc.program import Program, Stage
 from kbitc.streaming import Streamed, expert_slices
 
 FACT = "moments"
 TEXT_FACT = "calibration"
+MAGNITUDE = 6.0
 
 
 class Source(Protocol):
@@ -41,7 +42,9 @@ class Source(Protocol):
     def trace(self, feed: Mapping[str, Tensor]) -> Program: ...  # noqa: D102
     def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor: ...  # noqa: D102
     def read(self, name: str) -> Tensor: ...  # noqa: D102
-    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]: ...  # noqa: D102
+    def remembered(  # noqa: D102
+        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
+    ) -> Mapping[str, Moments]: ...
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ class MeasureMoments:
 
     Attributes:
         calibrator: gives inputs and losses; see `kbitc.calibration.Calibrator`.
+        magnitude: from where on an input counts as an outlier; 6 is LLM.int8()'s threshold.
     """
 
     calibrator: Source | None = None
+    magnitude: float = MAGNITUDE
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
@@ -70,16 +75,17 @@ class MeasureMoments:
         found = (
             self._measure(program, source)
             if program.changes
-            else source.remembered(lambda: self._measure(program, source))
+            else source.remembered(lambda: self._measure(program, source), f"magnitude {self.magnitude:g}")
         )
         return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
 
-    @staticmethod
-    def _measure(program: Program, source: Source) -> dict[str, Moments]:
+    def _measure(self, program: Program, source: Source) -> dict[str, Moments]:
         feeds = source.feeds()
         traced = source.trace(feeds[0])
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, program.as_stored(source.read), partial(_watch, program, sums))
+        seen: dict[str, _Seen] = {}
+        watch = partial(_watch, program, sums, seen, self.magnitude)
+        streamed = Streamed(traced, program.as_stored(source.read), watch)
         tokens = 0
         for i, feed in enumerate(feeds):
             with torch.enable_grad():
@@ -88,7 +94,14 @@ class MeasureMoments:
             tokens += positions(outputs)
             del outputs
             source.on_event("measuring what errors cost", i + 1, len(feeds))
-        return {name: _moments(own, tokens, is_text=source.is_text) for name, own in sums.items() if own}
+        return {
+            name: replace(
+                _moments(own, tokens, is_text=source.is_text),
+                reach=seen[name].reach() if name in seen else None,
+            )
+            for name, own in sums.items()
+            if own
+        }
 
 
 @dataclass
@@ -117,10 +130,42 @@ class _Sums:
         self.inputs[expert] += squared.sum(0)
 
 
+@dataclass
+class _Seen:
+    """Magnitudes of the inputs of one weight's matmuls."""
+
+    magnitude: float
+    peaks: Tensor | float = 0.0  # (in,) once something was seen
+    counts: Tensor | float = 0.0  # (in,): tokens that reach the magnitude
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        size = x.abs().flatten(0, -2)
+        if len(size):
+            self.peaks = size.amax(0).clamp_min(self.peaks)
+            self.counts = self.counts + (size >= self.magnitude).sum(0)
+            self.tokens += len(size)
+
+    def reach(self) -> Reach | None:
+        if not isinstance(self.peaks, Tensor) or not isinstance(self.counts, Tensor):
+            return None
+        return Reach(self.peaks, (self.counts / self.tokens).float(), self.magnitude)
+
+
 def _watch(
-    program: Program, sums: dict[str, dict[str, _Sums]], name: str, kind: str, given: Any, out: Tensor
+    program: Program,
+    sums: dict[str, dict[str, _Sums]],
+    seen: dict[str, _Seen],
+    magnitude: float,
+    name: str,
+    kind: str,
+    given: Any,
+    out: Tensor,
 ) -> None:
-    """Arrange that the gradient of a use's output is noted when the backward pass reaches it."""
+    """Note the input of a use, and arrange that the gradient of its output is noted in the backward pass."""
+    if kind != "embedding":
+        x = given[0] if kind == "grouped_linear" else given
+        seen.setdefault(name, _Seen(magnitude)).add(x.detach())
     weight = program.weights[name]
     lead = weight.shape[0] if len(weight.shape) == 3 else 1
     own = sums[name].setdefault(kind, _Sums.of(lead, weight.rows // lead, weight.in_features))
