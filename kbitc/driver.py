@@ -165,15 +165,16 @@ def equipped(
     Args:
         passes: of :func:`pipeline_of`.
         request: the same.
-        calibrator: None where there is no text; the usual pass that measures on it is left out then.
+        calibrator: None where there is no text; the usual passes that look at it are left out then.
         on_event: told of each weight that is scored.
     """
     found: list[Pass] = []
+    is_measured = calibrator is not None and any(isinstance(pass_, MeasureMoments) for pass_ in passes)
     for pass_ in passes:
         if isinstance(pass_, ScoreSensitivity):
             found.append(replace(pass_, on_weight=on_event))
         elif isinstance(pass_, FindOutliers) and request.passes is None:
-            if calibrator is not None or request.asks_for_outliers():
+            if is_measured or request.asks_for_outliers():
                 found.append(pass_)
         elif not isinstance(pass_, MeasureMoments) or pass_.calibrator is not None:
             found.append(pass_)

@@ -15,6 +15,7 @@ from kbitc.driver import Request, equipped, pipeline_of
 from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.plan import Choice, Plan
@@ -39,14 +40,20 @@ def model():
 
 
 def test_the_passes_of_a_request():
-    usual = [Canonicalize(), MeasureMoments(), ScoreSensitivity(), AllocateBits(budget=3.5)]
+    usual = [
+        Canonicalize(),
+        MeasureMoments(),
+        FindOutliers(),
+        ScoreSensitivity(),
+        AllocateBits(budget=3.5),
+    ]
     assert pipeline_of(Request(bits=3.5)) == usual
-    assert pipeline_of(Request(bits=3.5, calibrate="none")) == [usual[0], *usual[2:]]
+    assert pipeline_of(Request(bits=3.5, calibrate="none")) == [usual[0], *usual[3:]]
     assert pipeline_of(Request(bits=3.5, disabled=["measure_moments"])) == [usual[0], *usual[2:]]
     keep = FirstAt8Bits()
     request = Request(bits=3.5, passes=["canonicalize", "score_sensitivity", "allocate_bits", keep])
     assert pipeline_of(request) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5), keep]
-    assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == [usual[0], *usual[2:]]
+    assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == [usual[0], *usual[3:]]
 
 
 def test_passes_are_equipped_once_the_model_is_open():
@@ -58,6 +65,9 @@ def test_passes_are_equipped_once_the_model_is_open():
     assert without == [Canonicalize(), ScoreSensitivity(on_weight=told), AllocateBits(budget=3.5)]
     text = object()
     assert equipped(pipeline_of(request), request, text)[1] == MeasureMoments(text)
+    # Outlier features by weights alone cost a reading of the model: nobody asked for that.
+    unmeasured = replace(request, disabled=["measure_moments"])
+    assert equipped(pipeline_of(unmeasured), unmeasured, text, told) == without
     # Who names the pass wants it: it says itself that it has no text.
     named = replace(request, passes=["canonicalize", "measure_moments", "score_sensitivity", "allocate_bits"])
     assert equipped(pipeline_of(named), named, None)[1] == MeasureMoments()

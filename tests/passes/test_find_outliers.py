@@ -16,7 +16,7 @@ from kbitc.activations import use_activations
 from kbitc.calibration import Calibrator, text_windows
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import Request, compile_to, pipeline_of
+from kbitc.driver import Request, compile_to, equipped, pipeline_of
 from kbitc.errors import UsageError
 from kbitc.graphs import previous_weights
 from kbitc.inspection import inspect
@@ -246,7 +246,8 @@ def test_plus_out_means_what_was_found():
 
 def test_pipelines(tiny_model):
     def names(**request):
-        return [type(pass_).__name__ for pass_ in pipeline_of(Request(**request))]
+        asked = Request(**request)
+        return [type(pass_).__name__ for pass_ in equipped(pipeline_of(asked), asked, None)]
 
     assert "FindOutliers" not in names(bits=4)  # no text, so nobody waits for it
     assert "FindOutliers" not in names(spec="nf4:64")
