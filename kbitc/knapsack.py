@@ -26,8 +26,8 @@ from scipy import optimize, sparse
 
 Floats = NDArray[np.float64]
 NO_TABLES: Mapping[str, int] = MappingProxyType({})
-GAP = 1e-6  # relative, at which the solver may stop
-NODES = 20_000  # of the solver's tree: a limit that does not depend on the machine's speed
+GAP = 1e-5  # relative, at which the solver may stop
+NODES = 2_000  # of the solver's tree: a limit that does not depend on the machine's speed
 INFEASIBLE = 2  # scipy's status
 ROUNDS = 60  # bisections of the multiplier
 
@@ -110,12 +110,16 @@ def solve(groups: Groups, room: int, shared: Mapping[str, int] = NO_TABLES) -> S
         start = _smallest(groups, kept, shared)
     if _size(groups, start, shared) > room:
         raise Infeasible(_size(groups, start, shared), room)
-    branches = _branches(groups, kept, room)
-    chosen, bound = start, math.inf
+    chosen, bound, lagrangian = start, math.inf, math.inf
     is_proved = True
-    for branch in branches:
-        if branch.bound > _cost(groups, chosen) * (1 + GAP):
+    # The bound of the whole relaxation, with each branch's item in place, rules most branches out unseen.
+    for own, least in _branches(groups, kept, room):
+        if least > _cost(groups, chosen) * (1 + GAP):
             break  # and so are all that follow
+        branch = _Branch(own, *_lagrangian(groups, own, room))
+        lagrangian = min(lagrangian, branch.bound)
+        if branch.bound > _cost(groups, chosen) * (1 + GAP):
+            continue
         tried = (_greedy(groups, branch.kept, room, shared, m, chosen) for m in branch.multipliers)
         chosen = _better(groups, shared, room, chosen, *tried)
         exact = _branch_and_bound(groups, branch, room, shared, chosen)
@@ -128,7 +132,7 @@ def solve(groups: Groups, room: int, shared: Mapping[str, int] = NO_TABLES) -> S
         tuple(chosen),
         cost,
         _size(groups, chosen, shared),
-        min(branches[0].bound, cost),
+        min(lagrangian, cost),
         min(bound, cost),
         is_proved,
     )
@@ -149,8 +153,8 @@ class _Branch:
     bound: float
 
 
-def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[_Branch]:
-    """One for each item of the group whose sizes differ most, least bound first.
+def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[tuple[list[list[int]], float]]:
+    """One for each item of the group whose sizes differ most, and a bound of it, least bound first.
 
     The embedding of a small model is a fifth of it: what the relaxation gains by mixing two of its items is
     what makes its bound weak. All other groups are small beside the room.
@@ -160,13 +164,22 @@ def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[_Branch]
         return groups[g][kept[g][-1]].nbytes - groups[g][kept[g][0]].nbytes
 
     widest = max(range(len(groups)), key=width)
+    multipliers, whole = _lagrangian(groups, kept, room)
+    multiplier = multipliers[-1]
+
+    def priced(i: int) -> float:
+        item = groups[widest][i]
+        return item.cost + multiplier * item.nbytes
+
+    rest = whole - min(map(priced, kept[widest]))
     least = sum(items[own[0]].nbytes for items, own in zip(groups, kept, strict=True))
-    found = []
-    for i in kept[widest]:
-        if least - groups[widest][kept[widest][0]].nbytes + groups[widest][i].nbytes <= room:
-            own = [*kept[:widest], [i], *kept[widest + 1 :]]
-            found.append(_Branch(own, *_lagrangian(groups, own, room)))
-    return sorted(found, key=lambda branch: branch.bound)
+    left = room - least + groups[widest][kept[widest][0]].nbytes
+    found = [
+        ([*kept[:widest], [i], *kept[widest + 1 :]], rest + priced(i))
+        for i in kept[widest]
+        if groups[widest][i].nbytes <= left
+    ]
+    return sorted(found, key=lambda branch: branch[1])
 
 
 def agree(groups: Groups, together: Sequence[Sequence[int]]) -> tuple[list[list[Item]], list[list[int]]]:
