@@ -173,10 +173,12 @@ def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[tuple[li
 
     rest = whole - min(map(priced, kept[widest]))
     least = sum(items[own[0]].nbytes for items, own in zip(groups, kept, strict=True))
-    found = []
-    for i in kept[widest]:
-        if least - groups[widest][kept[widest][0]].nbytes + groups[widest][i].nbytes <= room:
-            found.append(([*kept[:widest], [i], *kept[widest + 1 :]], rest + priced(i)))
+    left = room - least + groups[widest][kept[widest][0]].nbytes
+    found = [
+        ([*kept[:widest], [i], *kept[widest + 1 :]], rest + priced(i))
+        for i in kept[widest]
+        if groups[widest][i].nbytes <= left
+    ]
     return sorted(found, key=lambda branch: branch[1])
 
 
