@@ -1,7 +1,7 @@
 """Which integers stand for a codebook in ONNX Runtime's packed matmul, and how exact they are.
 
 before:  codebook[code] * scale                                  2**k free levels
-after:   sum over terms t of (digit_t[code] - zero_t) * scale_t  MatMulNBits, 2, 4 or 8 bits a term
+after:   sum over t of (digit[t] - zero[t]) * 2**n[t] * scale / grid    MatMulNBits, 2, 4 or 8 bits a term
 
 The one thing to know: a level becomes the integer ``m`` nearest to ``level * grid``, written as digits of
 2, 4 or 8 bits, the highest first; each digit is one packed matmul. The narrowest digits are taken that
@@ -57,11 +57,6 @@ class Container:
     share: float
 
     @property
-    def bits(self) -> int:
-        """Bits a weight, all terms together."""
-        return sum(self.widths)
-
-    @property
     def is_exact(self) -> bool:
         """True if nothing but float32 rounding is lost."""
         return self.error == 0.0
@@ -74,10 +69,6 @@ class Container:
     def zero(self, term: int) -> int:
         """The zero point of a term: ONNX Runtime's default, but 0 for the low digits of 4-bit terms."""
         return 0 if term and set(self.widths) == {4} else 1 << (self.widths[term] - 1)
-
-    def factor(self, term: int) -> float:
-        """What the scale is multiplied with in a term."""
-        return (1 << self.low_bits(term)) / self.grid
 
     def low_bits(self, term: int) -> int:
         """Bits of the digits below a term's."""

@@ -112,22 +112,22 @@ def _report(
 ) -> dict[str, Any]:
     name, weight = named
     stored = [value for key, value in graph.initializers.items() if key.startswith(f"{name}.")]
-    entry = {
+    entry: dict[str, Any] = {
         "spec": str(weight.spec),
         "shape": list(weight.shape),
         "uses": sorted(set(uses)),
         "container": "codes",
-        "bits_per_weight": 0.0,
         "bytes": sum(map(tensor_bytes, stored)),
         "error": 0.0,
         "share_of_quantization_error": 0.0,
     }
-    entry["bits_per_weight"] = 8 * entry["bytes"] / weight.numel()  # type: ignore[operator]
+    entry["container_bytes"] = entry["bytes"]
     if set(uses) != {"embedding"}:
         containers = [lowered.container for lowered in weights]
         entry["container"] = " or ".join(sorted({found.name for found in containers}))
         entry["error"] = max(found.error for found in containers)
         entry["share_of_quantization_error"] = max(found.share for found in containers)
+        entry["container_bytes"] = sum(lowered.container_bytes for lowered in weights)
     return entry
 
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache
 from kbitc.backends._decoder import layer_count, why_not
 from kbitc.backends._lifted import LiftedModel
 from kbitc.errors import SourceError, UsageError
-from kbitc.tensor import KbitTensor
+from kbitc.tensor import _FUNCTIONS, KbitTensor, _grouped_mm
 
 DOMAIN = "kbitc"
 OPSET = 21
@@ -100,7 +100,12 @@ def describe(model: nn.Module, example_inputs: Any = None) -> Signature:
     accepted = inspect.signature(model.forward).parameters
     ids = torch.ones(BATCH, TOKENS, dtype=torch.int64)
     if getattr(config, "is_encoder_decoder", False):
-        inputs = {"input_ids": ids, "attention_mask": ids, "decoder_input_ids": ids[:, : TOKENS - 1]}
+        # Tensors of their own: torch.export takes one tensor for one input.
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": ids.clone(),
+            "decoder_input_ids": ids[:, : TOKENS - 1].clone(),
+        }
         dynamic = {
             name: {0: "batch", 1: "decoder_tokens" if "decoder" in name else "tokens"} for name in inputs
         }
@@ -113,7 +118,7 @@ def describe(model: nn.Module, example_inputs: Any = None) -> Signature:
             "positional inputs"
         )
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
-    inputs = {name: torch.zeros_like(ids) if name == "token_type_ids" else ids for name in names}
+    inputs = {name: torch.zeros_like(ids) if name == "token_type_ids" else ids.clone() for name in names}
     dynamic = {name: {0: "batch", 1: "tokens"} for name in names}
     return Signature("encoder", inputs, dynamic, _tensor_outputs(model, inputs, {}))
 
@@ -134,8 +139,14 @@ def _describe_module(model: nn.Module, example_inputs: Any) -> Signature:
 def _tensor_outputs(
     model: nn.Module, inputs: Mapping[str, Tensor], flags: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    with torch.no_grad():
-        found = model(**inputs, **flags)
+    try:
+        with torch.no_grad():
+            found = model(**inputs, **flags)
+    except Exception as error:
+        raise UsageError(
+            f"{type(model).__name__}: does not run on {', '.join(inputs)} alone ({error}); give example_inputs, "
+            "a tuple of its positional inputs"
+        ) from error
     return tuple(name for name, value in found.items() if isinstance(value, Tensor))
 
 
@@ -194,6 +205,7 @@ def trace(model: nn.Module, signature: Signature) -> Traced:
     Raises:
         SourceError: PyTorch cannot trace the model, or an operation has no ONNX form.
     """
+    _take_grouped_fallback()
     lifted = _Module(model, signature)
     names = {id(tensor): name for name, tensor in model.named_parameters(remove_duplicate=True)}
     weights = {f"{fields['planes']}": (names[id(weight)], weight) for _, _, weight, fields in lifted.places}
@@ -220,6 +232,15 @@ def trace(model: nn.Module, signature: Signature) -> Traced:
     found: Any = program.model
     _name_dimensions(found, signature)
     return Traced(found, weights)
+
+
+def _take_grouped_fallback() -> None:
+    """Let packed experts take transformers' own grouped matmul, which it calls while tracing."""
+    from transformers.integrations import moe  # noqa: F401  # defines the operation
+
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if fallback is not None:
+        _FUNCTIONS.setdefault(fallback, _grouped_mm)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """One packed weight as ONNX initializers and nodes: the matmul and the embedding.
 
-before:  kbit::linear(x, W)                                 kbit::embedding(ids, W)
-after:   sum over terms of MatMulNBits(x, digits, scales)   codebook[codes of the rows] * scales
+before:  kbit::linear(x, W)                                      kbit::embedding(ids, W)
+after:   sum over t of MatMulNBits(x, digits[t], scales) * 2**n   codebook[codes of the rows] * scales
          + blocksum(x) @ zeros.T        (+zp)
          + x[outliers] @ values.T       (+out; x is 0 there for the matmul)
 
@@ -87,6 +87,13 @@ class LoweredWeight:
         """Output features."""
         return self.packed.planes.shape[0]
 
+    @property
+    def container_bytes(self) -> int:
+        """Bytes of the matmul's digits and float32 scales in memory."""
+        widths, blocks = self.container.widths, self.blocks
+        each = blocks.stored * sum(widths) // 8 + 4 * blocks.groups
+        return self.rows * each
+
     # The matmul.
 
     def linear(self, x: ir.Value, rank: int, bias: ir.Value | None) -> ir.Value:
@@ -101,12 +108,16 @@ class LoweredWeight:
             x = e.op("Mul", x, e.constant(mask, np.float32))
         if packed.zeros is not None:
             parts.append(self._zero_part(x, rank))
-        parts = [*self._terms(x, rank), *parts]
+        parts = [self._product(x, rank), *parts]
         return e.total(parts if bias is None else [*parts, bias])
 
-    def _terms(self, x: ir.Value, rank: int) -> list[ir.Value]:
-        e, blocks = self.emitter, self.blocks
+    def _product(self, x: ir.Value, rank: int) -> ir.Value:
+        """What the digits give: terms from the highest on, each sum times the next digit's size."""
+        e, blocks, widths = self.emitter, self.blocks, self.container.widths
         width = blocks.width
+        if self.options.has_chained_scales:
+            # On x and not on the scales: queries, keys and values share it, and nothing is copied at load.
+            x = e.scale(x, 1 / self.container.grid)
         if blocks.is_padded:
             whole = e.pad(x, rank, blocks.count * blocks.block - blocks.in_features)
             apart = e.fold(whole, rank - 1, [blocks.count, blocks.block])
@@ -114,25 +125,26 @@ class LoweredWeight:
         if self.options.activations == "split":
             x, width = self._split(x, rank), blocks.stored
         level = FP32 if self.options.activations == "fp32" else INT8
-        terms = [
-            e.op(
+        total: ir.Value | None = None
+        for term, bits in enumerate(widths):
+            product = e.op(
                 "MatMulNBits",
                 x,
                 self.digits(term),
-                self.scales(term),
+                self.scales,
                 self.zero_points(term),
                 domain=MICROSOFT,
                 K=width,
                 N=self.rows,
-                bits=self.container.widths[term],
+                bits=bits,
                 block_size=blocks.group,
                 accuracy_level=level,
             )
-            for term in range(len(self.container.widths))
-        ]
+            total = product if total is None else e.op("Add", e.scale(total, 1 << bits), product)
+        assert total is not None
         if self.options.activations == "split":
-            terms = [e.op("ReduceSum", e.total(terms), e.constant([0]), keepdims=0)]
-        return terms
+            total = e.op("ReduceSum", total, e.constant([0]), keepdims=0)
+        return total
 
     def _split(self, x: ir.Value, rank: int) -> ir.Value:
         """``(2, ..., stored)``: x rounded to 8 bits for each group, and what that leaves."""
@@ -202,17 +214,17 @@ class LoweredWeight:
         """``(rows, stored)`` uint8 from the planes of the file, folded at load."""
         return self._join(self._planes(self.blocks.stored), 1, self.blocks.stored)
 
-    def scales(self, term: int) -> ir.Value:
-        """``(rows, groups)`` float32."""
-        factor = self.container.factor(term)
+    @property
+    def scales(self) -> ir.Value:
+        """``(rows, groups)`` float32, of every term; over the grid, unless they are chained."""
         if self.options.has_chained_scales:
-            return self.emitter.scale(self._chained_groups, factor)
-        shape = (self.rows, self.blocks.groups)
-
-        def make() -> Tensor:
-            return self.blocks.repeat(self._all_scales()) * factor
-
-        return self._initializer(f"scales{term}", ir.DataType.FLOAT, shape, make)
+            return self._chained_groups
+        return self._initializer(
+            "scales_over_grid",
+            ir.DataType.FLOAT,
+            (self.rows, self.blocks.groups),
+            lambda: self.blocks.repeat(self._all_scales()) / self.container.grid,
+        )
 
     @cached_property
     def _chained_groups(self) -> ir.Value:
@@ -290,15 +302,15 @@ class LoweredWeight:
         codes = self._compact_row(self._join(planes, rank, stored), rank, stored)
         table = e.constant(packed.codebook, np.float32)
         levels = e.op("Gather", table, e.op("Cast", codes, to=ir.DataType.INT32), axis=0)
-        rows = e.op("Mul", levels, self._spread(e.op("Gather", self._chained_scales, ids, axis=0), rank))
+        rows = e.op("Mul", levels, self._spread(e.op("Gather", self._chained_scales, ids, axis=0)))
         if packed.zeros is not None:
             zeros = e.op("Gather", self._floats("zeros", packed.zeros), ids, axis=0)
-            rows = e.op("Add", rows, self._spread(zeros, rank))
+            rows = e.op("Add", rows, self._spread(zeros))
         return rows
 
     def _digit_rows(self, ids: ir.Value, rank: int) -> ir.Value:
         e, blocks, container = self.emitter, self.blocks, self.container
-        parts = []
+        total: ir.Value | None = None
         for term, width in enumerate(container.widths):
             data = e.op("Gather", self.digits(term), ids, axis=0)
             digits = e.unpack(data, rank + 1, blocks.group * width // 8, width)
@@ -307,11 +319,15 @@ class LoweredWeight:
                 e.op("Cast", digits, to=ir.DataType.FLOAT),
                 e.constant(container.zero(term), np.float32),
             )
-            scales = e.op("Unsqueeze", e.op("Gather", self.scales(term), ids, axis=0), e.constant([-1]))
-            parts.append(e.op("Mul", centred, scales))
-        rows = self._compact_row(e.fold(e.total(parts), rank, [blocks.stored]), rank, blocks.stored)
+            total = centred if total is None else e.op("Add", e.scale(total, 1 << width), centred)
+        assert total is not None
+        scales = e.op("Unsqueeze", e.op("Gather", self.scales, ids, axis=0), e.constant([-1]))
+        if self.options.has_chained_scales:
+            scales = e.scale(scales, 1 / container.grid)
+        rows = e.fold(e.op("Mul", total, scales), rank, [blocks.stored])
+        rows = self._compact_row(rows, rank, blocks.stored)
         if self.packed.zeros is not None:
-            rows = e.op("Add", rows, self._spread(e.op("Gather", self._offsets, ids, axis=0), rank))
+            rows = e.op("Add", rows, self._spread(e.op("Gather", self._offsets, ids, axis=0)))
         return rows
 
     def _compact_row(self, rows: ir.Value, rank: int, stored: int) -> ir.Value:
@@ -325,12 +341,11 @@ class LoweredWeight:
             rows = e.fold(e.cut(apart, 0, self.blocks.block), rank, [self.blocks.count * self.blocks.block])
         return e.cut(rows, 0, features)
 
-    def _spread(self, values: ir.Value, rank: int) -> ir.Value:
+    def _spread(self, values: ir.Value) -> ir.Value:
         """One number a block, ``(..., count)``, to one a weight, ``(..., in_features)``."""
         e, features = self.emitter, self.packed.in_features
         block = min(self.packed.spec.block, features)
         index = np.arange(features) // block
-        del rank
         return e.op("Gather", values, e.constant(index), axis=-1)
 
     # Stored tensors.
