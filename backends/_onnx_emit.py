@@ -63,10 +63,10 @@ class Emitter:
         """An initializer whose bytes ``make`` gives when they are written; one for each name."""
         if name not in self.graph.initializers:
 
-            def read() -> ir.Tensor:
+            def read() -> ir.TensorProtocol:
                 tensor = make()
                 assert tuple(tensor.shape) == tuple(shape), (name, tuple(tensor.shape), tuple(shape))
-                return ir.Tensor(tensor.contiguous().numpy(), name=name)
+                return ir.tensor(tensor.contiguous().numpy(), name=name)
 
             self._register(name, ir.LazyTensor(read, dtype, ir.Shape(shape), name=name))
         return self.graph.initializers[name]
@@ -127,4 +127,4 @@ class Emitter:
 def tensor_bytes(value: ir.Value) -> int:
     """Bytes of an initializer, without making them."""
     tensor: Any = value.const_value
-    return math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
+    return -(-int(math.prod(tensor.shape.numpy()) * tensor.dtype.bitwidth) // 8)

@@ -59,7 +59,9 @@ def write_package(
             _write_json(partial / GENAI, genai_config(config, generation_config, signature))
         replace_folder(partial, out)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror or error}; nothing was written") from error
+        raise UsageError(
+            f"{out}: cannot be written: {error.strerror or error}; nothing was written"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return full

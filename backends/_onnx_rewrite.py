@@ -15,8 +15,9 @@ from typing import Any
 import onnx_ir as ir
 
 from kbitc.backends._onnx_emit import MICROSOFT, Emitter, tensor_bytes
+from kbitc.backends._onnx_stored import Options, expert_of
 from kbitc.backends._onnx_trace import DOMAIN, Traced
-from kbitc.backends._onnx_weight import LoweredWeight, Options, expert_of
+from kbitc.backends._onnx_weight import LoweredWeight
 from kbitc.errors import SourceError
 from kbitc.tensor import KbitTensor
 
@@ -46,9 +47,7 @@ def rewrite(traced: Traced, options: Options) -> Report:
         if key not in lowered:
             lowered[key] = _lower(emitter, name, weight, options)
         out = _replacement(emitter, node, name, lowered[key], uses[key])
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], emitter.take(), [node.outputs[0]], [out]
-        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], emitter.take(), [node.outputs[0]], [out])
     for key in traced.weights:
         graph.initializers.pop(key, None)
     for node in graph:
@@ -93,9 +92,7 @@ def _replacement(
     return _grouped(emitter, x, weights, offsets)
 
 
-def _grouped(
-    emitter: Emitter, x: ir.Value, weights: list[LoweredWeight], offsets: ir.Value
-) -> ir.Value:
+def _grouped(emitter: Emitter, x: ir.Value, weights: list[LoweredWeight], offsets: ir.Value) -> ir.Value:
     """Rows ``offsets[i - 1]`` to ``offsets[i]`` of x times the weight of expert i."""
     e = emitter
     ends = e.op("Cast", offsets, to=ir.DataType.INT64)

@@ -114,7 +114,9 @@ class OnnxModel(nn.Module):
             from transformers import GenerationConfig
 
             self.generation_config = GenerationConfig.from_pretrained(folder)
-        self._past = [given for given in self.session.get_inputs() if given.name.startswith("past_key_values.")]
+        self._past = [
+            given for given in self.session.get_inputs() if given.name.startswith("past_key_values.")
+        ]
         self._names = {given.name for given in self.session.get_inputs()}
         self.outputs = [made.name for made in self.session.get_outputs()]
 
@@ -144,7 +146,9 @@ class OnnxModel(nn.Module):
         from onnxruntime import OrtValue
 
         total = cache.length + ids.shape[1]
-        mask = torch.ones(ids.shape[0], total, dtype=torch.int64) if attention_mask is None else attention_mask
+        mask = (
+            torch.ones(ids.shape[0], total, dtype=torch.int64) if attention_mask is None else attention_mask
+        )
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, cache.length :]
         plain = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feed = {

@@ -79,7 +79,8 @@ def _decode(model: nn.Module, named: dict[str, Tensor]) -> tuple[Tensor, ...]:
     past = [named.pop(name) for name in list(named) if name.startswith("past_key_values.")]
     cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
     out = model(**named, past_key_values=cache, use_cache=True)
-    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    states = [state for layer in layers for state in (layer.keys, layer.values)]
     return (out.logits, *states)
 
 
@@ -144,8 +145,8 @@ def _tensor_outputs(
             found = model(**inputs, **flags)
     except Exception as error:
         raise UsageError(
-            f"{type(model).__name__}: does not run on {', '.join(inputs)} alone ({error}); give example_inputs, "
-            "a tuple of its positional inputs"
+            f"{type(model).__name__}: does not run on {', '.join(inputs)} alone ({error}); give "
+            "example_inputs, a tuple of its positional inputs"
         ) from error
     return tuple(name for name, value in found.items() if isinstance(value, Tensor))
 
@@ -172,7 +173,8 @@ def _describe_decoder(model: nn.Module, accepted: Mapping[str, Any]) -> Signatur
     if "position_ids" not in accepted:
         del inputs["position_ids"], dynamic["position_ids"]
     outputs = ["logits"]
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         for field, state in (("key", layer.keys), ("value", layer.values)):
             assert isinstance(state, Tensor)
             name = f"past_key_values.{i}.{field}"
@@ -370,9 +372,9 @@ def _schema(kind: str) -> onnx.defs.OpSchema:
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     inputs = [parameter("x", "I"), parameter("planes", "B")]
     if kind != "embedding":
-        is_linear = kind == "linear"
-        option = {"param_option": optional} if is_linear else {}
-        inputs.append(parameter("bias" if is_linear else "offsets", "T" if is_linear else "O", **option))
+        inputs.append(
+            parameter("bias", "T", param_option=optional) if kind == "linear" else parameter("offsets", "O")
+        )
     return onnx.defs.OpSchema(
         kind,
         DOMAIN,

@@ -13,79 +13,22 @@ folds at load makes them float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from kbitc import packing
-from kbitc.backends._onnx_blocks import Blocks, make_blocks
-from kbitc.backends._onnx_container import Container, choose_container
-from kbitc.backends._onnx_emit import MICROSOFT, Emitter
-from kbitc.blockwise import Packed, effective_scales
-from kbitc.spec import SCALE_GROUP
+from kbitc.backends._onnx_emit import MICROSOFT
+from kbitc.backends._onnx_stored import StoredWeight, pack_digits
 
-TILE = 2**22  # codes that are repacked at a time
 INT8 = 4  # accuracy levels of MatMulNBits
 FP32 = 1
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user chooses.
-
-    Attributes:
-        storage: "direct" stores what the matmul reads; "compact" k bits, widened at load.
-        activations: "fp32", "int8" (rounded for each block), or "split" (int8 twice: value and rest).
-    """
-
-    storage: str = "direct"
-    activations: str = "fp32"
-
-    @property
-    def is_compact(self) -> bool:
-        """True for "compact"."""
-        return self.storage == "compact"
-
-    @property
-    def has_chained_scales(self) -> bool:
-        """True if scales may be computed at load."""
-        return self.is_compact or self.activations == "fp32"
-
-
-class LoweredWeight:
-    """A 2-D packed weight in a graph; initializers appear when something first reads them.
-
-    Attributes:
-        name: prefix of its initializers.
-        packed: the weight.
-        container: of its matmul.
-        blocks: geometry of its matmul.
-    """
-
-    def __init__(self, emitter: Emitter, name: str, packed: Packed, options: Options) -> None:
-        self.emitter, self.name, self.packed, self.options = emitter, name, packed, options
-
-    @cached_property
-    def container(self) -> Container:
-        """See the class."""
-        return choose_container(self.packed, self.options.activations)
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        """See the class."""
-        smallest = 32 if 2 in self.container.widths else 16
-        return make_blocks(self.packed.in_features, self.packed.spec.block, smallest)
-
-    @property
-    def rows(self) -> int:
-        """Output features."""
-        return self.packed.planes.shape[0]
+class LoweredWeight(StoredWeight):
+    """A 2-D packed weight in a graph; initializers appear when something first reads them."""
 
     @property
     def container_bytes(self) -> int:
@@ -149,15 +92,11 @@ class LoweredWeight:
     def _split(self, x: ir.Value, rank: int) -> ir.Value:
         """``(2, ..., stored)``: x rounded to 8 bits for each group, and what that leaves."""
         e, blocks = self.emitter, self.blocks
-        apart = e.fold(
-            e.pad(x, rank, blocks.stored - blocks.width), rank - 1, [blocks.groups, blocks.group]
-        )
+        apart = e.fold(e.pad(x, rank, blocks.stored - blocks.width), rank - 1, [blocks.groups, blocks.group])
         largest = e.op("ReduceMax", e.op("Abs", apart), e.constant([-1]), keepdims=1)
         step = e.op("Max", e.scale(largest, 1 / 127), e.constant(1e-30, np.float32))
         rounded = e.op("Mul", e.op("Round", e.op("Div", apart, step)), step)
-        both = [
-            e.op("Unsqueeze", part, e.constant([0])) for part in (rounded, e.op("Sub", apart, rounded))
-        ]
+        both = [e.op("Unsqueeze", part, e.constant([0])) for part in (rounded, e.op("Sub", apart, rounded))]
         return e.fold(e.op("Concat", *both, axis=0), rank, [blocks.stored])
 
     def _zero_part(self, x: ir.Value, rank: int) -> ir.Value:
@@ -177,14 +116,14 @@ class LoweredWeight:
         def make() -> Tensor:
             assert self.packed.zeros is not None
             half = self.container.shift / self.container.grid
-            return self.packed.zeros.float() + half * self._all_scales()
+            return self.packed.zeros.float() + half * self.all_scales()
 
-        return self._initializer("offsets", ir.DataType.FLOAT, tuple(self.packed.scales.shape), make)
+        return self.initializer("offsets", ir.DataType.FLOAT, tuple(self.packed.scales.shape), make)
 
     @cached_property
     def _outliers(self) -> ir.Value:
         assert self.packed.outlier_values is not None
-        return self._floats("outlier_values", self.packed.outlier_values)
+        return self.floats("outlier_values", self.packed.outlier_values)
 
     # What the matmul reads.
 
@@ -197,9 +136,9 @@ class LoweredWeight:
 
         def make() -> Tensor:
             table = torch.from_numpy(self.container.digits(term))
-            return self._from_codes(lambda codes: _pack(table[codes.int()], width)).view(shape)
+            return self.from_codes(lambda codes: pack_digits(table[codes.int()], width)).view(shape)
 
-        return self._initializer(f"digits{term}", ir.DataType.UINT8, shape, make)
+        return self.initializer(f"digits{term}", ir.DataType.UINT8, shape, make)
 
     def _widened(self, term: int, shape: tuple[int, ...]) -> ir.Value:
         e = self.emitter
@@ -212,18 +151,18 @@ class LoweredWeight:
     @cached_property
     def _codes(self) -> ir.Value:
         """``(rows, stored)`` uint8 from the planes of the file, folded at load."""
-        return self._join(self._planes(self.blocks.stored), 1, self.blocks.stored)
+        return self.join(self.planes(self.blocks.stored), 1, self.blocks.stored)
 
     @property
     def scales(self) -> ir.Value:
         """``(rows, groups)`` float32, of every term; over the grid, unless they are chained."""
         if self.options.has_chained_scales:
             return self._chained_groups
-        return self._initializer(
+        return self.initializer(
             "scales_over_grid",
             ir.DataType.FLOAT,
             (self.rows, self.blocks.groups),
-            lambda: self.blocks.repeat(self._all_scales()) / self.container.grid,
+            lambda: self.blocks.repeat(self.all_scales()) / self.container.grid,
         )
 
     @cached_property
@@ -231,37 +170,12 @@ class LoweredWeight:
         """The stored scales as ``(rows, groups)`` float32."""
         e, blocks = self.emitter, self.blocks
         if blocks.repeats == 1:
-            return self._chained_scales
+            return self.chained_scales
         count = self.packed.scales.shape[1]
-        apart = e.op("Unsqueeze", self._chained_scales, e.constant([2]))
+        apart = e.op("Unsqueeze", self.chained_scales, e.constant([2]))
         wide = e.op("Expand", apart, e.constant([self.rows, count, blocks.repeats]))
         flat = e.op("Reshape", wide, e.constant([self.rows, count * blocks.repeats]))
         return e.cut(flat, 0, blocks.groups)
-
-    @cached_property
-    def _chained_scales(self) -> ir.Value:
-        """The stored scales as ``(rows, count)`` float32."""
-        e, packed = self.emitter, self.packed
-        if packed.scale_codebook is None:
-            return self._floats("scales", packed.scales)
-        assert packed.scale_absmax is not None
-        assert packed.scale_mean is not None
-        total, groups = packed.scales.numel(), packed.scale_absmax.numel()
-        codes = self._initializer(
-            "scales",
-            ir.DataType.UINT8,
-            (groups, SCALE_GROUP),
-            lambda: torch.nn.functional.pad(
-                packed.scales.flatten(), (0, groups * SCALE_GROUP - total)
-            ).view(groups, SCALE_GROUP),
-        )
-        table = e.constant(packed.scale_codebook, np.float32)
-        values = e.op("Gather", table, e.op("Cast", codes, to=ir.DataType.INT32), axis=0)
-        largest = self._floats("scale_absmax", packed.scale_absmax.view(-1, 1))
-        centred = e.op("Mul", values, largest)
-        moved = e.op("Add", centred, e.constant(packed.scale_mean, np.float32))
-        flat = e.cut(e.op("Reshape", moved, e.constant([-1])), 0, total, axis=0)
-        return e.op("Reshape", flat, e.constant(packed.scales.shape))
 
     def zero_points(self, term: int) -> ir.Value | None:
         """Zero points of a term, where they are not ONNX Runtime's default."""
@@ -298,13 +212,13 @@ class LoweredWeight:
 
     def _code_rows(self, ids: ir.Value, rank: int, stored: int) -> ir.Value:
         e, packed = self.emitter, self.packed
-        planes = [(width, e.op("Gather", plane, ids, axis=0)) for width, plane in self._planes(stored)]
-        codes = self._compact_row(self._join(planes, rank, stored), rank, stored)
+        planes = [(width, e.op("Gather", plane, ids, axis=0)) for width, plane in self.planes(stored)]
+        codes = self._compact_row(self.join(planes, rank, stored), rank, stored)
         table = e.constant(packed.codebook, np.float32)
         levels = e.op("Gather", table, e.op("Cast", codes, to=ir.DataType.INT32), axis=0)
-        rows = e.op("Mul", levels, self._spread(e.op("Gather", self._chained_scales, ids, axis=0)))
+        rows = e.op("Mul", levels, self._spread(e.op("Gather", self.chained_scales, ids, axis=0)))
         if packed.zeros is not None:
-            zeros = e.op("Gather", self._floats("zeros", packed.zeros), ids, axis=0)
+            zeros = e.op("Gather", self.floats("zeros", packed.zeros), ids, axis=0)
             rows = e.op("Add", rows, self._spread(zeros))
         return rows
 
@@ -347,92 +261,3 @@ class LoweredWeight:
         block = min(self.packed.spec.block, features)
         index = np.arange(features) // block
         return e.op("Gather", values, e.constant(index), axis=-1)
-
-    # Stored tensors.
-
-    def _planes(self, stored: int) -> list[tuple[int, ir.Value]]:
-        """Bit planes of the codes, lowest bits first, rows of ``stored`` codes: width, bytes."""
-        planes, shift = [], 0
-        for width in packing.PLANES[self.packed.spec.bits]:
-            shape = (self.rows, -(-stored * width // 8))
-
-            def make(shift: int = shift, width: int = width) -> Tensor:
-                return self._from_codes(
-                    lambda codes: _pack((codes >> shift) & ((1 << width) - 1), width), stored
-                )
-
-            planes.append((width, self._initializer(f"plane{shift}", ir.DataType.UINT8, shape, make)))
-            shift += width
-        return planes
-
-    def _join(self, planes: list[tuple[int, ir.Value]], lead: int, stored: int) -> ir.Value:
-        """Codes ``(*lead, stored)`` from their planes."""
-        e, shift = self.emitter, 0
-        codes: ir.Value | None = None
-        for width, plane in planes:
-            count = -(-stored * width // 8)
-            part = e.unpack(plane, lead, count, width)
-            if count * 8 // width != stored:
-                part = e.cut(part, 0, stored)
-            if codes is None:
-                codes = part
-            else:
-                moved = e.op("BitShift", part, e.constant(shift, np.uint8), direction="LEFT")
-                codes = e.op("BitwiseOr", codes, moved)
-            shift += width
-        assert codes is not None
-        return codes
-
-    def _from_codes(self, convert: Callable[[Tensor], Tensor], stored: int | None = None) -> Tensor:
-        """Codes in tiles of rows, padded as the container wants them, converted."""
-        packed, parts = self.packed, []
-        is_plain = stored == packed.in_features
-        per_tile = max(1, TILE // packed.in_features)
-        for start in range(0, self.rows, per_tile):
-            codes = packing.unpack(
-                packed.planes[start : start + per_tile], packed.in_features, packed.spec.bits
-            )
-            parts.append(convert(codes if is_plain else self.blocks.spread(codes, 0)))
-        return torch.cat(parts)
-
-    def _all_scales(self) -> Tensor:
-        packed = self.packed
-        return effective_scales(
-            packed.scales, packed.scale_codebook, packed.scale_absmax, packed.scale_mean
-        )
-
-    def _floats(self, field: str, values: Tensor) -> ir.Value:
-        """A stored float tensor as float32; half precision stays so in the file."""
-        if values.dtype != torch.float16:
-            return self._initializer(field, ir.DataType.FLOAT, tuple(values.shape), values.float)
-        half = self._initializer(field, ir.DataType.FLOAT16, tuple(values.shape), lambda: values)
-        return self.emitter.op("Cast", half, to=ir.DataType.FLOAT)
-
-    def _initializer(
-        self, field: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Tensor]
-    ) -> ir.Value:
-        return self.emitter.lazy(f"{self.name}.{field}", dtype, shape, make)
-
-
-def _pack(codes: Tensor, width: int) -> Tensor:
-    """``(rows, n)`` uint8 numbers to ``(rows, ceil(n * width / 8))`` bytes, low bits first."""
-    per_byte = 8 // width
-    apart = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    phases = torch.arange(0, 8, width, dtype=torch.uint8)
-    return (apart << phases).sum(-1, dtype=torch.uint8)
-
-
-def expert_of(packed: Packed, expert: int) -> Packed:
-    """One expert of a 3-D weight as a 2-D one."""
-    scales = effective_scales(
-        packed.scales.flatten(0, 1), packed.scale_codebook, packed.scale_absmax, packed.scale_mean
-    ).view(packed.scales.shape)
-    plain: dict[str, Any] = {"scale_codebook": None, "scale_absmax": None, "scale_mean": None}
-    return replace(
-        packed,
-        planes=packed.planes[expert],
-        scales=packed.scales[expert] if packed.scale_codebook is None else scales[expert],
-        zeros=None if packed.zeros is None else packed.zeros[expert],
-        outlier_values=None if packed.outlier_values is None else packed.outlier_values[expert],
-        **plain,
-    )

@@ -24,8 +24,8 @@ from kbitc.backends._onnx_container import ACTIVATIONS
 from kbitc.backends._onnx_package import write_package
 from kbitc.backends._onnx_rewrite import dense_initializers, rewrite
 from kbitc.backends._onnx_runtime import REPORT
+from kbitc.backends._onnx_stored import Options
 from kbitc.backends._onnx_trace import describe, trace
-from kbitc.backends._onnx_weight import Options
 from kbitc.errors import UsageError, did_you_mean
 from kbitc.tensor import KbitTensor
 from kbitc.version import VERSION

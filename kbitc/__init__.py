@@ -131,7 +131,6 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         return loading.load(target, verify=False)
 
 
-
 def export_onnx(
     model: nn.Module | str | Path,
     folder: str | Path,
@@ -158,5 +157,6 @@ def export_onnx(
         force=force,
     )
     return report
+
 
 _huggingface.register_when_imported()

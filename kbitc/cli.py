@@ -528,7 +528,7 @@ def export(
         str,
         typer.Option(
             metavar="fp32|int8|split",
-            help="Of packed matmuls: as they are, rounded to 8 bits for each block, or two such numbers each.",
+            help="Of packed matmuls: as they are, rounded to 8 bits a block, or two such numbers each.",
         ),
     ] = "fp32",
     *,
@@ -536,12 +536,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a compiled model for ONNX Runtime, its weights packed."""
-    from kbitc import export_onnx
+    from kbitc.backends import find_backend
 
     if to != "onnx":
         raise UsageError(f"--format {to}: kbitc exports to onnx only")
     with _progress("exporting"):
-        report = export_onnx(model, out, storage=storage, activations=activations, force=force)
+        exporter = find_backend("onnx_export")()
+        report = exporter.export(model, out, storage=storage, activations=activations, force=force)
     if as_json:
         _print_json(report)
         return
@@ -559,7 +560,9 @@ def export(
         )
     out_console.print(table)
     left = sum(entry["bytes"] for entry in report["left_alone"].values())
-    out_console.print(f"{report['file_bytes'] / 1e6:,.2f} MB, of it {left / 1e6:,.2f} MB that were left alone")
+    out_console.print(
+        f"{report['file_bytes'] / 1e6:,.2f} MB, of it {left / 1e6:,.2f} MB that were left alone"
+    )
 
 
 @app.command(epilog=_examples("kbitc verify demo-onnx", "kbitc verify demo-onnx --against demo-4bit"))

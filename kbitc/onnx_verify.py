@@ -106,7 +106,12 @@ def _expanded(folder: Path, report: dict[str, Any], model: nn.Module) -> Check:
     import onnx
 
     graph = onnx.load(folder / GRAPH, load_external_data=False).graph
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+    floats = {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.DOUBLE,
+    }
     dense = {
         tensor.name: math.prod(tensor.dims)
         for tensor in graph.initializer
@@ -120,12 +125,18 @@ def _expanded(folder: Path, report: dict[str, Any], model: nn.Module) -> Check:
             bad.append(name)
             continue
         is_whole = weight.spec.block > 1
-        bad += [key for key, size in dense.items() if key.startswith(f"{name}.") and is_whole and size >= weight.numel()]
+        bad += [
+            key
+            for key, size in dense.items()
+            if key.startswith(f"{name}.") and is_whole and size >= weight.numel()
+        ]
     known = {*report["left_alone"], *report["weights"]}
     bad += [
         key
         for key in dense
-        if not key.startswith("kbit.constant.") and key not in known and key.rpartition(".")[0] not in known
+        if not key.startswith("kbit.constant.")
+        and key not in known
+        and key.rpartition(".")[0] not in known
         and key.rpartition(".")[0].rpartition(".")[0] not in known
     ]
     if bad:
@@ -135,7 +146,7 @@ def _expanded(folder: Path, report: dict[str, Any], model: nn.Module) -> Check:
 
 def _memory(folder: Path, report: dict[str, Any]) -> Check:
     """Resident bytes that loading adds to a process of its own."""
-    command = [sys.executable, "-m", "kbitc.onnx_verify", str(folder)]
+    command = [sys.executable, "-m", "kbitc.onnx_memory", str(folder / GRAPH)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -206,26 +217,3 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Norm of the difference, relative to the wanted values about their mean."""
     spread = (wanted.double() - wanted.double().mean()).norm()
     return float((found.double() - wanted.double()).norm() / spread.clamp_min(1e-30))
-
-
-def resident_growth(folder: Path) -> int:
-    """Bytes that this process grows by when it loads an exported folder."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    before = _resident()
-    session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
-    grown = _resident() - before
-    del session
-    return grown
-
-
-def _resident() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(resident_growth(Path(sys.argv[1]))))

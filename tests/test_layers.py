@@ -51,6 +51,7 @@ LAYERS = [
         "kbitc.backends._onnx_blocks",
         "kbitc.backends._onnx_container",
         "kbitc.backends._onnx_emit",
+        "kbitc.backends._onnx_stored",
         "kbitc.backends._onnx_weight",
         "kbitc.backends._onnx_trace",
         "kbitc.backends._onnx_rewrite",
@@ -67,7 +68,14 @@ LAYERS = [
     ],
     ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration", "kbitc.driver"],
     ["kbitc.backends._onnx_package", "kbitc.backends.onnx_export"],
-    ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark", "kbitc.onnx_verify"],
+    [
+        "kbitc.demo",
+        "kbitc.evaluation",
+        "kbitc.inspection",
+        "kbitc.benchmark",
+        "kbitc.onnx_memory",
+        "kbitc.onnx_verify",
+    ],
     ["kbitc.cli", "kbitc.__main__"],
 ]
 FREE = {"kbitc"}  # the package itself, whose names are lazy: nothing below imports it
