@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    logging.disable(logging.INFO)  # the quantizer writes a line for each node
     with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
         rows = compare(given, Path(folder))
     if given.json:
@@ -128,25 +130,21 @@ def quantize_with_ort(dense: Path, folder: Path, text: str, level: int) -> None:
 
 
 def quantized_share(folder: Path) -> float:
-    """Weights that are stored packed, among those of matmuls and look-ups; tied ones count twice if dense."""
+    """Weights of packed matmuls, among those and the dense matrices that a matmul or a look-up reads."""
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    packed = {node.input[1] for node in graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")}
-    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
-    numbers = {
-        node.input[1]: node_weights(node)
-        for node in graph.node
-        if node.op_type == "MatMulNBits" and node.input[1] in packed
-    }
-    floats = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2}
-    read = {
-        name
-        for node in graph.node
-        if node.op_type in ("MatMul", "Gather", "Gemm", "Transpose")
-        for name in node.input
-    }
-    dense = sum(sizes[name] for name in floats & read)
-    whole = sum(numbers.values())
-    return whole / (whole + dense)
+    packed = {node.input[1]: node_weights(node) for node in graph.node if node.op_type == "MatMulNBits"}
+    belongs = {name.rpartition(".")[0] for name in packed}  # scales and the like
+    readers = ("MatMul", "Gather", "Gemm", "Transpose")
+    read = {name for node in graph.node if node.op_type in readers for name in node.input}
+    dense = sum(
+        math.prod(tensor.dims)
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+        and len(tensor.dims) == 2
+        and tensor.name in read
+        and tensor.name.rpartition(".")[0] not in belongs
+    )
+    return sum(packed.values()) / (sum(packed.values()) + dense)
 
 
 def node_weights(node: Any) -> int:
