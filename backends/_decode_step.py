@@ -14,7 +14,7 @@ each packed tensor once however many weights share it; their data is never copie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from kbitc.backends._decoder import GrowingCache, layer_count
 from kbitc.backends._lifted import LiftedModel
 from kbitc.errors import UsageError
-from kbitc.passes.merge_linears import MergeLinears
-from kbitc.pipeline import PassManager
+from kbitc.fusions import Fired, records
+from kbitc.pipeline import Pass, PassManager, lowering_pipeline
 from kbitc.program import Program, Stage
 
 ATTENTION = "kbit_step"
@@ -121,11 +121,17 @@ class TracedStep(LiftedModel):
                 model.set_attn_implementation(before)
 
 
-def export_step(model: nn.Module) -> ExportedProgram:
-    """Trace the step of a model with packed weights, and merge its linears.
+def export_step(
+    model: nn.Module, passes: Sequence[Pass] | None = None
+) -> tuple[ExportedProgram, dict[str, Fired]]:
+    """Trace the step of a model with packed weights, and lower it.
 
     Args:
         model: causal language model of transformers, on the CPU; as before when this returns.
+        passes: what runs on the traced graph; by default ``lowering_pipeline()``.
+
+    Returns:
+        The lowered step, and what the passes recorded.
 
     Raises:
         UsageError: it has layers without keys and values, or torch.export cannot trace it.
@@ -153,7 +159,7 @@ def export_step(model: nn.Module) -> ExportedProgram:
         spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target is not None
     }
     program = Program(exported.graph_module, lifted, stage=Stage.PACKED)
-    merged = PassManager([MergeLinears()]).run(program)
-    exported.graph_module.graph = merged.graph.graph
+    lowered = PassManager(lowering_pipeline() if passes is None else passes).run(program)
+    exported.graph_module.graph = lowered.graph.graph
     exported.validate()
-    return exported
+    return exported, records(lowered)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbitc import matching, reads, rewriting
 from kbitc.backends import _decode_step, _decoder
 from kbitc.backends._decode_step import TracedStep, export_step
 from kbitc.backends._decoder import Decoder, GrowingCache, why_not
 from kbitc.errors import BackendUnavailable, UsageError
+from kbitc.fusions import Fired
 from kbitc.kernels.cpu import build
-from kbitc.passes import merge_linears
+from kbitc.pipeline import Pass, lowering_pipeline
 from kbitc.tensor import KbitTensor
 from kbitc.version import VERSION
 
 PACKAGE = "step.pt2"
 CONSTANTS = "constants.safetensors"
+FUSIONS = "fusions.json"
 OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     # What surrounds the matmuls of one token is too little work to share between threads.
@@ -51,7 +54,15 @@ FLAGS = {"use_cache": True, "return_dict": True, "output_attentions": False, "ou
 
 @dataclass(frozen=True)
 class Cpu:
-    """Compiles the decode step; everything else runs as it is."""
+    """Compiles the decode step; everything else runs as it is.
+
+    Attributes:
+        passes: what lowers the step instead of `kbitc.pipeline.LOWERING`, as values or names.
+        disabled: names of lowering passes to leave out.
+    """
+
+    passes: tuple[Pass | str, ...] | None = None
+    disabled: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
         """What to install; None if nothing."""
@@ -61,8 +72,12 @@ class Cpu:
         return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
 
     def decoder(self, model: nn.Module) -> CompiledDecoder:
-        """See `CompiledDecoder`."""
-        return CompiledDecoder(model)
+        """See `CompiledDecoder`.
+
+        Raises:
+            UsageError: also for unknown or misplaced lowering passes.
+        """
+        return CompiledDecoder(model, lowering_pipeline(self.passes, self.disabled))
 
 
 class CompiledDecoder(Decoder):
@@ -72,8 +87,10 @@ class CompiledDecoder(Decoder):
 
     Attributes:
         model: as given.
+        passes: that lowered the step.
         package: folder of the compiled step.
         was_compiled: False if the package was there already.
+        fusions: what those passes did and left.
 
     Raises:
         UsageError: not a causal language model on the CPU whose layers have keys and values, or one
@@ -83,19 +100,22 @@ class CompiledDecoder(Decoder):
 
     name = "cpu"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, passes: Sequence[Pass] | None = None) -> None:
         super().__init__(model)
+        self.passes = tuple(lowering_pipeline() if passes is None else passes)
         reason = why_not(model) or _not_plain_cpu(model)
         if reason is not None:
             raise UsageError(f"the decode step cannot be compiled: {reason}; use the backend 'eager'")
         step = TracedStep(model)
         state = step.state()
         root = cache_folder()
-        key = _key(model, step, state)
+        key = _key(model, step, state, self.passes)
         self.package = root / key
         self.was_compiled = not (self.package / PACKAGE).exists()
         if self.was_compiled:
-            _compile(model, root, self.package, state)
+            _compile(model, root, self.package, state, self.passes)
+        fusions = json.loads((self.package / FUSIONS).read_text(encoding="utf-8"))
+        self.fusions = {name: Fired.from_json(record) for name, record in fusions.items()}
         self._run = _load(self.package, state)
         self._state = state
         self._weights = _identities(model)
@@ -240,7 +260,7 @@ def cache_folder() -> Path:
     return build.cache_folder() / "decode"
 
 
-def _key(model: Any, step: TracedStep, state: dict[str, Tensor]) -> str:
+def _key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequence[Pass]) -> str:
     """A name for everything that a package depends on."""
     import transformers
 
@@ -250,16 +270,23 @@ def _key(model: Any, step: TracedStep, state: dict[str, Tensor]) -> str:
         config.pop(name, None)
     paths = {id(module): path for path, module in model.named_modules()}
     places = [
-        (paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.operands()[9:])
+        (
+            *(paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.activations),
+            weight.operands()[9:],
+        )
         for module, leaf, weight, names in step.places
     ]
-    sources = [Path(module.__file__ or "") for module in (_decode_step, _decoder, merge_linears)]
+    modules = [_decode_step, _decoder, matching, reads, rewriting]
+    modules += [sys.modules[type(pass_).__module__] for pass_ in passes]
+    # A pass that was typed in has no file.
+    sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     facts = {
         "versions": [VERSION, torch.__version__, transformers.__version__, sys.version],
         "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, Path(__file__))],
         "ops": [str(torch.ops.kbit.linears.default._schema), str(torch.ops.kbit.linear.default._schema)],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()],
         "options": OPTIONS,
+        "passes": [repr(pass_) for pass_ in passes],
         "model": [type(model).__name__, config, model.config._attn_implementation],
         "tensors": [(name, str(t.dtype), tuple(t.shape)) for name, t in state.items()],
         "places": places,
@@ -277,7 +304,9 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compile(model: nn.Module, root: Path, target: Path, state: dict[str, Tensor]) -> None:
+def _compile(
+    model: nn.Module, root: Path, target: Path, state: dict[str, Tensor], passes: Sequence[Pass]
+) -> None:
     """Export, compile, and put the package in place at once, complete or not at all."""
     missing = Cpu().missing()
     if missing is not None:
@@ -291,7 +320,7 @@ def _compile(model: nn.Module, root: Path, target: Path, state: dict[str, Tensor
         ) from error
     try:
         with _shown("compiling the decode step, once"):
-            _build(model, made, state)
+            _build(model, made, state, passes)
         try:
             made.rename(target)
         except OSError:
@@ -301,7 +330,7 @@ def _compile(model: nn.Module, root: Path, target: Path, state: dict[str, Tensor
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _build(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+def _build(model: nn.Module, folder: Path, state: dict[str, Tensor], passes: Sequence[Pass]) -> None:
     from safetensors.torch import save_file
 
     options = dict(OPTIONS)
@@ -312,7 +341,7 @@ def _build(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            exported = export_step(model)
+            exported, fusions = export_step(model, passes)
         except UsageError:
             raise
         except Exception as error:
@@ -329,6 +358,8 @@ def _build(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
         if isinstance(value, Tensor) and name not in state
     }
     save_file(made, folder / CONSTANTS)
+    record = {name: fired.to_json() for name, fired in fusions.items()}
+    (folder / FUSIONS).write_text(json.dumps(record), encoding="utf-8")
 
 
 def _first(error: BaseException) -> str:

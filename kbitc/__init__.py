@@ -80,6 +80,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     passes: Sequence[Pass | str] | None = None,
     force: bool = False,
     calibrate: str | Path | Tensor = "auto",
+    agree: str = "",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Compile a model to k-bit weights.
@@ -94,9 +95,12 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         passes: what to run between capture and pack instead, as names or values of your own:
             ``["canonicalize", "allocate_bits", MyPass()]``.
         force: replace an existing ``out``.
-        calibrate: text that says which errors matter: "auto" ("self" for a language model with ``bits``,
-            otherwise none), "self" (text that the model samples), "none", a UTF-8 text file, or int64 token
-            ids of shape (windows, length).
+        calibrate: what says which errors matter: "auto" (with ``bits`` "self" for a causal language model
+            and "random" for another model of transformers, otherwise "none"), "self" (text that the model
+            samples), "random" (random inputs), "none", a UTF-8 text file, or int64 token ids of shape
+            (windows, length).
+        agree: weights that a budget's plan gives one spec: "input" for those that read one value (queries,
+            keys and values; gate and up), "role" for those at one place of every layer.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know.
 
@@ -114,7 +118,9 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from kbitc import driver, loading
 
     budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = driver.Request(budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate)
+    request = driver.Request(
+        budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree
+    )
     if isinstance(model, torch_nn.Module):
         if out is None:
             return driver.compile_module(model, request, example_inputs)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,16 +25,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kbitc import blockwise, datatypes, packing
+from kbitc import datatypes
 from kbitc.blockwise import TENSOR_FIELDS, Packed
 from kbitc.errors import SourceError, UsageError
-from kbitc.spec import SCALE_GROUP, Spec, parse
+from kbitc.slots import SCALE_MAP, SHARED, Slot
+from kbitc.spec import Spec, parse
 from kbitc.tensor import KbitTensor
 
 FORMAT = 1
 PLAN_FILE = "kbit_plan.json"
-SHARED = "kbit.codebook."
-SCALE_MAP = f"{SHARED}dynamic8"
 SHARD_BYTES = 4 * 2**30
 
 _DTYPES = {
@@ -50,54 +48,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Room for one stored tensor. A 16-bit float slot takes float16 and bfloat16 alike."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def packed_slots(spec: Spec, lead: tuple[int, ...], in_features: int) -> dict[str, Slot]:
-    """What ``quantize`` stores for a ``(*lead, in_features)`` weight, by field, shared codebooks left out."""
-    blocks = math.ceil(in_features / spec.block)
-    columns = spec.outlier_count(in_features)
-    count = math.prod(lead) * blocks
-    slots = {
-        "planes": Slot(torch.uint8, (*lead, packing.row_bytes(in_features, spec.bits))),
-        "scales": Slot(torch.uint8 if spec.has_double_quant else torch.float16, (*lead, blocks)),
-    }
-    if datatypes.FAMILIES[spec.family].is_fitted:
-        slots["codebook"] = Slot(torch.float32, (2**spec.bits,))
-    if spec.has_zero_point:
-        slots["zeros"] = Slot(torch.float16, (*lead, blocks))
-    if spec.has_double_quant:
-        slots["scale_absmax"] = Slot(torch.float32, (math.ceil(count / SCALE_GROUP),))
-        slots["scale_mean"] = Slot(torch.float32, (1,))
-    if columns:
-        slots["outlier_values"] = Slot(torch.float16, (*lead, columns))
-        slots["outlier_index"] = Slot(torch.int32, (columns,))
-    return slots
-
-
-def shared_codebooks(specs: Iterable[Spec]) -> dict[str, Tensor]:
-    """The codebooks that weights of these specs share, by stored name."""
-    found: dict[str, Tensor] = {}
-    for spec in specs:
-        if spec.is_left_alone:
-            continue
-        if spec.has_double_quant:
-            found[SCALE_MAP] = blockwise.dynamic_map()
-        if not datatypes.FAMILIES[spec.family].is_fitted:
-            found.setdefault(SHARED + spec.codebook_name, blockwise.shared_codebook(spec))
-    return dict(sorted(found.items()))
 
 
 def stored_tensors(packed: Packed) -> dict[str, Tensor]:

@@ -461,7 +461,7 @@ def _split_outliers(
     weight: Tensor, spec: Spec, outliers: Tensor | None, name: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Indices and 16-bit values of the input features that stay outside the codes."""
-    if not spec.outliers:
+    if spec.outlier_count(weight.shape[-1]) == 0:
         if outliers is not None:
             raise UsageError(f"{name}: outlier features were given, but {spec} has no +out")
         return None, None

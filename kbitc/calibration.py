@@ -1,8 +1,8 @@
-"""Text to calibrate a language model on: the user's, or what the model itself samples.
+"""What to calibrate a model on: the user's text, what the model itself samples, or random inputs.
 
-The one thing to know: calibration looks at token windows alone, and a window that the model sampled needs
-no data of the user's. Sampling has its own random generator: the global one is never touched. What was
-measured is kept in the cache, so that another budget for the same model begins at once.
+The one thing to know: only a text file is data of the user's. Whatever is drawn has a random generator of
+its own: the global one is never touched. What was measured is kept in the cache, so that another budget for
+the same model begins at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint
 from kbitc.errors import SourceError, UsageError
+from kbitc.example_inputs import is_pretrained, random_inputs
+from kbitc.fisher import drawn_loss, next_token_loss
 from kbitc.kernels.cpu.build import cache_folder
 from kbitc.loading import dense_model, tokenizer_of
 from kbitc.moments import Moments, from_tensors, to_tensors
@@ -31,26 +33,27 @@ from kbitc.pipeline import PassManager
 from kbitc.program import Program
 from kbitc.version import VERSION
 
-AUTO, SELF, NONE = "auto", "self", "none"
+AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
 SEED = 0
+FORMAT = 2  # of what is kept
 SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
 
 Event = Callable[[str, int, int], None]
 Calibrate = str | Path | Tensor
-"""``"auto"``, ``"self"``, ``"none"``, a UTF-8 text file, or ``(windows, length)`` token ids."""
+"""``"auto"``, ``"self"``, ``"random"``, ``"none"``, a UTF-8 text file, or ``(windows, length)`` token ids."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """What a pass needs to measure moments on text: windows, and the model to run them through.
+    """What a pass needs to measure moments: inputs, losses, and the model to run them through.
 
     Attributes:
         checkpoint: open while this is used.
-        source: "self", a text file, or token ids ``(windows, length)``.
+        source: "self", "random", a text file, or token ids ``(windows, length)``.
         on_event: progress, ``(what, done, all)``.
     """
 
@@ -64,8 +67,34 @@ class Calibrator:
         if isinstance(self.source, Tensor):
             return f"{self.source.shape[0]} windows of {self.source.shape[1]} given tokens"
         length = window_length(self.checkpoint.skeleton())
+        if self.source == RANDOM:
+            return f"{COUNT} random inputs of up to {length} tokens"
         by = "that the model sampled itself" if self.source == SELF else f"of {Path(self.source).name}"
         return f"up to {COUNT} windows of {length} tokens {by}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
+        return isinstance(self.source, Tensor) or self.source != RANDOM
+
+    def feeds(self) -> list[dict[str, Tensor]]:
+        """Keyword inputs of batch 1, all of the same shapes.
+
+        Raises:
+            UsageError: see :meth:`windows`, or a model whose inputs cannot be made.
+        """
+        if self.is_text:
+            return [{"input_ids": window[None]} for window in self.windows()]
+        model, generator = self.checkpoint.skeleton(), torch.Generator().manual_seed(SEED)
+        return [random_inputs(model, window_length(model), generator) for _ in range(COUNT)]
+
+    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor:
+        """What to take gradients of; see `kbitc.fisher`."""
+        if self.is_text:
+            return next_token_loss(feed["input_ids"], outputs)
+        config: Any = self.checkpoint.skeleton().config
+        classes = getattr(config.get_text_config(), "vocab_size", None)
+        return drawn_loss(outputs, classes, torch.Generator().manual_seed(seed))
 
     def windows(self) -> Tensor:
         """``(count, length)`` int64 token ids.
@@ -92,11 +121,10 @@ class Calibrator:
             )
         return text_windows(tokenizer, _read(Path(self.source)), length, COUNT, label=str(self.source))
 
-    def trace(self, batch: int, length: int) -> Program:
-        """The model's canonical program in float32 for token ids of ``(batch, length)``."""
+    def trace(self, feed: Mapping[str, Tensor]) -> Program:
+        """The model's canonical program in float32 for inputs of these shapes."""
         skeleton = copy.deepcopy(self.checkpoint.skeleton()).float()
-        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
-        return PassManager([Canonicalize()]).run(capture(skeleton, {"input_ids": ids}))
+        return PassManager([Canonicalize()]).run(capture(skeleton, feed))
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer, those included that no checkpoint holds."""
@@ -110,9 +138,14 @@ class Calibrator:
             )
         return found
 
-    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]:
-        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept."""
-        path = cache_folder() / "moments" / f"{self._key()}.safetensors"
+    def remembered(
+        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
+    ) -> Mapping[str, Moments]:
+        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept.
+
+        ``options`` names whatever else the result depends on.
+        """
+        path = cache_folder() / "moments" / f"{self._key(options)}.safetensors"
         if path.exists():
             return from_tensors(load_file(path))
         found = measure()
@@ -126,14 +159,15 @@ class Calibrator:
             pass  # a cache that cannot be written costs time, nothing else
         return found
 
-    def _key(self) -> str:
+    def _key(self, options: str) -> str:
         if isinstance(self.source, Tensor):
             text = hashlib.sha256(self.source.contiguous().numpy().tobytes()).hexdigest()
-        elif self.source == SELF:
-            text = f"self {SEED}"
+        elif self.source in {SELF, RANDOM}:
+            text = f"{self.source} {SEED}"
         else:
             text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
-        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), VERSION, torch.__version__]
+        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
+        parts += [str(FORMAT), VERSION, torch.__version__]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -146,20 +180,30 @@ def make_calibrator(
         checkpoint: of the model.
         calibrate: the user's choice.
         on_event: progress.
-        is_wanted: what "auto" means for a language model: sample text, or calibrate on nothing.
+        is_wanted: what "auto" means: for a causal language model "self", for another model of transformers
+            "random"; or "none".
 
     Raises:
-        UsageError: text for a model that is no causal language model, or bad token ids.
+        UsageError: text for a model that is no causal language model, random inputs for a module that
+            transformers does not know, or bad token ids.
     """
+    model = checkpoint.skeleton()
+    if isinstance(calibrate, str) and calibrate == AUTO:
+        known = RANDOM if is_pretrained(model) else NONE
+        calibrate = (SELF if is_language_model(model) else known) if is_wanted else NONE
     if isinstance(calibrate, str) and calibrate == NONE:
         return None
-    can = is_language_model(checkpoint.skeleton())
-    if isinstance(calibrate, str) and calibrate == AUTO:
-        return Calibrator(checkpoint, SELF, on_event) if can and is_wanted else None
-    if not can:
+    if isinstance(calibrate, str) and calibrate == RANDOM:
+        if not is_pretrained(model):
+            raise UsageError(
+                f"--calibrate random: {checkpoint.label} is not a model of transformers, so its inputs "
+                "cannot be made; use --calibrate none"
+            )
+        return Calibrator(checkpoint, RANDOM, on_event)
+    if not is_language_model(model):
         raise UsageError(
             f"--calibrate: {checkpoint.label} is no causal language model of transformers, which is what "
-            "calibration on text needs; use --calibrate none"
+            "calibration on text needs; use --calibrate random"
         )
     if isinstance(calibrate, Tensor) and (calibrate.dim() != 2 or calibrate.dtype != torch.int64):
         raise UsageError(

@@ -39,6 +39,15 @@ Model = Annotated[
     str, typer.Argument(help="Local folder, GGUF file, hub id, or [bold]demo[/] (the model in the package).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Agree = Annotated[
+    str,
+    typer.Option(
+        "--agree",
+        metavar="input|role",
+        help="Weights that get one format: those that read one value (queries, keys and values; gate and "
+        "up), or those at one place of every layer.",
+    ),
+]
 Backend = Annotated[
     str,
     typer.Option(
@@ -58,6 +67,7 @@ def _examples(*lines: str) -> str:
         "kbitc compile demo --bits 4",
         "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
         "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
+        "kbitc compile ./SmolLM2-135M --bits 4 --agree input",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
         "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
@@ -90,11 +100,12 @@ def compile(  # noqa: A001  # the command's name, and its options
     calibrate: Annotated[
         str,
         typer.Option(
-            metavar="auto|self|none|TEXT",
-            help="Text that says which errors matter: what the model samples itself (the default with --bits "
-            "for language models), a UTF-8 file, or none.",
+            metavar="auto|self|random|none|TEXT",
+            help="What says which errors matter: text that the model samples itself (the default with --bits "
+            "for language models), random inputs (for other models), a UTF-8 file, or nothing.",
         ),
     ] = "auto",
+    agree: Agree = "",
     passes: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +139,7 @@ def compile(  # noqa: A001  # the command's name, and its options
         bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
     request = driver.Request(
-        bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate
+        bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate, agree=agree
     )
     page = None
     if passes_html is not None:
@@ -232,12 +243,14 @@ def plan(
         typer.Option("--bits", "-b", help="Budget: stored bits per parameter of the whole model, 2 to 8."),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan file here.")] = None,
+    agree: Agree = "",
     as_json: Json = False,
 ) -> None:
     """Solve another budget from an artifact's score table, without the model."""
-    from kbitc import driver
+    from kbitc import driver, inspection
+    from kbitc.scores import Scores
 
-    found = driver.replan(artifact, bits)
+    found = driver.replan(artifact, bits, agree)
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
     if as_json:
@@ -257,24 +270,38 @@ def plan(
         f"predicted cost {predicted['cost']:.4g} ({predicted['unit']}); no plan of this size costs "
         f"{100 * predicted['gap']:.2g} % less"
     )
+    out_console.print(inspection.trade_off_table(Scores.open(artifact), found["bits_per_param"]))
 
 
 @app.command(
     epilog=_examples(
-        "kbitc inspect demo", "kbitc inspect demo-4bit --html demo.html", "kbitc inspect demo --dot graph.dot"
+        "kbitc inspect demo",
+        "kbitc inspect demo-4bit --html demo.html --measured other.json",
+        "kbitc inspect demo --dot graph.dot",
     )
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
-    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file (artifacts).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the canonical graph in DOT form.")] = None,
+    measured: Annotated[
+        list[Path],
+        typer.Option(help="A result of 'eval --json' to show in an artifact's report; may be repeated."),
+    ] = [],  # noqa: B006
+    calibrate: Annotated[
+        str, typer.Option(metavar="TEXT|self|random|none", help="Find a model's outlier features on text.")
+    ] = "none",
     as_json: Json = False,
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
     from kbitc import inspection
 
     with _progress("reading") as update:
-        found = inspection.inspect(model, update, with_graph=dot is not None)
+        # An artifact of a model that transformers does not know has no config to draw its graph from.
+        with_graph = dot is not None or (html is not None and (Path(model) / "config.json").exists())
+        found = inspection.inspect(
+            model, update, with_graph=with_graph, measured=measured, calibrate=calibrate
+        )
     if html is not None:
         _write(html, found.html())
     if dot is not None:
@@ -289,15 +316,20 @@ def inspect(
     "passes", epilog=_examples("kbitc passes", "kbitc passes --json", "kbitc compile demo --disable NAME")
 )
 def list_passes(as_json: Json = False) -> None:
-    """The passes that 'compile --passes' takes: this package's and those of others installed."""
-    from kbitc.pipeline import describe, pass_names
+    """This package's passes and those of others installed, and where each runs.
 
-    found = [describe(name) for name in pass_names()]
+    'compile --passes' takes those that run in compile. Those that run in lowering rewrite the graph of a
+    packed model, in that order, before code is made of it.
+    """
+    from kbitc.pipeline import LOWERING, describe, pass_names
+
+    lowering = {name: f"lowering {i}" for i, name in enumerate(LOWERING, start=1)}
+    found = [{**describe(name), "runs": lowering.get(name, "compile")} for name in pass_names()]
     if as_json:
         _print_json(found)
         return
     table = Table(title=f"{len(found)} passes", title_justify="left")
-    columns = ("name", "needs", "gives", "requires", "provides", "summary")
+    columns = ("name", "runs", "needs", "gives", "requires", "provides", "summary")
     for column in columns:
         table.add_column(column)
     for about in found:
@@ -378,7 +410,7 @@ def _check_backend(name: str) -> None:
     epilog=_examples(
         "kbitc eval demo-4bit",
         "kbitc eval smol-4bit --text wikitext-2/test.txt --context 512 --limit-tokens 5120",
-        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M --record",
     ),
 )
 def evaluate(
@@ -391,15 +423,26 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the result beside the artifact, for 'inspect --html'.")
+    ] = False,
+    activations: Annotated[
+        str, typer.Option(help="'int8': linears in integers, LLM.int8(), where the format allows it.")
+    ] = "float",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
-    from kbitc import demo, evaluation, loading
+    from kbitc import demo, evaluation, loading, measured
+    from kbitc.activations import use_activations
+    from kbitc.artifact import PLAN_FILE
 
+    if record and not (Path(model) / PLAN_FILE).exists():
+        raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
     body = evaluation.read_text(demo.heldout() if text is None else text)
     with _progress("loading") as update:
         loaded = loading.open_model(model)
         tokenizer = loading.need_tokenizer(loaded, model)
+        left = use_activations(loaded.model, activations) if activations != "float" else {}
         reference = loading.open_model(against).model if against else None
         context = min(context, demo.CONTEXT) if text is None else context
         ids = evaluation.windows(loaded.model, tokenizer, body, context, limit_tokens)
@@ -408,15 +451,21 @@ def evaluate(
         )
     data = {
         "model": model,
+        "text": "the demo model's held-out text" if text is None else text.name,
         "perplexity": score.perplexity,
         "loss": score.loss,
         "tokens": score.tokens,
         "context": context,
         "bits_per_param": loaded.bits_per_param,
         "bytes": loaded.nbytes,
+        "activations": activations,
+        "float_activations": left,
     }
     if score.divergence is not None:
         data["kl_divergence"] = score.divergence
+        data["reference_loss"] = score.reference_loss
+    if record:
+        measured.record(Path(model), data)
     if as_json:
         _print_json(data)
         return

@@ -13,8 +13,10 @@ import torch
 
 from kbitc.artifact import FORMAT, PLAN_FILE
 from kbitc.huggingface import quantization_config
+from kbitc.page import Section
 from kbitc.plan import Choice
 from kbitc.report import render
+from kbitc.scores import SCORES_FILE, Scores
 from kbitc.version import VERSION
 
 
@@ -41,15 +43,19 @@ def documents(
     left_alone: Mapping[str, Mapping[str, Any]],
     checksums: Mapping[str, str],
     config: dict[str, Any] | None,
+    scores: Scores | None = None,
+    sections: Sequence[Section] = (),
 ) -> dict[str, str]:
     """File names to contents.
 
     Args:
-        facts: source, budget, parameters, bytes, source_bytes.
+        facts: source, budget, calibration, prediction, passes, parameters, bytes, source_bytes, fusions.
         weights: :func:`weight_entry` by name.
         left_alone: shape and reason of everything else, by name.
         checksums: SHA-256 by stored name.
         config: the model's ``config.json``, if it has one.
+        scores: the table that the plan was made from, if it was.
+        sections: of the report, beside those that follow from the above.
     """
     plan: dict[str, Any] = {
         "format": FORMAT,
@@ -60,7 +66,9 @@ def documents(
         "left_alone": dict(left_alone),
         "checksums": dict(sorted(checksums.items())),
     }
-    files = {PLAN_FILE: json.dumps(plan, indent=1) + "\n", "report.html": render(plan)}
+    files = {PLAN_FILE: json.dumps(plan, indent=1) + "\n", "report.html": render(plan, scores, (), sections)}
+    if scores is not None:
+        files[SCORES_FILE] = json.dumps(scores.to_json()) + "\n"
     if config is not None:
         entry = {"quantization_config": quantization_config(plan)}
         files["config.json"] = json.dumps(config | entry, indent=2) + "\n"

@@ -7,34 +7,41 @@ same statements; the module only ends as packed parameters in a copy of itself i
 from __future__ import annotations
 
 import copy
-import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kbitc import pack
+from kbitc import outliers, pack, pipeline, tradeoff
 from kbitc.artifact import Writer, check_target
-from kbitc.calibration import AUTO, Calibrate, Calibrator, make_calibrator
+from kbitc.calibration import AUTO, NONE, Calibrate, Calibrator, make_calibrator
 from kbitc.capture import capture
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
-from kbitc.errors import BudgetError, UsageError
-from kbitc.passes import score_sensitivity
+from kbitc.errors import BudgetError, UsageError, did_you_mean
+from kbitc.fusions import Fired, records
+from kbitc.graphs import KINDS
+from kbitc.knapsack import Solution
+from kbitc.passes import allocate_bits, score_sensitivity
 from kbitc.passes.allocate_bits import AllocateBits, allocate
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
+from kbitc.passes.insert_dequantize import InsertDequantize
 from kbitc.passes.measure_moments import TEXT_FACT, MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
-from kbitc.pipeline import Pass, PassManager, edit_pipeline, name_of
+from kbitc.passes_page import graph_section
+from kbitc.pipeline import Pass, PassManager, Step, edit_pipeline, lowering_pipeline, name_of
 from kbitc.plan import Choice, read_rules
 from kbitc.program import Program
-from kbitc.scores import SCORES_FILE, Scores
+from kbitc.scores import Scores
 from kbitc.spec import parse
 from kbitc.tensor import quantize
 from kbitc.version import VERSION
@@ -60,9 +67,10 @@ class Request:
         passes: what to run between capture and pack instead, as values or names; a name that is in the
             usual pipeline means the pass there, with its options.
         disabled: names of passes to leave out.
-        calibrate: text to measure on what errors cost: "auto" (text that a language model samples itself,
-            where a budget is to be spent; otherwise none), "self", "none", a UTF-8 text file, or int64
-            token ids ``(windows, length)``.
+        calibrate: on what to measure what errors cost: "auto" (where a budget is to be spent, text that a
+            language model samples itself, random inputs of another model of transformers; otherwise nothing),
+            "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
+        agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
     """
 
     bits: float | None = None
@@ -72,6 +80,7 @@ class Request:
     passes: Sequence[Pass | str] | None = None
     disabled: Sequence[str] = ()
     calibrate: Calibrate = AUTO
+    agree: str = ""
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -84,35 +93,52 @@ class Request:
                 f"--bits {self.bits:g}: the budget must be between {MIN_BUDGET:g} and {MAX_BUDGET:g} "
                 "stored bits per parameter"
             )
+        if self.agree and self.agree not in KINDS:
+            raise UsageError(f"--agree: {did_you_mean('kind of weights', self.agree, KINDS)}")
+        if self.agree and self.bits is None:
+            raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
+
+    def asks_for_outliers(self) -> bool:
+        """Whether a spec that the user gave keeps outlier features."""
+        if self.plan is None:
+            spec = None if self.spec is None else parse(self.spec)
+            return spec is not None and (spec.wants_found or spec.outliers > 0)
+        return any("+out" in str(rule) for rule in self.rules.values())
+
+    @cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """The plan's entries by name or pattern; a file is read once.
+
+        Raises:
+            UsageError: it is no plan file.
+        """
+        assert self.plan is not None
+        return self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan)
 
     def planner(self) -> Pass:
         """The pass that makes the plan."""
         if self.bits is not None:
-            return AllocateBits(budget=self.bits)
+            return AllocateBits(budget=self.bits, agree=self.agree)
         if self.spec is not None:
             parse(self.spec)
             entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
             return ApplyPlan({"weights": {"*": entry}}, label="--spec")
-        if isinstance(self.plan, Mapping):
-            return ApplyPlan(self.plan)
-        assert self.plan is not None
-        return ApplyPlan(read_rules(self.plan), label=str(self.plan))
+        label = {} if isinstance(self.plan, Mapping) else {"label": str(self.plan)}
+        return ApplyPlan(self.rules, **label)
 
 
-def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[Pass]:
-    """The passes between capture and pack, as the request edits them.
-
-    Args:
-        request: what the user asked for.
-        calibrator: of the model that is compiled, where there is text to measure on.
+def pipeline_of(request: Request) -> list[Pass]:
+    """The passes between capture and pack, as the request edits them; :func:`equipped` once it is open.
 
     Raises:
         UsageError: an unknown or misplaced pass, no plan at the end, or a spec or plan that no pass reads.
     """
     planner = request.planner()
     usual: list[Pass] = [Canonicalize()]
-    if calibrator is not None:
-        usual.append(MeasureMoments(calibrator))
+    if _is_calibrated(request):
+        usual += [MeasureMoments(), FindOutliers()]
+    elif request.asks_for_outliers():
+        usual.append(FindOutliers())
     if request.bits is not None:
         usual.append(ScoreSensitivity())
     passes = edit_pipeline([*usual, planner], request.passes, request.disabled)
@@ -125,6 +151,43 @@ def pipeline_of(request: Request, calibrator: Calibrator | None = None) -> list[
     return passes
 
 
+def _is_calibrated(request: Request) -> bool:
+    if not isinstance(request.calibrate, str):
+        return True
+    return request.bits is not None if request.calibrate == AUTO else request.calibrate != NONE
+
+
+def equipped(
+    passes: Sequence[Pass], request: Request, calibrator: Calibrator | None, on_event: Event = lambda *_: None
+) -> list[Pass]:
+    """The passes with what only an open model has: the text to measure on, and someone to tell of progress.
+
+    Args:
+        passes: of :func:`pipeline_of`.
+        request: the same.
+        calibrator: None where there is no text; the usual passes that look at it are left out then.
+        on_event: told of each weight that is scored.
+    """
+    found: list[Pass] = []
+    is_measured = calibrator is not None and any(isinstance(pass_, MeasureMoments) for pass_ in passes)
+    for pass_ in passes:
+        if isinstance(pass_, ScoreSensitivity):
+            found.append(replace(pass_, on_weight=on_event))
+        elif isinstance(pass_, FindOutliers) and request.passes is None:
+            if is_measured or request.asks_for_outliers():
+                found.append(pass_)
+        elif not isinstance(pass_, MeasureMoments) or pass_.calibrator is not None:
+            found.append(pass_)
+        elif calibrator is not None or request.passes is not None:
+            found.append(replace(pass_, calibrator=calibrator))
+    return found
+
+
+def lower(program: Program) -> Program:
+    """The graph of a planned program on packed weights, fused and cleaned up; needs no weights."""
+    return PassManager([InsertDequantize(), *lowering_pipeline()]).run(program)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a compilation did.
@@ -135,6 +198,7 @@ class Result:
         payload_bytes: bytes of all stored tensors.
         source_bytes: bytes of the same tensors in the source.
         out: the artifact; None after a dry run.
+        fusions: what fusion and clean-up passes did and left, by the pass.
         seconds: wall time by phase.
     """
 
@@ -143,6 +207,7 @@ class Result:
     payload_bytes: int
     source_bytes: int
     out: Path | None
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -164,6 +229,7 @@ class Result:
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "weights": program.plan.to_json()["weights"],
             "left_alone": {name: rest.reason for name, rest in program.rest.items()},
+            "fusions": {name: record.to_json() for name, record in self.fusions.items()},
         }
 
 
@@ -197,36 +263,45 @@ def compile_to(
         SourceError: the source cannot be read or captured.
         BudgetError: no plan meets the budget.
     """
-    manage(pipeline_of(request))  # what is wrong with the request is said before the model is opened
+    passes = pipeline_of(request)
+    manage(passes)  # what is wrong with the request is said before the model is opened
     if not is_dry:
         check_target(out, is_forced=is_forced)
     seconds: dict[str, float] = {}
     with _timed(seconds, "open"):
         opened = open_checkpoint(source)
     with opened as checkpoint:
-        calibrator = _calibrator(request, checkpoint, on_event)
-        manager = manage(pipeline_of(request, calibrator))
+        calibrator = calibrator_of(request, checkpoint, on_event)
+        manager = manage(equipped(passes, request, calibrator, on_event))
         on_event("capture", 0, 0)
         with _timed(seconds, "capture"):
             skeleton = checkpoint.skeleton()
-            program = capture(skeleton, example_inputs, read=checkpoint.read)
+            captured = capture(skeleton, example_inputs, read=checkpoint.read)
         on_event("plan", 0, 0)
         with _timed(seconds, "plan"):
-            program = manager.run(program)
+            program = manager.run(captured)
         _check_request(program, request)
+        with _timed(seconds, "lower"):
+            fusions = records(lower(program))
         source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
         size = pack.payload_bytes(program)
-        result = Result(checkpoint.label, program, size, source_bytes, None if is_dry else out, seconds)
+        target = None if is_dry else out
+        result = Result(checkpoint.label, program, size, source_bytes, target, fusions, seconds)
         if is_dry:
             return result
         with _timed(seconds, "pack"), _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
             pack.pack_to(program, checkpoint.read, writer, _counter(on_event, source_bytes))
             checkpoint.save_companions(writer.partial)
-            writer.commit(_documents(result, writer) | _score_table(program))
+            writer.commit(_documents(result, writer, captured))
     return result
 
 
-def _calibrator(request: Request, checkpoint: Checkpoint, on_event: Event) -> Calibrator | None:
+def calibrator_of(request: Request, checkpoint: Checkpoint, on_event: Event) -> Calibrator | None:
+    """What measures on the text that was asked for; None where there is none.
+
+    Raises:
+        UsageError: see :func:`kbitc.calibration.make_calibrator`.
+    """
     return make_calibrator(checkpoint, request.calibrate, on_event, is_wanted=request.bits is not None)
 
 
@@ -268,6 +343,7 @@ def _writer(
         "kbitc": VERSION,
         "torch": torch.__version__,
         "calibration": program.facts.get(TEXT_FACT),
+        "changed": sorted(name for changes in program.changes for name in changes),
     }
     return Writer(out, pack.slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
 
@@ -298,8 +374,8 @@ def _check_strict(program: Program) -> None:
         )
 
 
-def _documents(result: Result, writer: Writer) -> dict[str, str]:
-    """The text files of the artifact: plan, config with its quantization entry, report."""
+def _documents(result: Result, writer: Writer, captured: Program) -> dict[str, str]:
+    """The text files of the artifact: plan, config with its quantization entry, scores, report."""
     program = result.program
     assert program.plan is not None
     weights = {}
@@ -310,34 +386,74 @@ def _documents(result: Result, writer: Writer) -> dict[str, str]:
         weights[name] = weight_entry(
             measured, weight.shape, weight.dtype, weight.aliases, is_transposed=weight.is_transposed
         )
+        found = outliers.of_weight(program.facts, name)
+        if found is not None:
+            kept = choice.spec.outlier_count(weight.in_features)
+            weights[name]["outlier_features"] = found.to_json() | {"kept": kept}
     facts = {
         "source": {"name": Path(result.source).name, "sha256": pack.source_hash(writer.done)},
         "budget": program.plan.budget,
         "calibration": program.facts.get(TEXT_FACT),
+        "predicted": _prediction(program),
+        "passes": [
+            {
+                "name": step.name,
+                "nodes_before": step.nodes_before,
+                "nodes_after": step.nodes_after,
+                "changes": str(step),
+            }
+            for step in cast("tuple[Step, ...]", program.facts.get(pipeline.FACT, ()))
+        ],
         "parameters": program.parameter_count,
         "bytes": result.payload_bytes,
         "source_bytes": result.source_bytes,
+        "fusions": {name: record.to_json() for name, record in result.fusions.items()},
     }
     left = {
         name: {"reason": rest.reason, "shape": list(rest.shape), "aliases": list(rest.aliases)}
         for name, rest in program.rest.items()
     }
     config = writer.partial / "config.json"
-    return documents(facts, weights, left, writer.checksums, read_json(config) if config.exists() else None)
+    return documents(
+        facts,
+        weights,
+        left,
+        writer.checksums,
+        read_json(config) if config.exists() else None,
+        _scores(program),
+        [graph_section(captured, program)],
+    )
 
 
-def _score_table(program: Program) -> dict[str, str]:
-    """The file that answers another budget without the model, where options were scored."""
+def _scores(program: Program) -> Scores | None:
     scores = program.facts.get(score_sensitivity.FACT)
-    return {SCORES_FILE: json.dumps(scores.to_json()) + "\n"} if isinstance(scores, Scores) else {}
+    return scores if isinstance(scores, Scores) else None
 
 
-def replan(folder: Path, bits: float) -> dict[str, Any]:
+def _prediction(program: Program) -> dict[str, Any] | None:
+    """What the score table says of the plan, whichever passes made it; None if it cannot say."""
+    scores, solution = _scores(program), program.facts.get(allocate_bits.FACT)
+    assert program.plan is not None
+    if scores is None:
+        return None
+    specs = {name: choice.spec for name, choice in program.plan.weights.items()}
+    found = tradeoff.priced(scores, specs)
+    if found is None:
+        return None
+    cost = math.fsum(option.cost for option in found.values())
+    # A bound on the allocator's answer says nothing of a plan that another pass changed.
+    is_solved = isinstance(solution, Solution) and math.isclose(cost, solution.cost, rel_tol=1e-9)
+    gap = solution.gap if isinstance(solution, Solution) and is_solved else None
+    return {"cost": cost, "unit": scores.unit, "source": scores.source, "gap": gap}
+
+
+def replan(folder: Path, bits: float, agree: str = "") -> dict[str, Any]:
     """A plan for another budget, from the score table of an artifact alone.
 
     Args:
         folder: an artifact that was compiled with ``--bits``, or a score table.
         bits: stored bits per parameter of the whole model.
+        agree: weights that get one spec, see `Request`.
 
     Returns:
         The contents of a plan file for ``--plan``, with the predicted loss and its bound.
@@ -346,17 +462,9 @@ def replan(folder: Path, bits: float) -> dict[str, Any]:
         UsageError: no score table there, or a budget out of range.
         BudgetError: no plan meets the budget.
     """
-    Request(bits=bits)
-    path = folder / SCORES_FILE if folder.is_dir() else folder
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' writes "
-            f"one into its artifact"
-        ) from error
-    scores = Scores.from_json(data, str(path))
-    plan, solution = allocate(scores, bits)
+    Request(bits=bits, agree=agree)
+    scores = Scores.open(folder)
+    plan, solution = allocate(scores, bits, agree)
     stored = 8 * (solution.nbytes + scores.fixed) / scores.parameters
     return plan.to_json() | {
         "bits_per_param": stored,
@@ -375,8 +483,8 @@ def compile_module(
     """
     with open_checkpoint(module) as checkpoint:
         program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
-        passes = pipeline_of(request, _calibrator(request, checkpoint, lambda *_: None))
-        program = PassManager(passes).run(program)
+        calibrator = calibrator_of(request, checkpoint, lambda *_: None)
+        program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
     _check_request(program, request)
     return pack_module(module, program)
 
@@ -385,18 +493,20 @@ def pack_module(module: nn.Module, program: Program) -> nn.Module:
     """Deep copy of a module with every planned parameter, tied ones too, replaced by its packed form."""
     assert program.plan is not None
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    read = program.as_stored(lambda name: parameters[name].detach())
+    # deepcopy looks here first: the copy gets what is stored and never copies the dense weight.
     memo: dict[int, Any] = {}
-    for name, choice in program.plan.weights.items():
-        if choice.spec.is_left_alone:
-            continue
-        source = parameters[name]
-        packed = quantize(
-            source.detach(),
-            choice.spec,
-            is_transposed=program.weights[name].is_transposed,
-            name=name,
-            **pack.quantizer_of(program, name),
-        )
-        # deepcopy looks here first: the copy gets the packed weight and never copies the dense one.
-        memo[id(source)] = nn.Parameter(packed, requires_grad=False)
+    for name, source in parameters.items():
+        choice = program.plan.weights.get(name)
+        if choice is not None and not choice.spec.is_left_alone:
+            packed = quantize(
+                read(name),
+                choice.spec,
+                is_transposed=program.weights[name].is_transposed,
+                name=name,
+                **pack.quantizer_of(program, name),
+            )
+            memo[id(source)] = nn.Parameter(packed, requires_grad=False)
+        elif program.is_changed(name):
+            memo[id(source)] = nn.Parameter(read(name), requires_grad=source.requires_grad)
     return copy.deepcopy(module, memo)

@@ -33,12 +33,14 @@ class Score:
         loss: mean negative log-likelihood, nats per token.
         tokens: tokens that were predicted.
         divergence: mean KL divergence from the reference model to this one, nats per token.
+        reference_loss: the reference model's own loss.
     """
 
     perplexity: float
     loss: float
     tokens: int
     divergence: float | None = None
+    reference_loss: float | None = None
 
 
 def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: int | None) -> Tensor:
@@ -79,7 +81,7 @@ def perplexity(
         reference: also measure KL(reference || model).
         on_window: progress, called with (windows done, windows in all).
     """
-    loss = divergence = 0.0
+    loss = divergence = wanted_loss = 0.0
     for i, window in enumerate(ids):
         log_probs = _log_probs(model, window)
         targets = window[1:, None]
@@ -87,6 +89,7 @@ def perplexity(
         if reference is not None:
             wanted = _log_probs(reference, window)
             divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
+            wanted_loss -= float(wanted.gather(-1, targets).double().sum())
         on_window(i + 1, len(ids))
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     mean = loss / tokens
@@ -95,6 +98,7 @@ def perplexity(
         loss=mean,
         tokens=tokens,
         divergence=None if reference is None else divergence / tokens,
+        reference_loss=None if reference is None else wanted_loss / tokens,
     )
 
 

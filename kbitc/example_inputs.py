@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 BATCH = 2
 TOKENS = 8
-DECODER_TOKENS = 7
 IMAGE_SIZE = 224  # of vision models that take any size, and so have none in their config
 MADE = ("input_ids", "pixel_values")
 
@@ -31,8 +30,13 @@ def is_pretrained(module: nn.Module) -> bool:
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+def example_inputs(model: nn.Module, batch: int = BATCH, tokens: int = TOKENS) -> dict[str, Tensor]:
     """Keyword inputs on the meta device for a transformers model, by its main input and signature.
+
+    Args:
+        model: of transformers.
+        batch: sequences or images.
+        tokens: of a sequence, at most as many as the model takes; a decoder gets one less.
 
     Raises:
         UsageError: not a transformers model, or one whose inputs are neither tokens nor images.
@@ -45,7 +49,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
-    sizes = _sizes(model, config, accepted)
+    sizes = _sizes(model, config, accepted, (batch, tokens))
     lacking = [
         parameter.name
         for parameter in accepted.values()
@@ -66,10 +70,37 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _sizes(model: Any, config: Any, accepted: Mapping[str, inspect.Parameter]) -> dict[str, tuple[int, ...]]:
+def random_inputs(model: nn.Module, tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Keyword inputs of batch 1: token ids drawn evenly from the vocabulary, pixels from a normal law.
+
+    Args:
+        model: of transformers.
+        tokens: see :func:`example_inputs`.
+        generator: draws.
+
+    Raises:
+        UsageError: see :func:`example_inputs`.
+    """
+    config: Any = model.config
+    made = {}
+    for key, like in example_inputs(model, 1, tokens).items():
+        if like.is_floating_point():
+            made[key] = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        elif key == "attention_mask":
+            made[key] = torch.ones(like.shape, dtype=torch.int64)
+        else:
+            vocabulary = config.get_text_config().vocab_size
+            made[key] = torch.randint(vocabulary, like.shape, generator=generator)
+    return made
+
+
+def _sizes(
+    model: Any, config: Any, accepted: Mapping[str, inspect.Parameter], size: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
     sizes: dict[str, tuple[int, ...]] = {}
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or TOKENS
-    tokens = (BATCH, min(TOKENS, longest))
+    batch, length = size
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+    tokens = (batch, min(length, longest))
     # A language model that takes images among its tokens runs without any; CLIP needs both.
     has_images = "pixel_values" in accepted and not _mixes_images_into_tokens(config)
     if "input_ids" in accepted:
@@ -77,11 +108,11 @@ def _sizes(model: Any, config: Any, accepted: Mapping[str, inspect.Parameter]) -
     if has_images:
         vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
         height, width = _pair(getattr(vision, "image_size", None) or IMAGE_SIZE)
-        sizes["pixel_values"] = (BATCH, getattr(vision, "num_channels", 3), height, width)
+        sizes["pixel_values"] = (batch, getattr(vision, "num_channels", 3), height, width)
     if "input_ids" in sizes and "attention_mask" in accepted and not model.can_generate():
         sizes["attention_mask"] = tokens
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        sizes["decoder_input_ids"] = (BATCH, min(DECODER_TOKENS, longest))
+        sizes["decoder_input_ids"] = (batch, min(length - 1, longest))
     return sizes
 
 

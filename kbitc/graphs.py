@@ -6,14 +6,16 @@ the FX graph. Answers about weights are in the weights' names and order, as plan
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import networkx as nx
+from torch import fx
 
 from kbitc.errors import UsageError, did_you_mean
-from kbitc.program import CANONICAL, Program
+from kbitc.program import CANONICAL, Program, Weight
 from kbitc.reads import op_name
 
 Groups = list[tuple[str, ...]]
@@ -81,6 +83,58 @@ def same_roles(program: Program) -> Groups:
 
 
 KINDS: Mapping[str, Callable[[Program], Groups]] = {"input": shared_inputs, "role": same_roles}
+
+
+def previous_weights(program: Program) -> dict[str, tuple[str, str]]:
+    """For the weight of each matmul the one before it, whose output units make its input features.
+
+    That is the last matmul (or embedding) before it which reaches its input through no other one, has as
+    many outputs as it has input features, and, where attention lies between, makes the values and not
+    the scores. As ``(weight, kind)``, where kind is "linear" or "embedding"; a weight without one is missing.
+    """
+    graph = to_networkx(program)
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    order = {name: i for i, name in enumerate(nodes)}
+    made_by = {use.node: (weight, use.kind) for weight in program.weights.values() for use in weight.uses}
+    found = {}
+    for weight in program.weights.values():
+        starts = [nodes[use.node].args[0].name for use in weight.uses if use.kind != "embedding"]
+        heap = [-order[name] for name in dict.fromkeys(starts)]
+        seen = set(heap)
+        names = list(nodes)
+        while heap:
+            name = names[-heapq.heappop(heap)]
+            if name in made_by:
+                source, kind = made_by[name]
+                if _outputs(source, kind) == weight.in_features:
+                    found[weight.name] = (source.name, "embedding" if kind == "embedding" else "linear")
+                    break
+                continue
+            before = _feature_sources(nodes[name], graph.predecessors(name))
+            fresh = {-order[source] for source in before} - seen
+            seen |= fresh
+            for position in fresh:
+                heapq.heappush(heap, position)
+    return found
+
+
+def _outputs(weight: Weight, kind: str) -> int:
+    lead = weight.shape[0] if len(weight.shape) == 3 else 1
+    return weight.in_features if kind == "embedding" else weight.rows // lead
+
+
+def _feature_sources(node: fx.Node, operands: Iterable[str]) -> list[str]:
+    """Of a node's operands those whose features are the node's: of attention, the values."""
+    call = op_name(node).rpartition(".")[2] if node.op == "call_function" else ""
+    at = _VALUES.get(call)
+    if at is None:
+        return list(operands)
+    value = node.args[at] if len(node.args) > at else None
+    return [value.name] if isinstance(value, fx.Node) else []
+
+
+# Position of the operand that has the features of the result: softmax(q @ k) @ v.
+_VALUES = {"scaled_dot_product_attention": 2, "matmul": 1, "bmm": 1, "mm": 1}
 
 
 def agreeing_groups(program: Program, kind: str = "input") -> Groups:

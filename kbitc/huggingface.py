@@ -88,9 +88,10 @@ def _classes() -> tuple[type, type]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from kbitc.artifact import FORMAT, SHARED, assemble, read_shared
+    from kbitc.artifact import FORMAT, assemble, read_shared
     from kbitc.blockwise import TENSOR_FIELDS
     from kbitc.errors import SourceError
+    from kbitc.slots import SHARED
     from kbitc.spec import parse
 
     class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here

@@ -69,7 +69,9 @@ def lost_input(_: Program, after: Program) -> str | None:
 
 
 def wrong_use(_: Program, after: Program) -> str | None:
-    """What a weight calls its use is a canonical call of that kind."""
+    """What a weight calls its use is a canonical call of that kind, until the graph is lowered."""
+    if after.stage >= Stage.PACKED:
+        return None
     nodes = {node.name: node for node in after.graph.graph.nodes}
     for weight in after.weights.values():
         for use in weight.uses:

@@ -26,8 +26,9 @@ from scipy import optimize, sparse
 
 Floats = NDArray[np.float64]
 NO_TABLES: Mapping[str, int] = MappingProxyType({})
-GAP = 1e-7  # relative, at which the solver may stop
+GAP = 1e-6  # relative, at which the solver may stop
 NODES = 20_000  # of the solver's tree: a limit that does not depend on the machine's speed
+INFEASIBLE = 2  # scipy's status
 ROUNDS = 60  # bisections of the multiplier
 
 
@@ -70,7 +71,7 @@ class Solution:
         nbytes: sum over the groups, and of the shared tables that the items need.
         lagrangian: no choice that fits costs less, even if tables were free.
         bound: the same, as the solver proved it.
-        is_proved: the solver finished: no choice is better by more than ``GAP``.
+        is_proved: the solver finished: no choice is better by more than ``GAP`` of it.
     """
 
     chosen: tuple[int, ...]
@@ -109,20 +110,63 @@ def solve(groups: Groups, room: int, shared: Mapping[str, int] = NO_TABLES) -> S
         start = _smallest(groups, kept, shared)
     if _size(groups, start, shared) > room:
         raise Infeasible(_size(groups, start, shared), room)
-    multiplier, bound = _lagrangian(groups, kept, room)
-    best = _better(groups, shared, room, *(_greedy(groups, kept, room, shared, m, start) for m in multiplier))
-    exact = _branch_and_bound(groups, kept, room, shared, (multiplier[-1], bound), best)
-    chosen = _better(groups, shared, room, best, exact.chosen)
+    branches = _branches(groups, kept, room)
+    chosen, bound = start, math.inf
+    is_proved = True
+    for branch in branches:
+        if branch.bound > _cost(groups, chosen) * (1 + GAP):
+            break  # and so are all that follow
+        tried = (_greedy(groups, branch.kept, room, shared, m, chosen) for m in branch.multipliers)
+        chosen = _better(groups, shared, room, chosen, *tried)
+        exact = _branch_and_bound(groups, branch, room, shared, chosen)
+        chosen = _better(groups, shared, room, chosen, exact.chosen)
+        bound = min(bound, exact.bound)
+        is_proved = is_proved and exact.is_proved
     _fill(groups, kept, chosen, room, shared)
     cost = _cost(groups, chosen)
     return Solution(
         tuple(chosen),
         cost,
         _size(groups, chosen, shared),
+        min(branches[0].bound, cost),
         min(bound, cost),
-        min(exact.bound, cost),
-        exact.is_proved,
+        is_proved,
     )
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The choices that have one item of the widest group.
+
+    Attributes:
+        kept: items of each group, one of the widest.
+        multipliers: of the relaxation; the last one gives the bound.
+        bound: no choice of these costs less.
+    """
+
+    kept: list[list[int]]
+    multipliers: list[float]
+    bound: float
+
+
+def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[_Branch]:
+    """One for each item of the group whose sizes differ most, least bound first.
+
+    The embedding of a small model is a fifth of it: what the relaxation gains by mixing two of its items is
+    what makes its bound weak. All other groups are small beside the room.
+    """
+
+    def width(g: int) -> int:
+        return groups[g][kept[g][-1]].nbytes - groups[g][kept[g][0]].nbytes
+
+    widest = max(range(len(groups)), key=width)
+    least = sum(items[own[0]].nbytes for items, own in zip(groups, kept, strict=True))
+    found = []
+    for i in kept[widest]:
+        if least - groups[widest][kept[widest][0]].nbytes + groups[widest][i].nbytes <= room:
+            own = [*kept[:widest], [i], *kept[widest + 1 :]]
+            found.append(_Branch(own, *_lagrangian(groups, own, room)))
+    return sorted(found, key=lambda branch: branch.bound)
 
 
 def agree(groups: Groups, together: Sequence[Sequence[int]]) -> tuple[list[list[Item]], list[list[int]]]:
@@ -207,17 +251,18 @@ def _smallest(groups: Groups, kept: list[list[int]], shared: Mapping[str, int]) 
 
 def _lagrangian(groups: Groups, kept: list[list[int]], room: int) -> tuple[list[float], float]:
     """Multipliers (the last one gives the best bound) and the bound, tables not counted."""
-    costs = [np.array([items[i].cost for i in own]) for items, own in zip(groups, kept, strict=True)]
-    sizes = [
-        np.array([items[i].nbytes for i in own], dtype=float) for items, own in zip(groups, kept, strict=True)
-    ]
+    pairs = [items[i] for items, own in zip(groups, kept, strict=True) for i in own]
+    costs = np.array([item.cost for item in pairs])
+    sizes = np.array([item.nbytes for item in pairs], dtype=float)
+    counts = np.array([len(own) for own in kept])
+    starts = np.cumsum(counts) - counts
 
     def relaxed(multiplier: float) -> tuple[float, float]:
-        cost = size = 0.0
-        for c, b in zip(costs, sizes, strict=True):
-            at = int(np.argmin(c + multiplier * b))
-            cost, size = cost + c[at], size + b[at]
-        return cost + multiplier * (size - room), size
+        values = costs + multiplier * sizes
+        least = np.minimum.reduceat(values, starts)
+        # Of equal ones the first, which is the smallest.
+        size = np.minimum.reduceat(np.where(values == np.repeat(least, counts), sizes, np.inf), starts).sum()
+        return float(least.sum() - multiplier * room), float(size)
 
     bound, size = relaxed(0.0)
     if size <= room:
@@ -303,35 +348,29 @@ class _Found:
 
 
 def _branch_and_bound(
-    groups: Groups,
-    kept: list[list[int]],
-    room: int,
-    shared: Mapping[str, int],
-    relaxation: tuple[float, float],
-    best: list[int],
+    groups: Groups, branch: _Branch, room: int, shared: Mapping[str, int], best: list[int]
 ) -> _Found:
-    """HiGHS on the items that the relaxation, (multiplier, bound), does not rule out."""
-    multiplier, bound = relaxation
+    """HiGHS on the items of a branch that its relaxation does not rule out, ``best`` being known."""
+    multiplier, bound = branch.multipliers[-1], branch.bound
     slack = _cost(groups, best) - bound
     slack += 1e-9 * max(abs(bound), slack) + 1e-300
     open_items = []
-    for items, own, current in zip(groups, kept, best, strict=True):
+    for items, own in zip(groups, branch.kept, strict=True):
         reduced = {i: items[i].cost + multiplier * items[i].nbytes for i in own}
         least = min(reduced.values())
-        open_items.append([i for i in own if reduced[i] - least <= slack or i == current])
-    if all(len(own) == 1 for own in open_items):
+        open_items.append([i for i in own if reduced[i] - least <= slack])
+    if not all(open_items):
         return _Found(best, _cost(groups, best), is_proved=True)
     problem = _Program(groups, open_items, shared)
-    found = problem.solve(problem.costs, room)
-    first = found
+    found = first = problem.solve(problem.costs, room)
     # Bytes are whole, the solver's are not: a choice too large by a few is solved again with less room.
     margin = 0
-    while found is not None and _size(groups, found.chosen, shared) > room:
+    while found is not None and found.chosen and _size(groups, found.chosen, shared) > room:
         margin += _size(groups, found.chosen, shared) - room
         found = problem.solve(problem.costs, room - margin)
-    if found is None or first is None:
+    if found is None or first is None:  # the solver gave up
         return _Found(best, bound, is_proved=False)
-    return _Found(found.chosen, first.bound, is_proved=first.is_proved and found is first)
+    return _Found(found.chosen or best, first.bound, first.is_proved and found is first)
 
 
 class _Program:
@@ -385,6 +424,8 @@ class _Program:
                 integrality=np.ones(len(objective)),
                 options={"mip_rel_gap": GAP, "node_limit": NODES},
             )
+        if found.status == INFEASIBLE:
+            return _Found([], math.inf, is_proved=True)
         if found.x is None:
             return None
         chosen, column = [], 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.artifact import PLAN_FILE, Artifact, Slot, Writer, shared_codebooks, stored_tensors
+from kbitc.artifact import PLAN_FILE, Artifact, Writer, stored_tensors
 from kbitc.backends._onnx_runtime import OnnxModel, is_exported
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
@@ -24,6 +24,7 @@ from kbitc.errors import SourceError, UsageError
 from kbitc.huggingface import register
 from kbitc.pack import CODEBOOKS, to_rest
 from kbitc.plan import Choice
+from kbitc.slots import Slot, shared_codebooks
 from kbitc.tensor import KbitTensor
 
 

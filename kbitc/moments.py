@@ -30,16 +30,33 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far the values of each input feature of a matmul go.
+
+    Attributes:
+        peaks: ``(in_features,)`` float32: largest magnitude.
+        positions: ``(in_features,)`` float32: share of the tokens with a magnitude of at least ``magnitude``.
+        magnitude: from where on a value counts as an outlier.
+    """
+
+    peaks: Tensor
+    positions: Tensor
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class Moments:
     """All uses of one weight.
 
     Attributes:
         factors: one a use; tied weights have several.
         inputs: ``(*lead, in_features)`` mean squared input over all tokens; None for an embedding alone.
+        reach: of the inputs of all uses, experts together; None for an embedding alone.
     """
 
     factors: tuple[Factor, ...]
     inputs: Tensor | None = None
+    reach: Reach | None = None
 
     def importance(self) -> Tensor:
         """``(*lead, in_features)``: what an error in each input feature costs, for the scale search."""
@@ -58,6 +75,10 @@ def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
             flat[f"{name}|{i}.columns"] = factor.columns
         if found.inputs is not None:
             flat[f"{name}|inputs"] = found.inputs
+        if found.reach is not None:
+            flat[f"{name}|peaks"] = found.reach.peaks
+            flat[f"{name}|positions"] = found.reach.positions
+            flat[f"{name}|magnitude"] = torch.tensor(found.reach.magnitude, dtype=torch.float64)
     return {key: value.contiguous() for key, value in flat.items()}
 
 
@@ -79,6 +100,13 @@ def from_tensors(flat: Mapping[str, Tensor]) -> dict[str, Moments]:
                 for i in range(sum(field.endswith(".rows") for field in own))
             ),
             own.get("inputs"),
+            _reach(own),
         )
         for name, own in fields.items()
     }
+
+
+def _reach(own: Mapping[str, Tensor]) -> Reach | None:
+    if "peaks" not in own:
+        return None
+    return Reach(own["peaks"], own["positions"], float(own["magnitude"]))

@@ -14,13 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kbitc import scoring
-from kbitc.artifact import Slot, Writer, checksum, packed_slots, shared_codebooks, stored_tensors
+from kbitc import outliers, scoring
+from kbitc.artifact import Writer, checksum, stored_tensors
 from kbitc.errors import UsageError
 from kbitc.kernels import ops
 from kbitc.moments import Moments
 from kbitc.passes import measure_moments
-from kbitc.program import Program, Rest, Weight
+from kbitc.program import Program, Read, Rest, Weight
+from kbitc.slots import Slot, packed_slots, shared_codebooks
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its source bytes, once it is written."""
@@ -41,7 +42,7 @@ def slots(program: Program) -> dict[str, dict[str, Slot]]:
         if spec.is_left_alone:
             units[name] = {name: Slot(_rest_dtype(weight.dtype), weight.shape)}
             continue
-        lead = oriented_shape(weight)[:-1]
+        lead = weight.oriented_shape[:-1]
         fields = packed_slots(spec, lead, weight.in_features)
         units[name] = {f"{name}.{field}": slot for field, slot in fields.items()}
     for name, rest in program.rest.items():
@@ -54,14 +55,7 @@ def payload_bytes(program: Program) -> int:
     return sum(slot.nbytes for unit in slots(program).values() for slot in unit.values())
 
 
-def oriented_shape(weight: Weight) -> tuple[int, ...]:
-    """``(*lead, rows, in_features)``: the shape with the input dimension last."""
-    if not weight.is_transposed:
-        return weight.shape
-    return (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
-
-
-def pack_to(program: Program, read: Callable[[str], Tensor], writer: Writer, progress: Progress) -> None:
+def pack_to(program: Program, read: Read, writer: Writer, progress: Progress) -> None:
     """Quantize and write every tensor that the writer has not done yet.
 
     Args:
@@ -82,11 +76,11 @@ def pack_to(program: Program, read: Callable[[str], Tensor], writer: Writer, pro
     for name in tensors.keys() - set(waiting):
         progress(name, _source_bytes(tensors[name]))
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead = _submit_read(reading, read, waiting, 0)
+        ahead = _submit_read(program, reading, read, waiting, 0)
         written: Future[None] | None = None
         for i, name in enumerate(waiting):
             source, digest = ahead.result()
-            ahead = _submit_read(reading, read, waiting, i + 1)
+            ahead = _submit_read(program, reading, read, waiting, i + 1)
             stored, note = _convert(program, tensors[name], source)
             del source
             if written is not None:
@@ -98,11 +92,14 @@ def pack_to(program: Program, read: Callable[[str], Tensor], writer: Writer, pro
 
 
 def _submit_read(
-    pool: ThreadPoolExecutor, read: Callable[[str], Tensor], names: list[str], i: int
+    program: Program, pool: ThreadPoolExecutor, read: Read, names: list[str], i: int
 ) -> Future[tuple[Tensor, str]]:
+    """The next tensor as it is to be stored, and the checksum of what the source holds."""
+
     def job() -> tuple[Tensor, str]:
         tensor = read(names[i])
-        return tensor, checksum(tensor)
+        digest = checksum(tensor)
+        return program.as_stored(read)(names[i]) if program.is_changed(names[i]) else tensor, digest
 
     return pool.submit(job) if i < len(names) else Future()
 
@@ -127,11 +124,16 @@ def _convert(
 
 
 def quantizer_of(program: Program, name: str) -> dict[str, Any]:
-    """Options of ``quantize`` for a weight: the weighted search wherever its inputs were measured."""
+    """Options of ``quantize`` for a planned weight: outliers, and the importance of inputs, where known."""
     moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
-    if name not in moments:
-        return {"quantizer": "absmax"}
-    return {"quantizer": "weighted", "importance": moments[name].importance()}
+    assert program.plan is not None
+    options: dict[str, Any] = {"quantizer": "absmax"}
+    if name in moments:
+        options = {"quantizer": "weighted", "importance": moments[name].importance()}
+    found = outliers.of_weight(program.facts, name)
+    if found is not None:
+        options["outliers"] = found.picked(program.plan.weights[name].spec)
+    return options
 
 
 def to_rest(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:

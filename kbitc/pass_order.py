@@ -17,31 +17,37 @@ def edit_pipeline(
     passes: Sequence[Pass],
     chosen: Sequence[Pass | str] | None = None,
     disabled: Iterable[str] = (),
+    *,
+    start: Stage = Stage.CAPTURED,
+    end: Stage = Stage.PLANNED,
 ) -> list[Pass]:
-    """Another list of passes between capture and pack.
+    """Another list of passes, by default of those between capture and pack.
 
     Args:
         passes: to begin with, configured by what the user asked for.
         chosen: what to run instead, as values or names; a name means the pass of that name in
             ``passes``, and one with its default options if there is none.
         disabled: names to leave out.
+        start: what the program is before them.
+        end: what it must be after them.
 
     Raises:
-        UsageError: an unknown name, passes out of order, or no plan at the end.
+        UsageError: an unknown name, passes out of order, or another stage at the end.
     """
     configured = {name_of(pass_): pass_ for pass_ in passes}
     edited = list(passes) if chosen is None else [make_pass(entry, configured) for entry in chosen]
     for name in disabled:
         check_names("disable", [name], edited)
         edited = [pass_ for pass_ in edited if name_of(pass_) != name]
-    fault = order_fault(edited)
+    fault = order_fault(edited, start)
     if fault is not None:
         raise UsageError(fault)
-    end = edited[-1].gives if edited else Stage.CAPTURED
-    if end is not Stage.PLANNED:
+    found = edited[-1].gives if edited else start
+    if found is not end:
+        use = "packed" if end is Stage.PLANNED else "used here"
         raise UsageError(
-            f"the passes {[name_of(pass_) for pass_ in edited]} end at stage {end.name}, but only a program "
-            f"of stage PLANNED can be packed; {_advice(Stage.PLANNED, end)}"
+            f"the passes {[name_of(pass_) for pass_ in edited]} end at stage {found.name}, but only a "
+            f"program of stage {end.name} can be {use}; {_advice(end, found)}"
         )
     return edited
 

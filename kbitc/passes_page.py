@@ -11,27 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from markupsafe import Markup
 from torch import fx
 
 from kbitc import drawing, graphs
+from kbitc.page import Section, join, style
 from kbitc.pipeline import FACT, Step
 from kbitc.program import CANONICAL, Program
 from kbitc.reads import op_name
-from kbitc.report import STYLE
 
 MOST_LINES = 4000
 """Of one diff: 100 layers' worth; a page of more is slow to open."""
-
-_STYLE = (
-    STYLE
-    + """
-pre{overflow-x:auto;font-size:12px;line-height:1.35;margin:.5rem 0}
-ins{background:#ddf4e1;text-decoration:none}del{background:#fbe2de;text-decoration:none}
-details{margin:.2rem 0 .2rem 1rem}summary{cursor:pointer}.ops{color:#5a667a;margin-left:1rem;font-size:12px}
-.call{margin-left:1rem}
-@media(prefers-color-scheme:dark){ins{background:#1d3d27}del{background:#4a2420}.ops{color:#93a0b8}}
-"""
-)
 
 
 @dataclass
@@ -59,7 +49,7 @@ class PassesPage:
         shared = (f"<p><code>{html.escape(' · '.join(g))}</code>" for g in graphs.shared_inputs(program))
         parts = [
             f"<!doctype html><html lang=en><meta charset=utf-8><title>kbitc: passes of {title}</title>",
-            f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
+            f"<meta name=viewport content='width=device-width'><style>{style()}</style>",
             f"<h1>Passes of {title}</h1>",
             _steps([step for step, _ in self.runs]),
             *(_diff(step, diff) for step, diff in self.runs),
@@ -70,6 +60,24 @@ class PassesPage:
             "</html>\n",
         ]
         return "\n".join(parts)
+
+
+def graph_section(captured: Program, planned: Program) -> Section:
+    """The graph before and after the passes, folded by module."""
+    fold = Markup("<details{}><summary>{} ({:,} nodes)</summary>{}</details>")
+    shown = (
+        fold.format(
+            is_open,
+            title,
+            len(program.graph.graph.nodes),
+            Markup("\n".join(_modules([_tree(program)]))),  # noqa: S704  # escaped piece by piece
+        )
+        for program, title, is_open in (
+            (captured, "before the passes, as captured", Markup("")),
+            (planned, "after the passes", Markup(" open")),
+        )
+    )
+    return Section("Graph", join(shown))
 
 
 def _steps(steps: Sequence[Step]) -> str:

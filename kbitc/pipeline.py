@@ -17,11 +17,12 @@ from kbitc import drawing
 from kbitc.errors import KbitcError, PassError
 from kbitc.invariants import first_fault
 from kbitc.pass_order import check_names, edit_pipeline, make_pass, order_fault, where
-from kbitc.program import Program
+from kbitc.program import Program, Stage
 from kbitc.registry import Pass, describe, load_pass, name_of, pass_names, provided
 
 __all__ = [
     "FACT",
+    "LOWERING",
     "Observer",
     "Pass",
     "PassManager",
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "edit_pipeline",
     "load_pass",
+    "lowering_pipeline",
     "name_of",
     "pass_names",
 ]
@@ -82,6 +84,18 @@ def default_pipeline(budget: float = 4.0) -> list[Pass]:
     """From a captured program to a plan of at most ``budget`` stored bits per parameter."""
     make_plan = cast("Any", load_pass("allocate_bits"))
     return [load_pass("canonicalize")(), load_pass("score_sensitivity")(), make_plan(budget=budget)]
+
+
+LOWERING = ("fuse_dequantize", "fuse_epilogues", "merge_linears", "remove_dead_code")
+"""What runs on the graph of a packed model before code is made of it, in this order."""
+
+
+def lowering_pipeline(
+    chosen: Sequence[Pass | str] | None = None, disabled: Collection[str] = ()
+) -> list[Pass]:
+    """The passes from a packed graph to the one that code is made of, edited as ``edit_pipeline`` does."""
+    usual = [make_pass(name, {}) for name in LOWERING]
+    return edit_pipeline(usual, chosen, disabled, start=Stage.PACKED, end=Stage.PACKED)
 
 
 class PassManager:

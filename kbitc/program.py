@@ -6,6 +6,7 @@ are names, shapes and uses; the data stays in the checkpoint until it is packed,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -101,6 +102,11 @@ class Weight:
         return self.numel // self.in_features
 
     @property
+    def oriented_shape(self) -> tuple[int, ...]:
+        """``(*lead, rows, in_features)``: the shape with the input dimension last."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.is_transposed else self.shape
+
+    @property
     def numel(self) -> int:
         """Number of parameters."""
         return int(torch.Size(self.shape).numel())
@@ -144,6 +150,23 @@ class Rest:
         return int(torch.Size(self.shape).numel())
 
 
+Read = Callable[[str], Tensor]
+"""Reads one tensor by its name in the model."""
+
+Changes = Mapping[str, Callable[[Tensor, Read], Tensor]]
+"""Tensors by name that a pass stores otherwise than it found them: ``change(tensor, read)`` is stored."""
+
+
+def changed_read(read: Read, changes: Changes) -> Read:
+    """``read``, with some tensors changed after they are read."""
+
+    def read_changed(name: str) -> Tensor:
+        tensor = read(name)
+        return changes[name](tensor, read) if name in changes else tensor
+
+    return read_changed
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured model on its way through the passes.
@@ -157,7 +180,8 @@ class Program:
         plan: a spec for each weight, once planned.
         stage: how far the program has come.
         history: names of the passes that have run.
-        read: reads one weight's data from the source, when there is one.
+        read: reads one tensor's data as it is to be stored, when there is a source.
+        changes: what passes changed of the source's tensors, oldest first; ``read`` applies them.
     """
 
     graph: fx.GraphModule
@@ -168,13 +192,27 @@ class Program:
     plan: Plan | None = None
     stage: Stage = Stage.CAPTURED
     history: tuple[str, ...] = ()
-    read: Callable[[str], Tensor] | None = None
+    read: Read | None = None
+    changes: tuple[Changes, ...] = ()
 
     @property
     def parameter_count(self) -> int:
         """Parameters of the source model, tied ones counted once: the divisor of bits_per_param."""
         packed = sum(weight.numel for weight in self.weights.values())
         return packed + sum(rest.numel for rest in self.rest.values() if rest.is_parameter)
+
+    def with_changes(self, changes: Changes) -> Program:
+        """A copy that stores some tensors otherwise than it found them."""
+        read = None if self.read is None else changed_read(self.read, changes)
+        return replace(self, read=read, changes=(*self.changes, changes))
+
+    def as_stored(self, read: Read) -> Read:
+        """Another reader of the same source, with all changes applied."""
+        return functools.reduce(changed_read, self.changes, read)
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a tensor is stored otherwise than the source has it."""
+        return any(name in changes for changes in self.changes)
 
     def with_fact(self, name: str, value: object) -> Program:
         """A copy that knows one more fact."""

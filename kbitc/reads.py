@@ -7,6 +7,7 @@ them end here, in `Read.is_turned`, and their nodes die with the call that used 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -56,8 +57,45 @@ _MOVES = (
 
 
 def is_move(node: fx.Node) -> bool:
-    """True for a call that only moves, cuts or casts its first argument."""
-    return node.op == "call_function" and op_name(node).rpartition(".")[2] in _MOVES
+    """True for a call that only moves, cuts, casts or passes on its first argument."""
+    if node.op != "call_function":
+        return False
+    return op_name(node).rpartition(".")[2] in _MOVES or is_idle_dropout(node)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """True for a dropout in evaluation, which drops nothing."""
+    return op_name(node) == "aten.dropout" and node.args[2:] == (False,)
+
+
+_ROW_MAJOR = (*_SAME, "expand", "flatten", "unflatten")
+
+
+def keeps_features(node: fx.Node) -> bool:
+    """True for a move after which the last dimension holds the same features in the same order."""
+    if not is_move(node) or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor) and before.dim() and after.dim()):
+        return False
+    if before.dtype != after.dtype or before.shape[-1] != after.shape[-1]:
+        return False
+    short, last = op_name(node).rpartition(".")[2], before.dim() - 1
+    if short in _ROW_MAJOR or is_idle_dropout(node):
+        return True
+    if len(node.args) < 2:
+        return False
+    if short == "index":
+        indices: Any = node.args[1]
+        return len(indices) <= last or indices[last] is None
+    if short == "permute":
+        order: Any = node.args[1]
+        return bool(order[-1] % before.dim() == last)
+    dims: Any = node.args[1:3] if short == "transpose" else node.args[1:2]
+    if short == "unsqueeze":
+        return bool(dims[0] % after.dim() <= last)
+    is_known = short in ("transpose", "slice", "select", "narrow", "index_select")
+    return is_known and all(dim % before.dim() != last for dim in dims)
 
 
 def reads(parameter: fx.Node) -> list[Read]:

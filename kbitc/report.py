@@ -1,113 +1,373 @@
 """`report.html`: one self-contained page that shows what was stored, how well, and why.
 
-The one thing to know: it is made of the plan file alone, so any artifact can be reported again.
+The one thing to know: it is made of an artifact's own files (plan, score table, recorded evaluations), so
+that any artifact can be reported again; what only a program knows comes as further sections.
 """
 
 from __future__ import annotations
 
-import html
-from collections import Counter
-from collections.abc import Mapping
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2330}
-h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}
-.facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
-.fact{background:#f2f5fa;border-radius:.5rem;padding:.6rem 1rem;min-width:8rem}
-.fact b{display:block;font-size:1.3rem}
-table{border-collapse:collapse;width:100%;font-size:13px}
-th{position:sticky;top:0;background:#fff;text-align:left;border-bottom:2px solid #c9d3e3}
-td,th{padding:.25rem .6rem}tr:nth-child(even){background:#f8fafd}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
-.bar{background:#e3e9f3;border-radius:2px;width:9rem;height:.7rem}
-.bar i{display:block;height:100%;border-radius:2px;background:#3567c4}.bar.e i{background:#c4643f}
-code{font-size:12px}.why{color:#5a667a}
-@media(prefers-color-scheme:dark){body{background:#12161d;color:#dbe2ee}.fact,tr:nth-child(even){background:#1b212c}
-th{background:#12161d;border-color:#35405a}.bar{background:#2a3344}.why{color:#93a0b8}}
-"""
+from markupsafe import Markup
+
+from kbitc import charts, tradeoff
+from kbitc.charts import HeatCell, HeatRow
+from kbitc.fusions import Fired
+from kbitc.measured import Measured
+from kbitc.outlier_map import outlier_map
+from kbitc.page import Cell, Section, bar, code, join, page, paragraph, table
+from kbitc.roles import by_role
+from kbitc.scores import Option, Scores
+from kbitc.spec import parse
+from kbitc.tradeoff import Point
+
+STEP = 0.25
+"""Bits per parameter up and down in "what would change"."""
+
+MOST_ROLES = 60
+"""Of a heat map; models with more name their layers in a way that we cannot read."""
+
+METHODS = {
+    "fisher": "half the sum of rows · columns · error² over each weight, with the second moments of inputs "
+    "and of gradients on the calibration text (a diagonal Fisher matrix)",
+    "error": "relative squared error of each weight times its parameters, without any text",
+}
 
 
-def render(plan: Mapping[str, Any]) -> str:
-    """The page for a plan file's contents."""
-    name = html.escape(str(plan["source"]["name"]))
+def render(
+    plan: Mapping[str, Any],
+    scores: Scores | None = None,
+    measured: Sequence[Measured] = (),
+    sections: Sequence[Section] = (),
+) -> str:
+    """The page of an artifact.
+
+    Args:
+        plan: its plan file's contents.
+        scores: its score table, where a budget was spent.
+        measured: what evaluations found.
+        sections: of those who know more than the files say.
+    """
+    weights = plan["weights"]
+    chosen = (
+        None if scores is None else tradeoff.priced(scores, {n: parse(w["spec"]) for n, w in weights.items()})
+    )
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>kbitc: {name}</title>",
-        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>",
-        f"<h1>{name}</h1><p class=why>compiled by kbitc {html.escape(str(plan['kbitc']))}</p>",
-        _facts(plan),
-        "<h2>Formats</h2>",
-        _formats(plan),
-        "<h2>Packed weights</h2>",
-        _weights(plan),
-        "<h2>Left at 16 bits</h2>",
-        _left(plan),
-        "</html>\n",
+        Section("Bits and error by layer", _layers(weights)),
+        Section("Formats", _formats(weights)),
+        *([] if scores is None else [Section("Trade-off", _trade_off(plan, scores, measured))]),
+        Section("Measured", _measured(measured)),
+        Section("Plan", _plan_table(weights, scores, chosen)),
+        Section("Outlier features", _outliers(weights)),
+        *sections,
+        Section("Passes", _passes(plan.get("passes", []))),
+        fusions({name: Fired.from_json(record) for name, record in plan.get("fusions", {}).items()}),
+        Section("Left at 16 bits", left_alone(plan["left_alone"])),
     ]
-    return "\n".join(parts)
+    return page(
+        str(plan["source"]["name"]), f"compiled to k-bit weights by kbitc {plan['kbitc']}", facts(plan), parts
+    )
 
 
-def _facts(plan: Mapping[str, Any]) -> str:
+def facts(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What to know of an artifact first, by name."""
     ratio = plan["source_bytes"] / plan["bytes"]
     budget = "" if plan["budget"] is None else f" of a budget of {plan['budget']:g}"
-    facts = {
-        "stored bits per parameter": f"{plan['bits_per_param']:.4f}{budget}",
-        "stored": f"{plan['bytes'] / 1e6:,.2f} MB",
-        "source": f"{plan['source_bytes'] / 1e6:,.2f} MB ({ratio:.2f} times larger)",
-        "parameters": f"{plan['parameters']:,}",
+    found = {
+        f"stored bits per parameter, everything counted{budget}": f"{plan['bits_per_param']:.4f}",
+        "stored tensors": f"{plan['bytes'] / 1e6:,.2f} MB",
+        f"the source, {ratio:.2f} times larger": f"{plan['source_bytes'] / 1e6:,.2f} MB",
+        "parameters, tied ones counted once": f"{plan['parameters']:,}",
     }
-    cells = (f"<div class=fact><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in facts.items())
-    return f"<div class=facts>{''.join(cells)}</div>"
+    predicted = plan.get("predicted")
+    if predicted is not None:
+        found |= _prediction(predicted)
+    text = plan.get("calibration")
+    found["calibration text"] = "none" if text is None else str(text)
+    return found
 
 
-def _formats(plan: Mapping[str, Any]) -> str:
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for entry in plan["weights"].values():
-        count[entry["spec"]] += 1
-        size[entry["spec"]] += _numel(entry["shape"])
-    rows = (
-        f"<tr><td><code>{html.escape(spec)}</code><td class=n>{count[spec]}<td class=n>{numel:,}"
-        f"<td>{_bar(numel / max(size.values()))}"
-        for spec, numel in size.most_common()
-    )
-    head = "<tr><th>spec<th>weights<th>parameters<th>"
-    return f"<table>{head}{''.join(rows)}</table>"
-
-
-def _weights(plan: Mapping[str, Any]) -> str:
-    errors = [entry.get("error") or 0.0 for entry in plan["weights"].values()]
-    worst = max(errors, default=0.0) or 1.0
-    rows = []
-    for name, entry in plan["weights"].items():
-        error = entry.get("error")
-        bits = entry.get("bits")
-        rows.append(
-            f"<tr><td><code>{html.escape(name)}</code><td class=n>{'×'.join(map(str, entry['shape']))}"
-            f"<td><code>{html.escape(entry['spec'])}</code>"
-            f"<td class=n>{'' if bits is None else f'{bits:.3f}'}<td>{_bar((bits or 0) / 16)}"
-            f"<td class=n>{'' if error is None else f'{error:.4f}'}<td>{_bar((error or 0) / worst, 'bar e')}"
-            f"<td class=why>{html.escape(entry['reason'])}"
+def _prediction(predicted: Mapping[str, Any]) -> dict[str, str]:
+    cost = float(predicted["cost"])
+    shown = f"+{cost:.4g}"
+    name = f"predicted loss increase, {predicted['unit']}"
+    if predicted["unit"] == "nats per token":
+        name += f" (perplexity × {math.exp(min(cost, 700)):.4g})"
+    gap = predicted.get("gap")
+    found = {name: shown}
+    if gap is not None:
+        found["proved gap: no plan of this size is predicted better by more"] = (
+            f"{100 * max(float(gap), 0.0):.2g} %"
         )
-    head = "<tr><th>weight<th>shape<th>spec<th>bits<th><th>relative error<th><th>reason"
-    return f"<table>{head}{''.join(rows)}</table>"
+    return found
 
 
-def _left(plan: Mapping[str, Any]) -> str:
-    rows = (
-        f"<tr><td><code>{html.escape(name)}</code><td class=n>{'×'.join(map(str, entry['shape']))}"
-        f"<td class=why>{html.escape(entry['reason'])}"
-        for name, entry in plan["left_alone"].items()
+def fusions(found: Mapping[str, Fired]) -> Section:
+    """What fusion and clean-up passes did, and why they left what they left."""
+    rows: list[list[Cell | str]] = []
+    for name, record in found.items():
+        merged = sum(map(len, record.groups))
+        reasons = Counter(record.left.values()).most_common()
+        rows.append(
+            [
+                code(name),
+                Cell(str(len(record.groups)), len(record.groups)),
+                Cell(str(merged), merged),
+                Cell(str(len(record.left)), len(record.left)),
+                "; ".join(f"{count}: {reason}" for reason, count in reasons),
+            ]
+        )
+    columns = ("pass", "fired", "names rewritten", "left", "how many, and why")
+    return Section("Fusions", table(columns, rows) if rows else Markup())
+
+
+def _outliers(weights: Mapping[str, Any]) -> Markup:
+    features = {n: entry["outlier_features"] for n, entry in weights.items() if "outlier_features" in entry}
+    return Markup(outlier_map(features)) if features else Markup()  # noqa: S704  # it escapes names itself
+
+
+def _layers(weights: Mapping[str, Any]) -> Markup:
+    """Two heat maps: bits, and relative error."""
+    if not weights:
+        return Markup()
+    figures = []
+    for title, key, shown in (
+        ("stored bits a parameter", "bits", "{:.2f}"),
+        ("relative error", "error", "{:.3f}"),
+    ):
+        values = {name: entry[key] for name, entry in weights.items() if entry.get(key) is not None}
+        titles = {
+            name: f"{name}: {weights[name]['spec']}, {shown.format(value)} {title}"
+            for name, value in values.items()
+        }
+        if values:
+            figures.append(
+                layer_map(
+                    values, {n: shown.format(v).removeprefix("0") for n, v in values.items()}, titles, title
+                )
+            )
+    return join(figures)
+
+
+def layer_map(
+    values: Mapping[str, float], shown: Mapping[str, str], titles: Mapping[str, str], title: str
+) -> Markup:
+    """A figure of one number a weight: roles downwards, layers to the right.
+
+    Args:
+        values: by weight name.
+        shown: in the cells, by weight name.
+        titles: under the pointer, by weight name.
+        title: what the numbers are.
+    """
+    roles = by_role(values)
+    stacks = {role.stack for role in roles if role.has_layers}
+    rows = [
+        HeatRow(
+            f"{role.stack}: {role.name}" if role.has_layers and len(stacks) > 1 else role.name,
+            {layer: HeatCell(values[n], shown[n], titles[n]) for layer, n in layers.items()},
+            role.has_layers,
+        )
+        for role, layers in list(roles.items())[:MOST_ROLES]
+    ]
+    more = f"; {len(roles) - MOST_ROLES} more roles are in the table" if len(roles) > MOST_ROLES else ""
+    return Markup("<figure><figcaption>{}{}</figcaption>{}</figure>").format(
+        title.capitalize(), more, charts.heat_map(rows, title)
     )
-    return f"<table><tr><th>tensor<th>shape<th>reason{''.join(rows)}</table>"
 
 
-def _bar(share: float, kind: str = "bar") -> str:
-    return f"<div class='{kind}'><i style='width:{100 * min(max(share, 0.0), 1.0):.1f}%'></i></div>"
+def _formats(weights: Mapping[str, Any]) -> Markup:
+    """How many weights and parameters each spec got, largest first."""
+    members: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in weights.values():
+        members[entry["spec"]].append(entry)
+    sizes = {spec: sum(math.prod(e["shape"]) for e in own) for spec, own in members.items()}
+    total = sum(sizes.values()) or 1
+    rows: list[list[Cell | str]] = []
+    for spec, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        own = members[spec]
+        known = [e for e in own if e.get("error") is not None]
+        squared = sum(e["error"] ** 2 * math.prod(e["shape"]) for e in known)
+        measured = sum(math.prod(e["shape"]) for e in known)
+        error = (squared / measured) ** 0.5 if measured else None
+        rows.append(
+            [
+                Cell(code(spec)),
+                Cell(str(len(own)), len(own)),
+                Cell(f"{size:,}", size),
+                Cell(f"{100 * size / total:.1f} %", size),
+                bar(size / max(sizes.values())),
+                number(error, ".4f"),
+            ]
+        )
+    return table(("spec", "weights", "parameters", "share", "", "rms relative error"), rows)
 
 
-def _numel(shape: list[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
+def _trade_off(plan: Mapping[str, Any], scores: Scores, measured: Sequence[Measured]) -> Markup:
+    curve, uniform = tradeoff.curve(scores), tradeoff.uniform(scores)
+    bits, predicted = plan["bits_per_param"], plan.get("predicted")
+    chosen = None if predicted is None else Point(bits, float(predicted["cost"]), "this artifact")
+    is_nats = scores.unit == "nats per token"
+    drawn = [
+        Point(m.bits, m.increase, f"{m.model} on {m.text}")
+        for m in measured
+        if is_nats and m.increase is not None
+    ]
+    note = "" if is_nats else " Costs without text have no unit, so measured losses are not drawn."
+    return (
+        paragraph(
+            "Every plan's cost is predicted as the sum over its weights: {}. Shared codebooks, a few "
+            "kilobytes, are not counted in the curve.{}",
+            METHODS.get(scores.source, scores.source),
+            note,
+        )
+        + Markup("<figure>{}</figure>").format(charts.trade_off(curve, uniform, chosen, drawn, scores.unit))
+        + trade_off_table(scores, bits)
+    )
+
+
+def trade_off_rows(scores: Scores, around: float) -> list[tuple[float, float, Point | None]]:
+    """Budgets around one: ``(bits, predicted cost of the best plan, best uniform plan that fits)``."""
+    curve, uniform = tradeoff.curve(scores), tradeoff.uniform(scores)
+    centre = round(around / STEP) * STEP
+    rows = []
+    for i in range(-4, 5):
+        bits = centre + i * STEP
+        cost = tradeoff.at(curve, bits)
+        if cost is not None:
+            rows.append((bits, cost, tradeoff.best_uniform(uniform, bits)))
+    return rows
+
+
+def trade_off_table(scores: Scores, around: float) -> Markup:
+    """:func:`trade_off_rows` for a page."""
+    rows: list[list[Cell | str]] = [
+        [
+            Cell(f"{bits:.2f}", bits),
+            Cell(f"{cost:.4g}", cost),
+            Cell("none fits") if best is None else Cell(code(best.label)),
+            number(None if best is None else best.cost, ".4g"),
+            number(None if best is None or not cost else best.cost / cost, ".2f"),
+        ]
+        for bits, cost, best in trade_off_rows(scores, around)
+    ]
+    columns = ("stored bits", f"best plan: predicted {scores.unit}", "best uniform spec", "its cost", "times")
+    return table(columns, rows)
+
+
+def _measured(measured: Sequence[Measured]) -> Markup:
+    rows: list[list[Cell | str]] = [
+        [
+            m.model,
+            m.text,
+            Cell(f"{m.tokens:,} × {m.context}", m.tokens),
+            number(m.bits, ".4f"),
+            number(m.perplexity, ".4f"),
+            number(m.loss, ".5f"),
+            number(m.increase, "+.5f"),
+            number(m.divergence, ".6f"),
+        ]
+        for m in measured
+    ]
+    columns = (
+        "model",
+        "text",
+        "tokens × window",
+        "stored bits",
+        "perplexity",
+        "nats per token",
+        "above the reference",
+        "KL divergence",
+    )
+    return table(columns, rows) if rows else Markup()
+
+
+def _plan_table(
+    weights: Mapping[str, Any], scores: Scores | None, chosen: Mapping[str, Option] | None
+) -> Markup:
+    columns = ["weight", "shape", "spec", "bits", "rel. error", "reason"]
+    note = Markup()
+    fewer: Mapping[str, Option] = {}
+    more: Mapping[str, Option] = {}
+    if scores is not None and chosen is not None:
+        columns += ["predicted", "next smaller", "next larger", f"at −{STEP:g} bits", f"at +{STEP:g} bits"]
+        fewer = tradeoff.shifted(scores, chosen, -STEP)
+        more = tradeoff.shifted(scores, chosen, STEP)
+        note = paragraph(
+            "“Predicted” is the weight's share of the loss increase, in {}. Next smaller and larger are its "
+            "neighbours on the convex hull of its options, with what they change in bytes and in loss. The "
+            "last two columns say what each weight would get if the whole model had {} bits per parameter "
+            "less ({} weights would change) or more ({}).",
+            scores.unit,
+            STEP,
+            len(fewer),
+            len(more),
+        )
+    rows = []
+    for name, entry in weights.items():
+        row: list[Cell | str] = [
+            code(name),
+            Cell("×".join(map(str, entry["shape"])), math.prod(entry["shape"])),
+            Cell(code(entry["spec"])),
+            number(entry.get("bits"), ".3f"),
+            number(entry.get("error"), ".4f"),
+            Markup("<span class=why>{}</span>").format(entry["reason"]),
+        ]
+        if scores is not None and chosen is not None:
+            own = chosen[name]
+            smaller, larger = tradeoff.neighbours(scores.options[name], own)
+            row += [
+                Cell(f"{own.cost:.3g}", own.cost),
+                Cell(_change(own, smaller)),
+                Cell(_change(own, larger)),
+                Cell(_other(fewer.get(name))),
+                Cell(_other(more.get(name))),
+            ]
+        rows.append(row)
+    return note + table(columns, rows, name="plan")
+
+
+def _change(own: Option, other: Option | None) -> str:
+    if other is None:
+        return "none"
+    return Markup("{}: {:+,.1f} kB, {:+.2g}").format(
+        code(str(other.spec)), (other.nbytes - own.nbytes) / 1e3, other.cost - own.cost
+    )
+
+
+def _other(option: Option | None) -> str:
+    return "the same" if option is None else code(str(option.spec))
+
+
+def _passes(passes: Sequence[Mapping[str, Any]]) -> Markup:
+    rows: list[list[Cell | str]] = [
+        [
+            Cell(code(str(step["name"]))),
+            Cell(f"{step['nodes_before']:,}", step["nodes_before"]),
+            Cell(f"{step['nodes_after']:,}", step["nodes_after"]),
+            str(step["changes"]),
+        ]
+        for step in passes
+    ]
+    return table(("pass", "graph nodes before", "after", "what changed"), rows) if rows else Markup()
+
+
+def left_alone(entries: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """Tensors that stay at 16 bits, by reason; each reason folds its tensors."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, entry in entries.items():
+        by_reason[str(entry["reason"])].append(f"{name} {'×'.join(map(str, entry['shape']))}")
+    fold = Markup("<details><summary>{} ({} tensors)</summary><div class=ops>{}</div></details>")
+    line = Markup("<code>{}</code>")
+    return join(
+        fold.format(reason, len(names), Markup("<br>").join(line.format(name) for name in names))
+        for reason, names in by_reason.items()
+    )
+
+
+def number(value: float | None, form: str) -> Cell:
+    """A numeric cell; empty without a value."""
+    return Cell("") if value is None else Cell(format(value, form), value)

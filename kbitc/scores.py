@@ -6,11 +6,14 @@ other budget in a second, without the model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from kbitc.errors import UsageError
+from kbitc.graphs import Groups
 from kbitc.spec import Spec, parse
 
 FORMAT = 1
@@ -44,6 +47,7 @@ class Scores:
         parameters: of the whole model, tied ones once.
         source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
         unit: of a cost: "nats per token" or "relative".
+        groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graphs.KINDS`).
     """
 
     options: Mapping[str, tuple[Option, ...]]
@@ -52,6 +56,7 @@ class Scores:
     parameters: int
     source: str
     unit: str
+    groups: Mapping[str, Groups] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
@@ -61,6 +66,7 @@ class Scores:
             "unit": self.unit,
             "fixed_bytes": self.fixed,
             "parameters": self.parameters,
+            "groups": {kind: [list(names) for names in found] for kind, found in self.groups.items()},
             "weights": {
                 name: {
                     "parameters": self.numel[name],
@@ -72,6 +78,23 @@ class Scores:
                 for name, found in self.options.items()
             },
         }
+
+    @staticmethod
+    def open(path: Path) -> Scores:
+        """The score table of an artifact's folder, or in a file.
+
+        Raises:
+            UsageError: none there, or a damaged one.
+        """
+        path = path / SCORES_FILE if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' "
+                "writes one into its artifact"
+            ) from error
+        return Scores.from_json(data, str(path))
 
     @staticmethod
     def from_json(data: Any, label: str = "scores") -> Scores:
@@ -98,6 +121,7 @@ class Scores:
                 int(data["parameters"]),
                 data["source"],
                 data["unit"],
+                {kind: [tuple(names) for names in found] for kind, found in data["groups"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error

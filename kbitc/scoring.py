@@ -63,12 +63,15 @@ class Sample:
         # One importance for all rows, or one a row: the search takes groups of equal size.
         return Sample(values, importance if weight.dim() == 2 else importance[group], tuple(factors))
 
-    def price(self, spec: Spec) -> tuple[float | None, float]:
-        """Predicted increase of the loss in nats per token (None without moments), and relative error."""
+    def price(self, spec: Spec, outliers: Tensor | None = None) -> tuple[float | None, float]:
+        """Predicted increase of the loss in nats per token (None without moments), and relative error.
+
+        ``outliers``: which input features a spec with +out keeps.
+        """
         if spec.is_left_alone:
             back = self.values.half().float()
         else:
-            back = torch.ops.kbit.dequantize(*_flat_operands(self._quantize(spec)), torch.float32)
+            back = torch.ops.kbit.dequantize(*_flat_operands(self._quantize(spec, outliers)), torch.float32)
         error = relative_error(self.values, back)
         if not self.factors:
             return None, error
@@ -78,14 +81,14 @@ class Sample:
             price += float(rows.double() @ (squared * columns).sum(-1).double())
         return price / 2, error
 
-    def _quantize(self, spec: Spec) -> Packed:
+    def _quantize(self, spec: Spec, outliers: Tensor | None) -> Packed:
         if self.importance is None:
-            return ops.quantize(self.values, spec)
+            return ops.quantize(self.values, spec, outliers=outliers)
+        options = {"quantizer": "weighted", "outliers": outliers}
         if self.importance.shape[0] == 1:
-            return ops.quantize(self.values, spec, quantizer="weighted", importance=self.importance[0])
+            return ops.quantize(self.values, spec, importance=self.importance[0], **options)
         # Each sampled row has an expert's importance: as many experts of one row.
-        rows = self.values.unsqueeze(1)
-        return ops.quantize(rows, spec, quantizer="weighted", importance=self.importance)
+        return ops.quantize(self.values.unsqueeze(1), spec, importance=self.importance, **options)
 
 
 def packed_error(weight: Tensor, packed: Packed) -> float:

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kbitc.program import CANONICAL, Program
+from kbitc.program import CANONICAL, Program, Read
 
-Read = Callable[[str], Tensor]
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""
@@ -71,17 +70,17 @@ class Streamed(fx.Interpreter):
             )
             return super().call_function(target, args, kwargs)
         name = args[1].name
-        x, rest = args[0], [self.load(a.name) if isinstance(a, _Stored) else a for a in args[2:]]
+        x, *rest = [self.load(a.name) if isinstance(a, _Stored) else a for a in (args[0], *args[2:])]
         is_transposed = kwargs.get("is_transposed", False)
         if kind == "embedding":
             y = F.embedding(x, self.load(name))
-            if torch.is_grad_enabled():
-                y.requires_grad_()
         elif kind == "linear":
             y = apply(_Linear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
         else:
             y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
             x = (x, *rest)
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()  # nothing before it has a gradient: it is among the first
         self.seen(name, kind, x, y)
         return y
 

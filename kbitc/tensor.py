@@ -28,14 +28,21 @@ class KbitTensor(Tensor):
     Attributes:
         packed: the plain tensors, spec and width; its rows are always *output* features.
         is_transposed: the logical tensor is ``(..., in_features, rows)``: GPT-2's Conv1D.
+        activations: "float", or "int8" for a linear in integers (`kbitc.activations`).
     """
 
     packed: Packed
     is_transposed: bool
+    activations: str
 
     @staticmethod
     def __new__(
-        cls: type[KbitTensor], packed: Packed, dtype: torch.dtype, *, is_transposed: bool = False
+        cls: type[KbitTensor],
+        packed: Packed,
+        dtype: torch.dtype,
+        *,
+        is_transposed: bool = False,
+        activations: str = "float",
     ) -> KbitTensor:
         """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``."""
         shape = packed.shape
@@ -46,6 +53,7 @@ class KbitTensor(Tensor):
         )
         self.packed = packed
         self.is_transposed = is_transposed
+        self.activations = activations
         for name in TENSOR_FIELDS:
             setattr(self, f"_{name}", getattr(packed, name))
         return self
@@ -68,28 +76,33 @@ class KbitTensor(Tensor):
         form = ", transposed" if self.is_transposed else ""
         return f"KbitTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}{form})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, int, torch.dtype, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, int, torch.dtype, bool, str]]:
         names = [f"_{name}" for name in self.packed.tensors()]
-        return names, (self.spec, self.packed.in_features, self.dtype, self.is_transposed)
+        packed = self.packed
+        return names, (packed.spec, packed.in_features, self.dtype, self.is_transposed, self.activations)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor],
-        context: tuple[Spec, int, torch.dtype, bool],
+        context: tuple[Spec, int, torch.dtype, bool, str],
         outer_size: Iterable[int],
         outer_stride: Iterable[int],
     ) -> KbitTensor:
         del outer_size, outer_stride
-        spec, in_features, dtype, is_transposed = context
+        spec, in_features, dtype, is_transposed, activations = context
         fields = {name: inner.get(f"_{name}") for name in TENSOR_FIELDS}
         packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
-        return KbitTensor(packed, dtype, is_transposed=is_transposed)
+        return KbitTensor(packed, dtype, is_transposed=is_transposed, activations=activations)
 
     def _like(self, packed: Packed, dtype: torch.dtype | None = None) -> KbitTensor:
-        return KbitTensor(packed, dtype or self.dtype, is_transposed=self.is_transposed)
+        return KbitTensor(
+            packed, dtype or self.dtype, is_transposed=self.is_transposed, activations=self.activations
+        )
 
     def _turned(self) -> KbitTensor:
-        return KbitTensor(self.packed, self.dtype, is_transposed=not self.is_transposed)
+        return KbitTensor(
+            self.packed, self.dtype, is_transposed=not self.is_transposed, activations=self.activations
+        )
 
     @classmethod
     def __torch_function__(
@@ -174,7 +187,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
             f"F.linear needs a (rows, in_features) weight; this one is {tuple(weight.shape)}, "
             f"packed along dimension {weight.dim() - 2 if weight.is_transposed else weight.dim() - 1}"
         )
-    out: Tensor = torch.ops.kbit.linear(input, *weight.operands(), bias)
+    op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
+    out: Tensor = op(input, *weight.operands(), bias)
     return out
 
 

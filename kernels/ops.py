@@ -5,6 +5,7 @@ order of ``kbitc.blockwise.Operands``, and never a data type's name. A backend r
 for its device against the same op; where it has none, the reference here runs.
 
 ``linear``          x (..., in)             -> (..., rows)            x @ W.T + bias
+``linear_int8``     x (..., in)             -> (..., rows)            the same in integers: LLM.int8()
 ``linears``         x (..., in)             -> (..., sum of rows)     the same of several W, side by side
 ``embedding``       ids (...)               -> (..., in)              W[ids]
 ``grouped_linear``  x (tokens, in), offsets -> (tokens, rows)         x[group e] @ W[e].T
@@ -83,6 +84,13 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
     _check_input("linear", x, operands[9])
     return reference.linear(x, operands, bias)  # type: ignore[arg-type]
+
+
+@_op("linear_int8", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
+def _linear_int8(x: Tensor, *rest: Any) -> Tensor:
+    operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
+    _check_input("linear_int8", x, operands[9])
+    return reference.linear_int8(x, operands, bias)  # type: ignore[arg-type]
 
 
 def _split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Operands]:
@@ -300,4 +308,6 @@ def _linears_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("kbit::linears", _linears_backward, setup_context=_save_linears, lib=library)
 torch.library.register_autograd("kbit::linear", _linear_backward, setup_context=_save, lib=library)
+# Straight through the rounding of x: the gradient of the product with the dequantized weight.
+torch.library.register_autograd("kbit::linear_int8", _linear_backward, setup_context=_save, lib=library)
 torch.library.register_autograd("kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from kbitc.blockwise import Operands, dequantize_operands, effective_scales
+from kbitc.packing import unpack
 
+INT8_MOST = 127  # of the integers that `int8` rounds to
 TILE = 2**20  # weights dequantized at a time: 4 MB in float32
 
 
@@ -28,6 +30,40 @@ def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     for rows, weight in _tiles(operands, x.dtype):
         out[..., rows] = dense_linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
     return out
+
+
+def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` as LLM.int8() computes it: int8 times int8, summed exactly, outlier columns apart.
+
+    Each row of x is rounded to ``round(127 x / absmax)`` over its features but the outliers; these meet
+    their 16-bit columns as they are. (LLM.int8(), 2208.07339, with outliers fixed in advance.)
+
+    Raises:
+        RuntimeError: the weight is not `int8` with one scale a row.
+    """
+    planes, scales, codebook, zeros, *_, values, index, in_features, bits, _ = operands
+    even = torch.arange(-INT8_MOST, INT8_MOST + 1, device=codebook.device) * (codebook[-1] / INT8_MOST)
+    is_even = codebook.shape == even.shape and torch.allclose(codebook, even, rtol=1e-6, atol=1e-8)
+    if bits != 8 or not is_even or scales.shape[-1] != 1 or zeros is not None:
+        raise RuntimeError(
+            "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero "
+            "points: int8 with a block of at least in_features"
+        )
+    rest = x.float()
+    if index is not None:
+        rest = rest.index_fill(-1, index.long(), 0.0)
+    absmax = rest.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(absmax, INT8_MOST) / absmax  # a number over a tensor would round twice
+    rounded = torch.where(inverse.isfinite(), (rest * inverse).round(), 0.0 * rest)
+    weight = unpack(planes, in_features, 8).double() - INT8_MOST
+    sums = rounded.double() @ weight.mT  # whole numbers below 2**53: exact
+    steps = plain_scales(operands)[1].float().mT * (codebook[-1] / INT8_MOST)
+    out = sums.float() * (absmax / INT8_MOST * steps)
+    if index is not None and values is not None:
+        out = out + x.float()[..., index.long()] @ values.float().mT
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype)
 
 
 def input_grad(grad: Tensor, operands: Operands) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 
 from kbitc import datatypes, knapsack
 from kbitc.blockwise import dynamic_map, shared_codebook
-from kbitc.errors import BudgetError
+from kbitc.errors import BudgetError, UsageError, did_you_mean
 from kbitc.knapsack import Infeasible, Item, Solution
 from kbitc.passes import score_sensitivity
 from kbitc.plan import Choice, Plan
@@ -32,9 +32,12 @@ class AllocateBits:
 
     Attributes:
         budget: stored bits per parameter that the whole model must not exceed.
+        agree: kind of weights that get one spec: "input" for those that read one value (queries, keys and
+            values; gate and up), "role" for those that stand at one place of every layer; "" for none.
     """
 
     budget: float = 4.0
+    agree: str = ""
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.PLANNED
@@ -42,17 +45,23 @@ class AllocateBits:
     provides: ClassVar[tuple[str, ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
-        """Raises BudgetError when not even the smallest options fit; names the smallest budget."""
+        """Raises BudgetError when not even the smallest options fit; UsageError for an unknown ``agree``."""
         scores = cast("Scores", program.facts[score_sensitivity.FACT])
-        plan, solution = allocate(scores, self.budget)
+        plan, solution = allocate(scores, self.budget, self.agree)
         return replace(program, plan=plan, stage=Stage.PLANNED).with_fact(FACT, solution)
 
 
-def allocate(scores: Scores, budget: float) -> tuple[Plan, Solution]:
+def allocate(scores: Scores, budget: float, agree: str = "") -> tuple[Plan, Solution]:
     """The best plan of at most ``budget`` bits per parameter, and how good it is known to be.
+
+    Args:
+        scores: options of every weight.
+        budget: stored bits per parameter of the whole model.
+        agree: kind of weights that get one spec, see `AllocateBits`.
 
     Raises:
         BudgetError: the smallest options are too large.
+        UsageError: no such kind of groups.
     """
     room = int(budget * scores.parameters / 8) - scores.fixed
     specs = {option.spec for found in scores.options.values() for option in found}
@@ -62,8 +71,9 @@ def allocate(scores: Scores, budget: float) -> tuple[Plan, Solution]:
         [Item(o.nbytes, o.cost, names[o.spec], key=str(o.spec)) for o in found]
         for found in scores.options.values()
     ]
+    merged, members = knapsack.agree(groups, _together(scores, agree))
     try:
-        solution = knapsack.solve(groups, room, sizes)
+        solution = knapsack.solve(merged, room, sizes)
     except Infeasible as error:
         least = 8 * (error.nbytes + scores.fixed) / scores.parameters
         raise BudgetError(
@@ -71,11 +81,24 @@ def allocate(scores: Scores, budget: float) -> tuple[Plan, Solution]:
             f"parameter ({scores.fixed / 1e6:.2f} MB of it are tensors that stay at 16 bits). Ask for "
             f"--bits {_round_up(least)} or more"
         ) from error
+    spec_of = {
+        i: merged[group][index].key for group, index in enumerate(solution.chosen) for i in members[group]
+    }
     choices = {
-        name: _choice(found[index], scores, name)
-        for (name, found), index in zip(scores.options.items(), solution.chosen, strict=True)
+        name: _choice(next(option for option in found if str(option.spec) == spec_of[i]), scores, name)
+        for i, (name, found) in enumerate(scores.options.items())
     }
     return Plan(choices, budget), solution
+
+
+def _together(scores: Scores, kind: str) -> list[list[int]]:
+    """Indices of the weights of each group that must agree."""
+    if not kind:
+        return []
+    if kind not in scores.groups:
+        raise UsageError(did_you_mean("kind of weights that agree", kind, scores.groups))
+    order = {name: i for i, name in enumerate(scores.options)}
+    return [[order[name] for name in names] for names in scores.groups[kind]]
 
 
 def _choice(option: Option, scores: Scores, name: str) -> Choice:

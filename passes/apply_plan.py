@@ -1,7 +1,7 @@
 """Give every weight the spec that a plan names for it.
 
-before:  stage CANONICAL, no plan
-after:   stage PLANNED, plan = rules matched against the weights' names
+before:  stage CANONICAL, no plan; fact "outliers" if a spec says +out
+after:   stage PLANNED, plan = rules matched against the weights' names, +out as the share that was found
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kbitc.plan import Plan
+from kbitc import outliers
+from kbitc.errors import UsageError
+from kbitc.plan import Choice, Plan
 from kbitc.program import Program, Stage
 
 
@@ -32,7 +34,20 @@ class ApplyPlan:
     def run(self, program: Program) -> Program:
         """Raises UsageError on a key that names no weight, and on a weight that no key names."""
         plan = Plan.from_json(self.rules, program.weights, label=self.label)
+        chosen = {name: _resolved(program, name, choice) for name, choice in plan.weights.items()}
+        plan = replace(plan, weights=chosen)
         return replace(program, plan=plan, stage=Stage.PLANNED)
+
+
+def _resolved(program: Program, name: str, choice: Choice) -> Choice:
+    if not choice.spec.wants_found:
+        return choice
+    found = outliers.of_weight(program.facts, name)
+    if found is None:
+        raise UsageError(
+            f"{name}: {choice.spec}: +out needs the outlier features; run the pass 'find_outliers' first"
+        )
+    return replace(choice, spec=found.resolved(choice.spec), reason=f"{choice.reason}; {found.reason}")
 
 
 PASS = ApplyPlan

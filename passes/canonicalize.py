@@ -10,15 +10,15 @@ read in two ways, stay at 16 bits in ``rest``, each with the reason. Tied weight
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import fx
 
-from kbitc import program as forms
 from kbitc.matching import Match, Miss, match
 from kbitc.program import Program, Rest, Stage, Use, Weight
-from kbitc.reads import CHECKS, Read, is_move, op_name, reads, value_of
+from kbitc.reads import CHECKS, Read, is_move, op_name, reads
+from kbitc.rewriting import build
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,55 +123,9 @@ def _rewrite(
                 weight_of[program.parameters[node.name]] = new[node]
             continue
         name, found = chosen[node]
-        new[node], canonical[node] = _build(graph, node, found, weight_of[name], new)
+        new[node], canonical[node] = build(graph, node, found, weight_of[name], new.__getitem__)
     graph.eliminate_dead_code()
     return graph, canonical
-
-
-def _build(
-    graph: fx.Graph, old: fx.Node, found: Match, weight: fx.Node, new: Mapping[fx.Node, fx.Node]
-) -> tuple[fx.Node, fx.Node]:
-    """The canonical call with what moves its operands there and back: (result, canonical node)."""
-    x = new[found.x]
-    if found.is_left:
-        x = _call(graph, old, aten.transpose.int, x, -2, -1)
-    offsets = None if found.offsets is None else new[found.offsets]
-    batch = value_of(x).shape[:-1]
-    if found.is_batched:
-        experts, rows = batch
-        x = _call(graph, old, aten.reshape.default, x, [experts * rows, value_of(x).shape[-1]])
-        steps = (rows, experts * rows + 1, rows)
-        options = {"dtype": torch.int32, "device": value_of(x).device}
-        offsets = _call(graph, old, aten.arange.start_step, *steps, **options)
-    flags: dict[str, Any] = {"is_transposed": True} if found.is_transposed else {}
-    if found.kind == "embedding":
-        out = graph.call_function(forms.embedding, (x, weight))
-    elif found.kind == "grouped_linear":
-        out = graph.call_function(forms.grouped_linear, (x, weight, offsets), flags)
-    else:
-        bias = None if found.bias is None else new[found.bias]
-        operands = (x, weight) if bias is None else (x, weight, bias)
-        out = graph.call_function(forms.linear, operands, flags)
-    canonical = out
-    # Its shape follows from the old call's by undoing, in reverse, what is redone below.
-    value = value_of(old)
-    value = value.mT if found.is_left else value
-    out.meta = {**old.meta, "val": value.flatten(0, 1) if found.is_batched else value}
-    if found.is_batched:
-        out = _call(graph, old, aten.reshape.default, out, [*batch, value.shape[-1]])
-    if found.is_left:
-        out = _call(graph, old, aten.transpose.int, out, -2, -1)
-    if found.addend is not None:
-        out = _call(graph, old, aten.add.Tensor, new[found.addend], out)
-    return out, canonical
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A node with its fake value, that belongs to the same module as ``like``."""
-    node = graph.call_function(target, args, kwargs)
-    values = fx.map_arg(args, value_of)
-    node.meta = {**like.meta, "val": target(*values, **kwargs)}
-    return node
 
 
 def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -> Weight:

@@ -1,96 +1,107 @@
-"""Run text through the model and note, for each weight, what its errors would cost.
+"""Run the model on text, or on random inputs, and note for each weight what its errors would cost.
 
 before:  stage CANONICAL
 after:   stage CANONICAL, fact "moments": `Moments` by weight name
 
-One forward and one backward pass a window, with the next-token loss. A gradient g of an output and the
-input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and a
-column part. Text that the model sampled itself makes it the true Fisher, other text the empirical one.
+One forward and one backward pass a window (`kbitc.fisher` has the losses). A gradient g of an output and
+the input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and
+a column part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.errors import UsageError
-from kbitc.moments import Factor, Moments
+from kbitc.fisher import positions
+from kbitc.moments import Factor, Moments, Reach
 from kbitc.program import Program, Stage
 from kbitc.streaming import Streamed, expert_slices
 
 FACT = "moments"
 TEXT_FACT = "calibration"
+MAGNITUDE = 6.0
 
 
 class Source(Protocol):
-    """Text, and the model to run it through: `kbitc.calibration.Calibrator`."""
+    """Inputs, and the model to run them through: `kbitc.calibration.Calibrator`."""
 
     @property
     def label(self) -> str: ...  # noqa: D102
     @property
     def on_event(self) -> Callable[[str, int, int], None]: ...  # noqa: D102
-    def windows(self) -> Tensor: ...  # noqa: D102
-    def trace(self, batch: int, length: int) -> Program: ...  # noqa: D102
+    @property
+    def is_text(self) -> bool: ...  # noqa: D102
+    def feeds(self) -> list[dict[str, Tensor]]: ...  # noqa: D102
+    def trace(self, feed: Mapping[str, Tensor]) -> Program: ...  # noqa: D102
+    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor: ...  # noqa: D102
     def read(self, name: str) -> Tensor: ...  # noqa: D102
-    def remembered(self, measure: Callable[[], Mapping[str, Moments]]) -> Mapping[str, Moments]: ...  # noqa: D102
+    def remembered(  # noqa: D102
+        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
+    ) -> Mapping[str, Moments]: ...
 
 
 @dataclass(frozen=True)
 class MeasureMoments:
-    """Needs a language model: token ids in, next-token logits out.
+    """Needs a model of transformers.
 
     Attributes:
-        calibrator: gives the text and runs the model; see `kbitc.calibration.Calibrator`.
+        calibrator: gives inputs and losses; see `kbitc.calibration.Calibrator`.
+        magnitude: from where on an input counts as an outlier; 6 is LLM.int8()'s threshold.
     """
 
     calibrator: Source | None = None
+    magnitude: float = MAGNITUDE
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
     provides: ClassVar[tuple[str, ...]] = (FACT, TEXT_FACT)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError where the model is no causal language model, or without a calibrator."""
+        """Raises UsageError without a calibrator."""
         if self.calibrator is None:
             raise UsageError(
-                "the pass 'measure_moments' has no text to measure on; 'kbitc compile --calibrate' gives it "
-                "some, and leaves the pass out where there is none"
+                "the pass 'measure_moments' has nothing to measure on; 'kbitc compile --calibrate' gives it "
+                "text or random inputs, and leaves the pass out where there are none"
             )
         source = self.calibrator
-        found = source.remembered(lambda: self._measure(program, source))
+        # What is remembered is of the source's own weights.
+        found = (
+            self._measure(program, source)
+            if program.changes
+            else source.remembered(lambda: self._measure(program, source), f"magnitude {self.magnitude:g}")
+        )
         return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
 
-    @staticmethod
-    def _measure(program: Program, source: Source) -> dict[str, Moments]:
-        windows = source.windows()
-        count, length = windows.shape
-        traced = source.trace(1, length)
-        placeholders = [node.name for node in traced.graph.graph.find_nodes(op="placeholder")]
-        (ids,) = [name for name in placeholders if name not in traced.parameters]
+    def _measure(self, program: Program, source: Source) -> dict[str, Moments]:
+        feeds = source.feeds()
+        traced = source.trace(feeds[0])
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        streamed = Streamed(traced, source.read, partial(_watch, program, sums))
-        for i, window in enumerate(windows):
+        seen: dict[str, _Seen] = {}
+        watch = partial(_watch, program, sums, seen, self.magnitude)
+        streamed = Streamed(traced, program.as_stored(source.read), watch)
+        tokens = 0
+        for i, feed in enumerate(feeds):
             with torch.enable_grad():
-                logits = _logits(streamed.call(**{ids: window[None]}), length)
-                # Summed, not averaged: what a token's activation does to all later ones.
-                loss = F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum")
-                loss.backward()
-            del logits, loss
-            source.on_event("measuring on text", i + 1, count)
-        return {name: _moments(own, count * length) for name, own in sums.items() if own}
-
-
-def _logits(outputs: list[Any], length: int) -> Tensor:
-    for value in outputs:
-        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
-            return value
-    raise UsageError("calibration on text needs a causal language model, whose first output is logits")
+                outputs = streamed.call(**feed)
+                source.loss(feed, outputs, i).backward()
+            tokens += positions(outputs)
+            del outputs
+            source.on_event("measuring what errors cost", i + 1, len(feeds))
+        return {
+            name: replace(
+                _moments(own, tokens, is_text=source.is_text),
+                reach=seen[name].reach() if name in seen else None,
+            )
+            for name, own in sums.items()
+            if own
+        }
 
 
 @dataclass
@@ -119,10 +130,42 @@ class _Sums:
         self.inputs[expert] += squared.sum(0)
 
 
+@dataclass
+class _Seen:
+    """Magnitudes of the inputs of one weight's matmuls."""
+
+    magnitude: float
+    peaks: Tensor | float = 0.0  # (in,) once something was seen
+    counts: Tensor | float = 0.0  # (in,): tokens that reach the magnitude
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        size = x.abs().flatten(0, -2)
+        if len(size):
+            self.peaks = size.amax(0).clamp_min(self.peaks)
+            self.counts = self.counts + (size >= self.magnitude).sum(0)
+            self.tokens += len(size)
+
+    def reach(self) -> Reach | None:
+        if not isinstance(self.peaks, Tensor) or not isinstance(self.counts, Tensor):
+            return None
+        return Reach(self.peaks, (self.counts / self.tokens).float(), self.magnitude)
+
+
 def _watch(
-    program: Program, sums: dict[str, dict[str, _Sums]], name: str, kind: str, given: Any, out: Tensor
+    program: Program,
+    sums: dict[str, dict[str, _Sums]],
+    seen: dict[str, _Seen],
+    magnitude: float,
+    name: str,
+    kind: str,
+    given: Any,
+    out: Tensor,
 ) -> None:
-    """Arrange that the gradient of a use's output is noted when the backward pass reaches it."""
+    """Note the input of a use, and arrange that the gradient of its output is noted in the backward pass."""
+    if kind != "embedding":
+        x = given[0] if kind == "grouped_linear" else given
+        seen.setdefault(name, _Seen(magnitude)).add(x.detach())
     weight = program.weights[name]
     lead = weight.shape[0] if len(weight.shape) == 3 else 1
     own = sums[name].setdefault(kind, _Sums.of(lead, weight.rows // lead, weight.in_features))
@@ -140,18 +183,17 @@ def _watch(
                 if tokens.stop > tokens.start:
                     own.add(expert, x[tokens].detach(), grad[tokens])
 
-    if not out.requires_grad:
-        raise UsageError(f"{name}: nothing before it in the graph has a gradient; calibrate with none")
     out.register_hook(note)
 
 
-def _moments(uses: dict[str, _Sums], tokens: int) -> Moments:
+def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
     factors = []
     inputs = None
     for kind, own in uses.items():
         if kind == "embedding":
-            # Half of the weight on rows that this text does not hold: another text will.
-            often = own.rows / (2 * tokens) + 0.5 / own.rows.shape[1]
+            often = torch.full_like(own.rows, 1 / own.rows.shape[1])
+            if is_text:  # half of the weight on rows that this text does not hold: another text will
+                often = (often + own.rows / own.rows.sum()) / 2
             factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
             continue
         factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))

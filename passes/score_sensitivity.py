@@ -1,6 +1,6 @@
 """Price every option of every weight: bytes, and what the loss pays for them.
 
-before:  stage CANONICAL, fact "moments" if there was text to measure them on
+before:  stage CANONICAL, facts "moments" and "outliers" if there was text to measure them on
 after:   stage CANONICAL, fact "scores": `Scores`
 
 Each spec is tried on a sample of the weight's own rows. With moments the price of an error dW is
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from kbitc import scoring
+from kbitc import outliers, scoring
 from kbitc.errors import UsageError
+from kbitc.graphs import KINDS, Groups, agreeing_groups
 from kbitc.moments import Moments
+from kbitc.outliers import Found, share_of
 from kbitc.passes import measure_moments
 from kbitc.program import Program, Stage, Weight
 from kbitc.scores import Option, Scores, monotone
@@ -32,6 +34,14 @@ FACT = "scores"
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
 HEAD_IMPORTANCE = 8.0
+
+
+def outlier_candidates(in_features: int, count: int) -> tuple[Spec, ...]:
+    """Specs that keep ``count`` input features at 16 bits: of each k one, and LLM.int8()'s int8."""
+    blocks = {"nf3": 64, "nf4": 64, "nf5": 64, "int6": 128, "int7": 128}
+    plain = (*(f"{name}:{block}+dq" for name, block in blocks.items()), f"int8:{in_features}")
+    share = share_of(count, in_features)
+    return tuple(replace(parse(text), outliers=share) for text in plain)
 
 
 def default_candidates() -> tuple[Spec, ...]:
@@ -54,6 +64,8 @@ def default_candidates() -> tuple[Spec, ...]:
         for family in names
         for block in (32, 64, 128, 256)
     ]
+    # Between 3.25 and 4.25 bits there is little else, and a small model's embedding is one choice.
+    plain += [f"{family}{bits}:16+dq" for bits in (2, 3) for family in ("nf", "bof", "learned")]
     with_zero = [f"int{bits}:{block}+zp+dq" for bits in (2, 3, 4) for block in (32, 64, 128)]
     return tuple(parse(text) for text in plain + with_zero)
 
@@ -63,7 +75,8 @@ class ScoreSensitivity:
     """Makes the table that the allocator solves.
 
     Attributes:
-        candidates: specs to try; leaving a weight at 16 bits is always one more.
+        candidates: specs to try; by default `default_candidates`, and for a weight with outlier features
+            `outlier_candidates`; leaving a weight at 16 bits is always one more.
         head_importance: without moments, a factor on the cost of a weight that gives the logits.
         on_weight: progress, ``(name, done, all)``.
     """
@@ -87,7 +100,12 @@ class ScoreSensitivity:
         options = {}
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = pool.map(
-                lambda weight: self._options(weight, read(weight.name), moments.get(weight.name)),
+                lambda weight: self._options(
+                    weight,
+                    read(weight.name),
+                    moments.get(weight.name),
+                    outliers.of_weight(program.facts, weight.name) or Found(),
+                ),
                 program.weights.values(),
             )
             for i, (name, own) in enumerate(zip(program.weights, found, strict=True), start=1):
@@ -100,20 +118,29 @@ class ScoreSensitivity:
             program.parameter_count,
             source="fisher" if moments else "error",
             unit="nats per token" if moments else "relative",
+            groups={kind: _joined(agreeing_groups(program, kind)) for kind in KINDS},
         )
         return program.with_fact(FACT, scores)
 
-    def _options(self, weight: Weight, data: Tensor, moments: Moments | None) -> tuple[Option, ...]:
+    def _options(
+        self, weight: Weight, data: Tensor, moments: Moments | None, outlying: Found
+    ) -> tuple[Option, ...]:
         sample = scoring.Sample.of(data.mT if weight.is_transposed else data, moments)
         importance = self.head_importance if weight.is_head else 1.0
         found = []
-        for spec in (*(self.candidates or default_candidates()), LEFT_ALONE):
-            price, error = sample.price(spec)
+        count = len(outlying.index)
+        more = outlier_candidates(weight.in_features, count) if 0 < count < weight.in_features else ()
+        for spec in (*(self.candidates or (*default_candidates(), *more)), LEFT_ALONE):
+            price, error = sample.price(spec, outlying.picked(spec))
             if price is None:  # a tied head counts as a head: the same numbers give the logits
                 price = importance * weight.numel * error**2
             nbytes = spec.packed_bytes(weight.rows, weight.in_features)
             found.append(Option(spec, nbytes, price, error))
         return monotone(tuple(found))
+
+
+def _joined(groups: Groups) -> Groups:
+    return [names for names in groups if len(names) > 1]
 
 
 def fixed_bytes(program: Program) -> int:

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import nn
 
 import kbitc
-from kbitc.artifact import PLAN_FILE, Artifact, Slot, Writer, _lay_out
+from kbitc.artifact import PLAN_FILE, Artifact, Writer, _lay_out
 from kbitc.errors import SourceError, UsageError
+from kbitc.slots import Slot
 from kbitc.tensor import KbitTensor, quantize
 
 SLOTS = {

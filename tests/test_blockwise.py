@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbitc import blockwise, packing
-from kbitc.artifact import packed_slots
 from kbitc.blockwise import Encoder, dequantize, quantize
 from kbitc.datatypes import FAMILIES, Request, codebook
 from kbitc.errors import UsageError
+from kbitc.slots import packed_slots
 from kbitc.spec import parse
 
 FLAGS = ["", "+zp", "+dq", "+zp+dq", "+out3%"]

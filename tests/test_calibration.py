@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import kbitc
-from kbitc.calibration import SELF, Calibrator, make_calibrator, sample_windows, text_windows, window_length
+from kbitc.calibration import (
+    RANDOM,
+    SELF,
+    Calibrator,
+    make_calibrator,
+    sample_windows,
+    text_windows,
+    window_length,
+)
 from kbitc.checkpoint import open_checkpoint
 from kbitc.errors import UsageError
 
@@ -50,11 +59,17 @@ def test_a_short_context_is_kept(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["bart", "roberta", "clip"])
-def test_only_language_models_are_calibrated_on_text(family, tiny_model):
-    with open_checkpoint(tiny_model(family)) as checkpoint:
-        assert make_calibrator(checkpoint, "auto", print, is_wanted=True) is None
+def test_other_models_are_calibrated_on_random_inputs(family, tiny_model):
+    model = tiny_model(family)
+    with open_checkpoint(model) as checkpoint:
+        made = make_calibrator(checkpoint, "auto", print, is_wanted=True)
+        assert made.label == "2 random inputs of up to 16 tokens"
         with pytest.raises(UsageError, match="no causal language model"):
             make_calibrator(checkpoint, SELF, print, is_wanted=True)
+    with open_checkpoint(nn.Linear(4, 4)) as checkpoint:
+        assert make_calibrator(checkpoint, "auto", print, is_wanted=True) is None
+        with pytest.raises(UsageError, match="not a model of transformers"):
+            make_calibrator(checkpoint, RANDOM, print, is_wanted=True)
 
 
 def test_auto(tiny_model, tmp_path):

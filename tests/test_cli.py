@@ -91,13 +91,19 @@ def test_inspect_artifact_and_model(compiled, tmp_path):
     page, graph = tmp_path / "r.html", tmp_path / "g.dot"
     done = kbitc("inspect", out, "--html", page, "--dot", graph, "--json")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["weights"]) == set(data["weights"])
+    shown = json.loads(done.stdout)
+    assert set(shown["weights"]) == set(data["weights"])
+    assert shown["fusions"] == data["fusions"]
+    assert len(shown["fusions"]["merge_linears"]["groups"]) == 2 * 6  # layers
+    assert "merge_linears: fired 12 times (30 names), left" in kbitc("inspect", out).stdout
     assert "<table>" in page.read_text()
     assert "http" not in page.read_text().replace("http-equiv", "")  # one file, nothing fetched
     assert graph.read_text().count('label="linear"') == len(data["weights"])
     model = json.loads(kbitc("inspect", "demo", "--json").stdout)
     assert model["weights"]["model.embed_tokens.weight"]["aliases"] == ["lm_head.weight"]
     assert model["parameters"] == data["parameters"]
+    assert model["fusions"].pop("fold_norms")["groups"]
+    assert model["fusions"] == data["fusions"]
 
 
 def test_bench_measures_both(compiled):
@@ -126,8 +132,13 @@ def test_tables_for_people(compiled, tmp_path):
 
 def test_passes_are_listed_edited_and_watched(tmp_path):
     listed = json.loads(kbitc("passes", "--json").stdout)
-    assert {"name", "needs", "gives", "requires", "provides", "summary"} == set(listed[0])
-    assert "canonicalize" in [about["name"] for about in listed]
+    assert {"name", "runs", "needs", "gives", "requires", "provides", "summary"} == set(listed[0])
+    runs = {about["name"]: about["runs"] for about in listed}
+    assert (runs["canonicalize"], runs["fuse_dequantize"], runs["merge_linears"]) == (
+        "compile",
+        "lowering 1",
+        "lowering 3",
+    )
     page = tmp_path / "passes.html"
     done = kbitc(
         "compile", "demo", "--dry-run", "--spec", "nf4:64", "--passes", "canonicalize,apply_plan",

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 import kbitc
-from kbitc.driver import Request, pipeline_of
+from kbitc import driver
+from kbitc.driver import Request, equipped, pipeline_of
 from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
+from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.plan import Choice, Plan
 from kbitc.program import Stage
@@ -37,11 +40,48 @@ def model():
 
 
 def test_the_passes_of_a_request():
-    assert pipeline_of(Request(bits=3.5)) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5)]
+    usual = [
+        Canonicalize(),
+        MeasureMoments(),
+        FindOutliers(),
+        ScoreSensitivity(),
+        AllocateBits(budget=3.5),
+    ]
+    assert pipeline_of(Request(bits=3.5)) == usual
+    assert pipeline_of(Request(bits=3.5, calibrate="none")) == [usual[0], *usual[3:]]
+    assert pipeline_of(Request(bits=3.5, disabled=["measure_moments"])) == [usual[0], *usual[2:]]
     keep = FirstAt8Bits()
     request = Request(bits=3.5, passes=["canonicalize", "score_sensitivity", "allocate_bits", keep])
     assert pipeline_of(request) == [Canonicalize(), ScoreSensitivity(), AllocateBits(budget=3.5), keep]
-    assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == pipeline_of(Request(bits=3.5))
+    assert pipeline_of(replace(request, disabled=["first_at8_bits"])) == [usual[0], *usual[3:]]
+
+
+def test_passes_are_equipped_once_the_model_is_open():
+    def told(*_):
+        return None
+
+    request = Request(bits=3.5)
+    without = equipped(pipeline_of(request), request, None, told)
+    assert without == [Canonicalize(), ScoreSensitivity(on_weight=told), AllocateBits(budget=3.5)]
+    text = object()
+    assert equipped(pipeline_of(request), request, text)[1] == MeasureMoments(text)
+    # Outlier features by weights alone cost a reading of the model: nobody asked for that.
+    unmeasured = replace(request, disabled=["measure_moments"])
+    assert equipped(pipeline_of(unmeasured), unmeasured, text, told) == without
+    # Who names the pass wants it: it says itself that it has no text.
+    named = replace(request, passes=["canonicalize", "measure_moments", "score_sensitivity", "allocate_bits"])
+    assert equipped(pipeline_of(named), named, None)[1] == MeasureMoments()
+
+
+def test_scoring_and_a_plan_file_are_told_and_read_once(tmp_path, monkeypatch):
+    events, reads = [], []
+    monkeypatch.setattr(driver, "read_rules", lambda path: reads.append(path) or {"weights": {"*": "nf4:64"}})
+    options = {"example_inputs": (torch.zeros(1, 256),), "on_event": lambda *e: events.append(e)}
+    out = tmp_path / "out"
+    driver.compile_to(model(), out, Request(plan=tmp_path / "p.json"), is_dry=True, **options)
+    assert len(reads) == 1
+    driver.compile_to(model(), out, Request(bits=4.0), is_dry=True, **options)
+    assert [event for event in events if event[2]] == [("0.weight", 1, 2), ("2.weight", 2, 2)]
 
 
 def test_a_spec_that_no_pass_reads_is_an_error():

@@ -382,15 +382,32 @@ struct Tail {
   }
 };
 
+constexpr int BYTES = 32;
+constexpr bool MIDDLE_LATER = false;
+using ByteVec = Vec;
+INLINE Vec bytes_at(const int8_t* p) { return bytes_at(reinterpret_cast<const uint8_t*>(p)); }
+INLINE Vec add_products(Vec sum, Vec codes, Vec x) {
+  // `pmaddubsw` wants one side unsigned: |code - 127| times x with the sign moved over; 2 * 127 * 127 fits.
+  const Vec weight = _mm256_sub_epi8(codes, _mm256_set1_epi8(MIDDLE));
+  const Vec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE int32_t sum_ints(Vec v) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
 }  // namespace
 }  // namespace kbit
 
+#include "bytes.h"
 #include "driver.h"
 
 namespace kbit {
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode, search};
+  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, multiply_bytes, decode, dot_floats, encode, search};
   return &kernels;
 }
 

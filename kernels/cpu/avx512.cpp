@@ -394,15 +394,27 @@ struct Tail {
   }
 };
 
+constexpr int BYTES = 64;
+constexpr bool MIDDLE_LATER = true;
+using ByteVec = Vec;
+INLINE Vec bytes_at(const void* p) { return _mm512_loadu_si512(p); }
+INLINE Vec add_products(Vec sum, Vec codes, Vec x) {
+  return _mm512_dpbusd_epi32(sum, codes, x);
+}
+INLINE int32_t sum_ints(Vec v) {
+  return _mm512_reduce_add_epi32(v);
+}
+
 }  // namespace
 }  // namespace kbit
 
+#include "bytes.h"
 #include "driver.h"
 
 namespace kbit {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, decode, dot_floats, encode, search};
+  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, multiply_bytes, decode, dot_floats, encode, search};
   return &kernels;
 }
 

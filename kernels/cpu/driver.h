@@ -65,7 +65,7 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
     }
   }
   for (int64_t m = begin; m < end; ++m) {
-    const float* row = x + m * w.cols;
+    const float* row = x + (m - begin) * w.cols;
     float* sums = out.sums + m * w.blocks;
     for (int64_t b = 0; b < w.blocks; ++b) sums[b] = 0.0f;
     if (out.mode == Mode::half) {

@@ -10,6 +10,8 @@ namespace kbit {
 constexpr int64_t CHUNK = 256;  // codes that are packed together (kbitc/packing.py)
 constexpr int64_t SCALE_GROUP = 256;  // double-quantized scales that share a constant
 constexpr int64_t PANEL = 32;  // rows of x that a matmul takes at a time
+constexpr int MIDDLE = 127;  // the 8-bit code of level 0 of `int8`
+constexpr int64_t BYTES_MOST = 133000;  // features that int32 can sum: 127 * 127 * BYTES_MOST < 2^31
 constexpr int64_t TABLE_MAX = 16383;  // largest 16-bit table value: 8 products of two fit in 31 bits
 
 // How one row of x meets the codes. Several rows take `table`.
@@ -59,6 +61,13 @@ struct Activation {
   Mode mode;
 };
 
+// Rows of x, each as int8 under one scale.
+struct Bytes {
+  const int8_t* values;  // (rows, apart); outlier features are zero
+  const int32_t* sums;  // (rows): of the values
+  int64_t rows, apart;
+};
+
 // The boundaries between the levels of a codebook, and a grid over [-1, 1] that finds them quickly.
 struct Encoder {
   static constexpr int MOST_CELLS = 1 << 13;
@@ -81,7 +90,7 @@ struct Kernels {
   bool (*is_fast)(const Weight& weight);
   // What suits one row of x.
   Mode (*mode)(const Weight& weight, const Table& table);
-  // Quantize rows [begin, end) of x (rows, cols), outlier features already set to zero.
+  // Quantize rows [begin, end) of x, outlier features already set to zero; `x` is row `begin`.
   void (*prepare)(const Weight& weight, const float* x, int64_t begin, int64_t end, Activation& out);
   // out[r - begin] for r in [begin, end): one row of x.
   void (*gemv)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end,
@@ -89,6 +98,9 @@ struct Kernels {
   // out[m * stride + r - begin] for r in [begin, end) and up to PANEL rows m of x from `first` on.
   void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t first, int64_t count,
                int64_t begin, int64_t end, float* out, int64_t stride);
+  // out[m * stride + r - begin] = sum of (code - MIDDLE) * x over 8-bit codes, for r in [begin, end), every row m of x.
+  void (*multiply_bytes)(const Weight& weight, const Bytes& x, int64_t begin, int64_t end, int32_t* out,
+                         int64_t stride);
   // Row `row` as `cols` floats, outlier columns in place: codebook[code] * scale + zero.
   void (*decode)(const Weight& weight, int64_t row, float* out);
   float (*dot)(const float* a, const float* b, int64_t count);

@@ -4,6 +4,35 @@
 namespace kbit {
 namespace {
 
+constexpr int BYTES = 8;
+constexpr bool MIDDLE_LATER = false;
+struct ByteVec {
+  int32_t lane[BYTES];
+};
+template <class Byte>
+inline ByteVec bytes_at(const Byte* p) {
+  ByteVec out;
+  for (int i = 0; i < BYTES; ++i) out.lane[i] = p[i];
+  return out;
+}
+inline ByteVec add_products(ByteVec sum, const ByteVec& codes, const ByteVec& x) {
+  for (int i = 0; i < BYTES; ++i) sum.lane[i] += (codes.lane[i] - MIDDLE) * x.lane[i];
+  return sum;
+}
+inline int32_t sum_ints(const ByteVec& v) {
+  int32_t total = 0;
+  for (int i = 0; i < BYTES; ++i) total += v.lane[i];
+  return total;
+}
+
+}  // namespace
+}  // namespace kbit
+
+#include "bytes.h"
+
+namespace kbit {
+namespace {
+
 inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = read_number(data, type, at + i);
 }
@@ -47,7 +76,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, decode, dot, encode, search};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, multiply_bytes, decode, dot, encode, search};
   return &kernels;
 }
 

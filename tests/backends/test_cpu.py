@@ -13,9 +13,11 @@ import torch
 import kbitc
 from kbitc import backends
 from kbitc.backends import cpu, find_backend, make_decoder
+from kbitc.backends._decode_step import export_step
 from kbitc.backends._decoder import Decoder, GrowingCache, GrowingLayer
 from kbitc.errors import BackendUnavailable, UsageError
 from kbitc.kernels.cpu import build
+from kbitc.pipeline import LOWERING, lowering_pipeline
 
 MISSING = cpu.Cpu().missing()
 needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -75,6 +77,19 @@ def test_registry():
         find_backend("cqu")
 
 
+def test_lowering_passes_are_edited_by_name(tiny_model):
+    model = packed(tiny_model)
+    _, usual = export_step(model)
+    assert list(usual) == list(LOWERING)
+    assert len(usual["merge_linears"].groups) == 4
+    _, fewer = export_step(model, lowering_pipeline(disabled=["merge_linears"]))
+    assert list(fewer) == [name for name in LOWERING if name != "merge_linears"]
+    with pytest.raises(UsageError, match="did you mean 'merge_linears'"):
+        cpu.Cpu(disabled=("merge_linear",)).decoder(model)
+    with pytest.raises(UsageError, match="needs stage CAPTURED"):
+        cpu.Cpu(passes=("canonicalize",)).decoder(model)
+
+
 def test_what_cannot_be_compiled(tiny_model):
     with pytest.raises(UsageError, match="none of its weights is packed"):
         make_decoder(tiny_model("llama"), "cpu")
@@ -128,6 +143,8 @@ def test_logits_tokens_and_reuse(tiny_model, cached):
     again = make_decoder(other, "cpu")
     assert not again.was_compiled
     assert again.package == compiled.package
+    assert again.fusions == compiled.fusions
+    assert len(compiled.fusions["merge_linears"].groups) == 4  # of each layer, queries and gates
     assert list(again.generate(PROMPT, 20)) == list(Decoder(other).generate(PROMPT, 20))
     assert list(again.generate(PROMPT, 20)) != list(eager.generate(PROMPT, 20))
     # The package holds no weights, and the folder nothing unfinished.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -159,3 +160,28 @@ def test_price_is_half_the_weighted_squared_error():
     expected = float((factor.rows[:, None] * factor.columns * wrong**2).sum()) / 2
     assert price == pytest.approx(expected, rel=1e-2)
     assert error == pytest.approx(float(wrong.norm() / weight.norm()), rel=1e-2)
+
+
+def grouped(*names):
+    scores = scored((64, 256), (256, 256), (64, 256), (96, 256), scale=(("w1", 30.0),)).facts[FACT]
+    return dataclasses.replace(scores, groups={"input": [names]})
+
+
+def test_weights_that_must_agree_do():
+    free = allocate_bits.allocate(grouped("w0", "w1"), 4)
+    bound = allocate_bits.allocate(grouped("w0", "w1"), 4, "input")
+    assert free[0].weights["w0"].spec != free[0].weights["w1"].spec
+    assert bound[0].weights["w0"].spec == bound[0].weights["w1"].spec
+    assert free[1].cost < bound[1].cost  # a constraint costs something
+
+
+def test_agreement_survives_the_score_table():
+    scores = grouped("w1", "w3")
+    again = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+    plan, _ = allocate_bits.allocate(again, 3.5, "input")
+    assert plan.weights["w1"].spec == plan.weights["w3"].spec
+
+
+def test_an_unknown_agreement_names_those_there_are():
+    with pytest.raises(UsageError, match="did you mean 'input'"):
+        allocate_bits.allocate(grouped("w0", "w1"), 4, "inputs")

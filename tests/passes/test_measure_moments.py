@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kbitc.calibration import Calibrator
+from kbitc.calibration import RANDOM, Calibrator
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
 from kbitc.errors import UsageError
@@ -143,6 +143,45 @@ def test_kept_in_the_cache_and_no_seed_is_touched(tiny_model, cache, monkeypatch
         assert torch.equal(again.facts[FACT][name].importance(), moments.importance())
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         measured(model, TOKENS.flip(0))
+
+
+@pytest.mark.parametrize("family", ["roberta", "t5", "clip", "mixtral"])
+def test_random_inputs_know_every_weight(family, tiny_model):
+    """Whatever the outputs are, and whether the first layer has a gradient before it or not."""
+    model = tiny_model(family)
+    state = torch.get_rng_state()
+    program = measured(model, RANDOM)
+    assert torch.equal(torch.get_rng_state(), state)
+    moments = program.facts[FACT]
+    assert set(moments) == set(program.weights)
+    for name, found in moments.items():
+        assert bool(found.importance().isfinite().all()), name
+        assert float(found.importance().sum()) > 0, name
+
+
+def test_random_inputs_predict_the_change_of_an_output(tiny_model):
+    """A normal law around each output: half of rows x columns x dW² is its relative squared error."""
+    torch.manual_seed(0)
+    model = tiny_model("roberta").roberta
+    program = measured(model, RANDOM)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(101, (40, 16), generator=generator)
+    name = "encoder.layer.1.output.dense.weight"
+    weight, (factor,) = model.get_parameter(name), program.facts[FACT][name].factors
+
+    def output():
+        with torch.no_grad():
+            return model(input_ids=ids).last_hidden_state
+
+    before, kept = output(), weight.detach().clone()
+    change = predicted = 0.0
+    for _ in range(12):
+        noise = 0.01 * torch.randn(weight.shape, generator=generator)
+        weight.data.add_(noise)
+        change += float((output() - before).square().mean() / before.square().mean()) / 2
+        weight.data.copy_(kept)
+        predicted += float((factor.rows[:, None] * factor.columns * noise**2).sum()) / 2
+    assert predicted == pytest.approx(change, rel=0.35)
 
 
 def test_flat_form_is_exact(tiny_model):

@@ -1,0 +1,95 @@
+"""Read packed weights in the graph of a planned model: each use by a dequantization of its own.
+
+before:  linear(x, W, b)        embedding(ids, W)         grouped_linear(x, W, n)
+after:   linear(x, D, b)        embedding(ids, D)         grouped_linear(x, D, n)
+         D = kbit.dequantize(W.planes, W.scales, codebook, ..., dtype of W): (..., rows, in_features)
+
+The graph's input W becomes one input for each tensor that packing stores, under the names of the
+artifact; codebooks that weights share are one input. It needs no weights: shapes follow from the plan.
+``fuse_dequantize`` then makes one ``kbit`` call of each pair.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kbitc.blockwise import TENSOR_FIELDS
+from kbitc.program import Program, Stage, Weight
+from kbitc.reads import value_of
+from kbitc.rewriting import copy_of
+from kbitc.slots import Slot, operand_slots
+from kbitc.spec import Spec
+
+
+@dataclass(frozen=True)
+class InsertDequantize:
+    """Puts the plan into the graph: what is packed is read by ``kbit.dequantize``."""
+
+    needs: ClassVar[Stage] = Stage.PLANNED
+    gives: ClassVar[Stage] = Stage.PACKED
+
+    def run(self, program: Program) -> Program:
+        """The same computation on packed tensors; weights that the plan leaves alone stay as they are."""
+        assert program.plan is not None
+        graph = copy_of(program)
+        inputs = _Inputs(graph)
+        parameters: dict[str, str] = {}
+        for node in list(graph.nodes):
+            name = program.parameters.get(node.name)
+            if name is None:
+                continue
+            if name not in program.weights or program.plan.weights[name].spec.is_left_alone:
+                parameters[node.name] = name
+                continue
+            weight = program.weights[name]
+            _read_packed(graph, node, weight, inputs.of(node, weight, program.plan.weights[name].spec))
+        parameters |= {node.name: stored for stored, node in inputs.made.items()}
+        module = fx.GraphModule(program.graph, graph)
+        return replace(program, graph=module, parameters=parameters, stage=Stage.PACKED)
+
+
+class _Inputs:
+    """The inputs of a graph that hold what is packed, each stored tensor once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.made: dict[str, fx.Node] = {}
+
+    def of(self, dense: fx.Node, weight: Weight, spec: Spec) -> list[fx.Node | int | None]:
+        """The operands of a ``kbit`` op for a weight whose dense input is ``dense``."""
+        slots = operand_slots(weight.name, spec, weight.oriented_shape[:-1], weight.in_features)
+        tensors = [self._input(dense, *slots[field]) if field in slots else None for field in TENSOR_FIELDS]
+        return [*tensors, weight.in_features, spec.bits, spec.block]
+
+    def _input(self, dense: fx.Node, stored: str, slot: Slot) -> fx.Node:
+        if stored not in self.made:
+            value = value_of(dense)
+            with self.graph.inserting_before(dense):
+                node = self.graph.placeholder(re.sub(r"\W", "_", f"p_{stored}"))
+            node.target = node.name  # unique, as an argument must be
+            # Fake, as every value of a captured graph: nothing is allocated.
+            node.meta["val"] = value.new_empty(slot.shape, dtype=slot.dtype)
+            self.made[stored] = node
+        return self.made[stored]
+
+
+def _read_packed(
+    graph: fx.Graph, dense: fx.Node, weight: Weight, operands: list[fx.Node | int | None]
+) -> None:
+    dequantize = torch.ops.kbit.dequantize.default
+    for use in list(dense.users):
+        with graph.inserting_before(use):
+            unpacked = graph.call_function(dequantize, (*operands, weight.dtype))
+        unpacked.meta = {**use.meta, "val": value_of(dense).new_empty(weight.oriented_shape)}
+        use.replace_input_with(dense, unpacked)
+        # What is dequantized has its output features first, however the source stores it.
+        use.kwargs = {key: value for key, value in use.kwargs.items() if key != "is_transposed"}
+    graph.erase_node(dense)
+
+
+PASS = InsertDequantize
