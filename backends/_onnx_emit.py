@@ -6,6 +6,7 @@ at a time, so an export needs memory for the largest weight and not for all of t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +53,7 @@ class Emitter:
         text = "x".join(map(str, array.shape)) or "scalar"
         name = f"kbit.constant.{array.dtype}.{text}.{array.tobytes().hex()}"
         if len(name) > 120:
-            name = f"kbit.constant.{array.dtype}.{text}.{hash(array.tobytes()) & (2**64 - 1):x}"
+            name = f"kbit.constant.{array.dtype}.{text}.{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
         if name not in self.graph.initializers:
             self._register(name, ir.tensor(array, name=name))
         return self.graph.initializers[name]
