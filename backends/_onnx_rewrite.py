@@ -50,15 +50,25 @@ def rewrite(traced: Traced, options: Options) -> Report:
         ir.convenience.replace_nodes_and_values(graph, node, [node], emitter.take(), [node.outputs[0]], [out])
     for key in traced.weights:
         graph.initializers.pop(key, None)
-    for node in graph:
-        node.metadata_props.clear()  # Python stack traces: a kilobyte a node
-        node.doc_string = None
+    _strip(graph)
     traced.model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports[MICROSOFT] = 1
     return {
         traced.weights[key][0]: _report(graph, traced.weights[key], weights, uses[key])
         for key, weights in lowered.items()
     }
+
+
+def _strip(graph: ir.Graph) -> None:
+    """Leave out what ONNX Runtime does not need but keeps in memory: stack traces, names, inner shapes."""
+    kept = set(graph.outputs)
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        node.name = ""
+        for out in node.outputs:
+            if out not in kept:
+                out.shape = out.type = None
 
 
 def _planes(node: ir.Node) -> str:

@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
+from onnxscript.rewriter.ort_fusions import optimize_for_ort
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -225,13 +226,15 @@ def trace(model: nn.Module, signature: Signature) -> Traced:
                 output_names=list(signature.outputs),
                 opset_version=OPSET,
                 dynamo=True,
+                optimize=False,  # optimize_for_ort does the same again
                 verbose=False,
                 custom_translation_table=_table(),
             )
     except Exception as error:
         raise SourceError(_explain(model, error)) from error
     assert program is not None
-    found: Any = program.model
+    with _quiet():
+        found, _ = optimize_for_ort(program.model)
     _name_dimensions(found, signature)
     return Traced(found, weights)
 
