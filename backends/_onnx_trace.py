@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicCache
 from kbitc.backends._decoder import layer_count, why_not
 from kbitc.backends._lifted import LiftedModel
 from kbitc.errors import SourceError, UsageError
+from kbitc.kernels.ops import OPERANDS
 from kbitc.tensor import _FUNCTIONS, KbitTensor, _grouped_mm
 
 DOMAIN = "kbitc"
@@ -300,74 +301,30 @@ def _quiet() -> Iterator[None]:
 
 def _table() -> dict[Any, Any]:
     """How the exporter writes ``kbit::`` operations: as marked nodes."""
-    marks = {kind: values.Op(values.Opset(DOMAIN, 1), kind, _schema(kind)) for kind in KINDS}
-
-    def linear(
-        x: Any,
-        planes: Any,
-        scales: Any,
-        codebook: Any,
-        zeros: Any,
-        scale_codebook: Any,
-        scale_absmax: Any,
-        scale_mean: Any,
-        outlier_values: Any,
-        outlier_index: Any,
-        in_features: int,
-        bits: int,
-        block: int,
-        bias: Any = None,
-    ) -> Any:
-        del scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean
-        del outlier_values, outlier_index, in_features, bits, block
-        return marks["linear"](x, planes) if bias is None else marks["linear"](x, planes, bias)
-
-    def embedding(
-        ids: Any,
-        planes: Any,
-        scales: Any,
-        codebook: Any,
-        zeros: Any,
-        scale_codebook: Any,
-        scale_absmax: Any,
-        scale_mean: Any,
-        outlier_values: Any,
-        outlier_index: Any,
-        in_features: int,
-        bits: int,
-        block: int,
-        dtype: int,
-    ) -> Any:
-        del scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean
-        del outlier_values, outlier_index, in_features, bits, block, dtype
-        return marks["embedding"](ids, planes)
-
-    def grouped_linear(
-        x: Any,
-        planes: Any,
-        scales: Any,
-        codebook: Any,
-        zeros: Any,
-        scale_codebook: Any,
-        scale_absmax: Any,
-        scale_mean: Any,
-        outlier_values: Any,
-        outlier_index: Any,
-        in_features: int,
-        bits: int,
-        block: int,
-        offsets: Any,
-    ) -> Any:
-        del scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean
-        del outlier_values, outlier_index, in_features, bits, block
-        return marks["grouped_linear"](x, planes, offsets)
-
     ops = torch.ops.kbit
     return {
-        ops.linear.default: linear,
-        ops.embedding.default: embedding,
-        ops.grouped_linear.default: grouped_linear,
+        ops.linear.default: _marked("linear", ("bias",), is_optional=True),
+        ops.embedding.default: _marked("embedding", ("dtype",)),
+        ops.grouped_linear.default: _marked("grouped_linear", ("offsets",)),
     }
+
+
+def _marked(kind: str, after: tuple[str, ...], *, is_optional: bool = False) -> Callable[..., Any]:
+    """Writes a marked node of an operation on x, a weight's operands, and what comes ``after`` them."""
+    mark = values.Op(values.Opset(DOMAIN, 1), kind, _schema(kind))
+
+    def write(x: Any, planes: Any, *others: Any, **named: Any) -> Any:
+        last = others[OPERANDS - 1] if len(others) == OPERANDS else named.get(after[0])
+        return mark(x, planes) if last is None or kind == "embedding" else mark(x, planes, last)
+
+    # The exporter matches arguments by the names in a function's signature.
+    parameter, either = inspect.Parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = ["x", "planes", *(f"operand_{i}" for i in range(1, OPERANDS)), *after]
+    given = [parameter(name, either, annotation=Any) for name in names]
+    if is_optional:
+        given[-1] = given[-1].replace(default=None)
+    write.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]  # as inspect reads it
+    return write
 
 
 def _schema(kind: str) -> onnx.defs.OpSchema:
