@@ -116,11 +116,10 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from torch import nn as torch_nn
 
     from kbitc import driver, loading
+    from kbitc.request import Request
 
     budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = driver.Request(
-        budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree
-    )
+    request = Request(budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree)
     if isinstance(model, torch_nn.Module):
         if out is None:
             return driver.compile_module(model, request, example_inputs)

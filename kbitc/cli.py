@@ -134,11 +134,12 @@ def compile(  # noqa: A001  # the command's name, and its options
 
     from kbitc import driver
     from kbitc.pipeline import PassManager
+    from kbitc.request import Request
 
     if bits is None and spec is None and plan is None:
         bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
-    request = driver.Request(
+    request = Request(
         bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate, agree=agree
     )
     page = None

@@ -83,7 +83,8 @@ LAYERS = [
         "kbitc.passes_page",
         "kbitc.model_page",
     ],
-    ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration", "kbitc.driver"],
+    ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration"],
+    ["kbitc.request", "kbitc.driver"],
     ["kbitc.backends._onnx_package", "kbitc.backends.onnx_export"],
     [
         "kbitc.demo",
