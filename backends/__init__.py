@@ -56,6 +56,12 @@ def make_decoder(model: nn.Module, name: str = AUTO) -> Decoder:
         UsageError: no such backend, or one that cannot decode this model.
         BackendUnavailable: it lacks something to be installed.
     """
+    own = getattr(model, "make_decoder", None)  # what runs elsewhere decodes there
+    if own is not None:
+        if name != AUTO:
+            raise UsageError(f"an exported model does not run on the backend '{name}'; leave out --backend")
+        exported: Decoder = own()
+        return exported
     if name != AUTO:
         backend = find_backend(name)()
         if not hasattr(backend, "decoder"):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +28,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kbitc.backends._decoder import GrowingCache, layer_count
+from kbitc.backends._lifted import LiftedModel
 from kbitc.errors import UsageError
 from kbitc.fusions import Fired, records
 from kbitc.pipeline import Pass, PassManager, lowering_pipeline
 from kbitc.program import Program, Stage
-from kbitc.tensor import KbitTensor
 
 ATTENTION = "kbit_step"
 EXAMPLE_LENGTH = 17
@@ -96,67 +95,28 @@ class _TracedLayer(DynamicLayer):
         return states[0], states[1]
 
 
-class TracedStep(nn.Module):
+class TracedStep(LiftedModel):
     """The module that is exported: the model without its packed weights, and their tensors as buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.places: list[tuple[nn.Module, str, KbitTensor, dict[str, str]]] = []
-        known: dict[tuple[Any, ...], str] = {}
-        for module in model.modules():
-            for leaf, weight in module._parameters.items():
-                if not isinstance(weight, KbitTensor):
-                    continue
-                names = {}
-                for field, tensor in weight.packed.tensors().items():
-                    key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                    if key not in known:
-                        known[key] = f"packed_{len(known)}"
-                        self.register_buffer(known[key], tensor, persistent=False)
-                    names[field] = known[key]
-                self.places.append((module, leaf, weight, names))
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that the graph reads, by its name there."""
-        tensors = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
-        return {name: tensor.detach() for name, tensor in tensors.items() if type(tensor) is not KbitTensor}
 
     def forward(self, ids: Tensor, rows: list[Tensor]) -> Tensor:
         """See the file's docstring."""
         layers: list[Any] = [_TracedLayer(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
-        for module, leaf, weight, names in self.places:
-            fields = {field: getattr(self, name) for field, name in names.items()}
-            packed = replace(weight.packed, **fields)
-            built: Any = weight._like(packed)
-            module._parameters[leaf] = built
-        try:
+        with self.shown():
             out = self.model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
-        finally:
-            self._hide()
         logits: Tensor = out.logits[:, -1]
         return logits
-
-    def _hide(self) -> None:
-        for module, leaf, _, _ in self.places:
-            module._parameters[leaf] = None
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Packed parameters away from the model, and attention of one token in it, for a while."""
         model: Any = self.model
         before = model.config._attn_implementation
-        self._hide()
         if before == "sdpa":
             model.set_attn_implementation(ATTENTION)
         try:
-            yield
+            with super().hidden():
+                yield
         finally:
-            for module, leaf, weight, _ in self.places:
-                module._parameters[leaf] = weight  # type: ignore[assignment]  # a parameter it is
             if before == "sdpa":
                 model.set_attn_implementation(before)
 

@@ -30,12 +30,12 @@ from benchmarks.cpu_linear import Section, markdown, print_section
 from kbitc import evaluation, loading, pack
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import Request, calibrator_of, equipped, pipeline_of
 from kbitc.kernels import ops
 from kbitc.passes.allocate_bits import allocate
 from kbitc.pipeline import PassManager
 from kbitc.plan import Choice, Plan
 from kbitc.program import Program
+from kbitc.request import Request, calibrator_of, equipped, pipeline_of
 from kbitc.scores import Option, Scores
 from kbitc.spec import Spec, parse
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from kbitc import demo, evaluation, loading
 from kbitc.backends import make_decoder
-from kbitc.driver import Request, compile_to
+from kbitc.driver import compile_to
+from kbitc.request import Request
 
 PROMPT = "Python is a programming language that"
 

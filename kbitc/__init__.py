@@ -36,6 +36,7 @@ __all__ = [
     "KbitTensor",
     "Spec",
     "compile",
+    "export_onnx",
     "load",
     "load_into",
     "parse_spec",
@@ -115,11 +116,10 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from torch import nn as torch_nn
 
     from kbitc import driver, loading
+    from kbitc.request import Request
 
     budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = driver.Request(
-        budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree
-    )
+    request = Request(budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree)
     if isinstance(model, torch_nn.Module):
         if out is None:
             return driver.compile_module(model, request, example_inputs)
@@ -134,6 +134,34 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         target = LocalPath(folder) / "model"
         driver.compile_to(model, target, request)
         return loading.load(target, verify=False)
+
+
+def export_onnx(
+    model: nn.Module | str | Path,
+    folder: str | Path,
+    *,
+    storage: str = "direct",
+    activations: str = "fp32",
+    example_inputs: tuple[Any, ...] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a packed model as ONNX; see ``kbitc.backends.onnx_export.export_onnx``.
+
+    Raises:
+        kbitc.errors.BackendUnavailable: onnx, onnxscript or onnxruntime is not installed.
+    """
+    from kbitc.backends import find_backend
+
+    exporter = find_backend("onnx_export")()
+    report: dict[str, Any] = exporter.export(
+        model,
+        folder,
+        storage=storage,
+        activations=activations,
+        example_inputs=example_inputs,
+        force=force,
+    )
+    return report
 
 
 _huggingface.register_when_imported()

@@ -219,7 +219,7 @@ class Writer:
             (self.partial / name).write_text(text, encoding="utf-8")
         self._log.close()
         self.journal.unlink()
-        _replace(self.partial, self.out)
+        replace_folder(self.partial, self.out)
 
     def __enter__(self) -> Writer:
         return self
@@ -235,18 +235,23 @@ class Writer:
             ) from error
 
 
-def check_target(out: Path, *, is_forced: bool) -> None:
+def check_target(out: Path, *, is_forced: bool, marker: str = PLAN_FILE) -> None:
     """Refuse early what :class:`Writer` could not finish.
+
+    Args:
+        out: the folder to be written.
+        is_forced: it may exist, if it is one of ours.
+        marker: the file that ours hold.
 
     Raises:
         UsageError: the folder exists and is not an artifact to replace, or its parent is not writable.
     """
     if out.exists() and not is_forced:
         raise UsageError(f"{out}: exists already; pass --force to replace it, or choose another -o")
-    if out.exists() and not (out / PLAN_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"{out}: is not a kbitc artifact, so --force will not replace it; remove it yourself or "
-            "choose another -o"
+            f"{out}: is not a kbitc artifact (it holds no {marker}), so --force will not replace it; remove "
+            "it yourself or choose another -o"
         )
     parent = out.absolute().parent
     while not parent.exists():
@@ -255,7 +260,7 @@ def check_target(out: Path, *, is_forced: bool) -> None:
         raise UsageError(f"{out}: {parent} is not a writable folder; choose another -o")
 
 
-def _replace(partial: Path, out: Path) -> None:
+def replace_folder(partial: Path, out: Path) -> None:
     """Rename ``partial`` to ``out``; an old ``out`` is moved aside first and removed last."""
     old = out.parent / f".{out.name}.old"
     shutil.rmtree(old, ignore_errors=True)

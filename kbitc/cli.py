@@ -1,4 +1,4 @@
-"""The command line: ``kbitc compile | plan | inspect | passes | run | eval | bench | build-kernels``.
+"""The command line: ``kbitc compile | plan | inspect | passes | run | eval | bench | export | verify ...``.
 
 The one thing to know: results go to standard output, progress and errors to standard error; exit
 code 0 is success, 1 a failure of the input or the machine, 2 bad usage. Nothing heavy is imported
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kbitc.errors import KbitcError, UsageError
+from kbitc.errors import KbitcError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from kbitc.driver import Result
@@ -134,11 +134,12 @@ def compile(  # noqa: A001  # the command's name, and its options
 
     from kbitc import driver
     from kbitc.pipeline import PassManager
+    from kbitc.request import Request
 
     if bits is None and spec is None and plan is None:
         bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
-    request = driver.Request(
+    request = Request(
         bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate, agree=agree
     )
     page = None
@@ -554,6 +555,93 @@ class _progress:  # noqa: N801  # reads as a function
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+
+@app.command(
+    epilog=_examples(
+        "kbitc export demo-4bit --format onnx -o demo-onnx",
+        "kbitc export demo-4bit --format onnx -o demo-onnx --storage compact --activations split",
+    )
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    to: Annotated[str, typer.Option("--format", metavar="onnx", help="Format to write.")] = "onnx",
+    storage: Annotated[
+        str,
+        typer.Option(
+            metavar="direct|compact",
+            help="direct stores what the matmul reads; compact k bits a weight, widened at load.",
+        ),
+    ] = "direct",
+    activations: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|int8|split",
+            help="Of packed matmuls: as they are, rounded to 8 bits a block, or two such numbers each.",
+        ),
+    ] = "fp32",
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a compiled model for ONNX Runtime, its weights packed."""
+    from kbitc.backends import find_backend
+
+    if to != "onnx":
+        raise UsageError(f"--format {to}: kbitc exports to onnx only")
+    with _progress("exporting"):
+        exporter = find_backend("onnx_export")()
+        report = exporter.export(model, out, storage=storage, activations=activations, force=force)
+    if as_json:
+        _print_json(report)
+        return
+    table = Table(title=f"{out}: {report['kind']}, {storage}, {activations}", title_justify="left")
+    for column in ("weight", "format", "container", "bytes", "container error", "of quantization error"):
+        table.add_column(column, justify="left" if column in ("weight", "format", "container") else "right")
+    for name, entry in report["weights"].items():
+        table.add_row(
+            name,
+            entry["spec"],
+            entry["container"],
+            f"{entry['bytes']:,}",
+            f"{entry['error']:.1e}" if entry["error"] else "exact",
+            f"{100 * entry['share_of_quantization_error']:.1f} %",
+        )
+    out_console.print(table)
+    left = sum(entry["bytes"] for entry in report["left_alone"].values())
+    out_console.print(
+        f"{report['file_bytes'] / 1e6:,.2f} MB, of it {left / 1e6:,.2f} MB that were left alone"
+    )
+
+
+@app.command(epilog=_examples("kbitc verify demo-onnx", "kbitc verify demo-onnx --against demo-4bit"))
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="An exported folder.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="OUT", help="The artifact that it came from. [default: as recorded]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an exported folder in ONNX Runtime with the model in PyTorch."""
+    from kbitc import onnx_verify
+
+    with _progress("comparing"):
+        checks = onnx_verify.verify(folder, against)
+    failed = [check for check in checks if not check.is_passed]
+    if as_json:
+        rows = [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.is_passed} for c in checks]
+        _print_json({"passed": not failed, "checks": rows})
+    else:
+        table = Table(title=folder, title_justify="left")
+        for column in ("check", "found", "limit", ""):
+            table.add_column(column, justify="left" if column == "check" else "right")
+        for check in checks:
+            verdict = "ok" if check.is_passed else "[bold red]FAILED[/]"
+            table.add_row(check.name, f"{check.value:.6g}", f"{check.limit:.6g}", verdict)
+        out_console.print(table)
+    if failed:
+        raise SourceError(f"{folder}: {len(failed)} of {len(checks)} checks failed, first: {failed[0].name}")
 
 
 @app.command(

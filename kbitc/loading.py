@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.artifact import PLAN_FILE, Artifact, Writer, stored_tensors
+from kbitc.backends._onnx_runtime import OnnxModel, is_exported
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
 from kbitc.documents import documents, weight_entry
@@ -204,7 +205,7 @@ class Loaded:
 
 
 def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
-    """Load an artifact, or the dense model of any source, with its tokenizer.
+    """Load an artifact, an exported folder, or the dense model of any source, with its tokenizer.
 
     Raises:
         SourceError: neither, or damaged.
@@ -214,6 +215,10 @@ def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
         artifact = Artifact.open(folder)
         model = load(folder, dtype=dtype)
         return Loaded(model, artifact.payload_bytes, artifact.bits_per_param, _tokenizer(folder))
+    if is_exported(folder):
+        exported = OnnxModel(folder)
+        nbytes = int(exported.report["file_bytes"])
+        return Loaded(exported, nbytes, 8 * nbytes / exported.report["parameters"], _tokenizer(folder))
     return _open_dense(source, dtype)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from kbitc import demo
+from kbitc import demo, measured
 
 
 def kbitc(*arguments, cwd=None):
@@ -51,6 +52,11 @@ def test_another_budget_from_the_score_table(compiled, tmp_path):
     done = kbitc("plan", tmp_path, "--bits", "3.5")
     assert done.returncode == 2
     assert "kbit_scores.json" in done.stderr
+    shown = kbitc("plan", out, "--bits", "3.5")
+    assert shown.returncode == 0, shown.stderr
+    rows = [line for line in shown.stdout.splitlines() if re.match(r"│ +\d\.\d\d ", line)]
+    assert "3.50" in "".join(rows)
+    assert len(rows) >= 3  # the trade-off around the budget
 
 
 def test_eval_reports_the_bits_of_the_file(compiled):
@@ -69,8 +75,15 @@ def test_eval_reports_the_bits_of_the_file(compiled):
 
 def test_eval_against_the_source(compiled):
     out, _ = compiled
-    score = json.loads(kbitc("eval", out, "--against", "demo", "--limit-tokens", "512", "--json").stdout)
+    done = kbitc("eval", out, "--against", "demo", "--limit-tokens", "512", "--json", "--record")
+    score = json.loads(done.stdout)
     assert 0 < score["kl_divergence"] < 0.5
+    (kept,) = measured.read(out / measured.EVAL_FILE)
+    assert kept.loss == score["loss"]
+    assert kept.divergence == score["kl_divergence"]
+    done = kbitc("eval", "demo", "--limit-tokens", "512", "--record")
+    assert done.returncode == 2
+    assert "no artifact" in done.stderr
 
 
 def test_run_continues_a_prompt(compiled):

@@ -11,7 +11,7 @@ from torch import nn
 
 import kbitc
 from kbitc import driver
-from kbitc.driver import Request, equipped, pipeline_of
+from kbitc import request as request_module
 from kbitc.errors import BudgetError, UsageError
 from kbitc.passes.allocate_bits import AllocateBits
 from kbitc.passes.canonicalize import Canonicalize
@@ -20,6 +20,7 @@ from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.plan import Choice, Plan
 from kbitc.program import Stage
+from kbitc.request import Request, equipped, pipeline_of
 from kbitc.spec import parse
 from kbitc.tensor import KbitTensor
 
@@ -75,7 +76,7 @@ def test_passes_are_equipped_once_the_model_is_open():
 
 def test_scoring_and_a_plan_file_are_told_and_read_once(tmp_path, monkeypatch):
     events, reads = [], []
-    monkeypatch.setattr(driver, "read_rules", lambda path: reads.append(path) or {"weights": {"*": "nf4:64"}})
+    monkeypatch.setattr(request_module, "read_rules", lambda path: reads.append(path) or {"weights": {"*": "nf4:64"}})
     options = {"example_inputs": (torch.zeros(1, 256),), "on_event": lambda *e: events.append(e)}
     out = tmp_path / "out"
     driver.compile_to(model(), out, Request(plan=tmp_path / "p.json"), is_dry=True, **options)

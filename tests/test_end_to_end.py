@@ -16,8 +16,9 @@ import torch
 import kbitc
 from kbitc import pack
 from kbitc.artifact import Artifact
-from kbitc.driver import Request, compile_to
+from kbitc.driver import compile_to
 from kbitc.errors import BudgetError, KbitcError, SourceError, UsageError
+from kbitc.request import Request
 from kbitc.tensor import KbitTensor
 
 
@@ -172,7 +173,8 @@ def test_kill_9_leaves_no_half_artifact_and_resume_finishes(llama, tmp_path):
     compile_to(str(llama), tmp_path / "whole", Request(spec="nf4:64"))
     # The process stops itself hard in the middle of packing: no handler, no clean-up runs.
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom kbitc.driver import Request, compile_to\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom kbitc.driver import compile_to\n"
+        "from kbitc.request import Request\n"
         "seen = []\n"
         "def event(name, done, total):\n"
         "    seen.append(name)\n"

@@ -55,9 +55,18 @@ LAYERS = [
     ],
     [
         "kbitc.backends._decoder",
+        "kbitc.backends._lifted",
         "kbitc.backends._decode_step",
         "kbitc.backends.eager",
         "kbitc.backends.cpu",
+        "kbitc.backends._onnx_runtime",
+        "kbitc.backends._onnx_blocks",
+        "kbitc.backends._onnx_container",
+        "kbitc.backends._onnx_emit",
+        "kbitc.backends._onnx_stored",
+        "kbitc.backends._onnx_weight",
+        "kbitc.backends._onnx_trace",
+        "kbitc.backends._onnx_rewrite",
         "kbitc.backends",
     ],
     [
@@ -74,8 +83,17 @@ LAYERS = [
         "kbitc.passes_page",
         "kbitc.model_page",
     ],
-    ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration", "kbitc.driver"],
-    ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark"],
+    ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration"],
+    ["kbitc.request", "kbitc.driver"],
+    ["kbitc.backends._onnx_package", "kbitc.backends.onnx_export"],
+    [
+        "kbitc.demo",
+        "kbitc.evaluation",
+        "kbitc.inspection",
+        "kbitc.benchmark",
+        "kbitc.onnx_memory",
+        "kbitc.onnx_verify",
+    ],
     ["kbitc.cli", "kbitc.__main__"],
 ]
 FREE = {"kbitc"}  # the package itself, whose names are lazy: nothing below imports it

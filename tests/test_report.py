@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from kbitc import inspection, measured, report
-from kbitc.driver import Request, compile_to
+from kbitc.driver import compile_to
 from kbitc.errors import UsageError
 from kbitc.measured import Measured
 from kbitc.page import Section
+from kbitc.request import Request
 from kbitc.scores import Option, Scores
 from kbitc.spec import parse
 

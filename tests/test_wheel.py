@@ -34,7 +34,7 @@ def test_contents(wheel, tmp_path):
             if path.suffix in (".py", ".cpp", ".h"):
                 assert f"kbitc/{path.relative_to(ROOT)}" in names
     assert "kbitc/demo_model/model.safetensors" in names
-    assert "kbitc/py.typed" in names
+    assert {"kbitc/py.typed", "kbitc/page.css", "kbitc/page.js"} <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import kbitc, torch; w = kbitc.quantize(torch.ones(2, 64), 'nf4:64'); print(kbitc.__file__, w.dequantize().sum().item());"

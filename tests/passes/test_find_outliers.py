@@ -16,7 +16,7 @@ from kbitc.activations import use_activations
 from kbitc.calibration import Calibrator, text_windows
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import Request, compile_to, equipped, pipeline_of
+from kbitc.driver import compile_to
 from kbitc.errors import UsageError
 from kbitc.graphs import previous_weights
 from kbitc.inspection import inspect
@@ -28,6 +28,7 @@ from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.pipeline import PassManager
+from kbitc.request import Request, equipped, pipeline_of
 from kbitc.spec import Spec, parse
 
 PLANTED = [11, 100, 201]

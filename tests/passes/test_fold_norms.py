@@ -13,11 +13,12 @@ from kbitc.artifact import PLAN_FILE, Artifact
 from kbitc.calibration import Calibrator
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import Request, compile_to
+from kbitc.driver import compile_to
 from kbitc.errors import UsageError
 from kbitc.passes.fold_norms import FACT, FoldNorms
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline import PassManager
+from kbitc.request import Request
 from kbitc.tensor import KbitTensor
 
 FOLDED = ["canonicalize", "fold_norms", "apply_plan"]

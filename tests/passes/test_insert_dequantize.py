@@ -8,10 +8,11 @@ from torch import nn
 
 from kbitc.artifact import Artifact
 from kbitc.capture import capture
-from kbitc.driver import Request, compile_to
+from kbitc.driver import compile_to
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.pipeline import PassManager
 from kbitc.program import Stage, linear
+from kbitc.request import Request
 
 dequantize = torch.ops.kbit.dequantize.default
 
