@@ -22,18 +22,18 @@ def _bits_of(value, BYTE: tl.constexpr, IS_BF16: tl.constexpr):
 def rows_kernel(
     ids, out,
     planes, words, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-    row_stride, features, blocks, count,
+    row_stride, features, blocks, begin, count,
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
     KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): whole chunks of tile j, of rows ``ids`` (or ``count`` rows in order) of tile i.
+    """Program (i, j): whole chunks of tile j, of rows ``ids`` (or ``count`` rows from ``begin`` on) of tile i.
 
     ``out`` (count, features): float32 (KIND "fp32"), or 16-bit floats as int64, four each.
     """
     places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     mask = places < count
-    rows = tl.load(ids + places, mask=mask, other=0).to(tl.int64) if HAS_IDS else places
+    rows = tl.load(ids + places, mask=mask, other=0).to(tl.int64) if HAS_IDS else begin + places
     lanes = tl.arange(0, CHUNKS * 8)[None, :]
     chunk = tl.program_id(1) * CHUNKS + lanes // 8
     lane = lanes % 8
@@ -64,13 +64,13 @@ def rows_kernel(
 def columns_kernel(
     ids, out,
     planes, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-    row_stride, features, blocks, first,
+    row_stride, features, blocks, begin, first,
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
     HAS_IDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): ``out[i]`` = row ``ids[i]`` (or i), columns of tile j from ``first`` on; any block."""
+    """Program (i, j): ``out[i]`` = row ``ids[i]`` (or begin + i), columns of tile j from ``first`` on; any block."""
     place = tl.program_id(0).to(tl.int64)
-    row = tl.load(ids + place).to(tl.int64) if HAS_IDS else place
+    row = tl.load(ids + place).to(tl.int64) if HAS_IDS else begin + place
     columns = first + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = columns < features
     codes = codes_at(planes, row, columns, mask, row_stride, features, BITS)

@@ -9,9 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbitc.kernels.gpu.weights import CHUNK, code_at, codes_at, load_words, scale_at, unpack_lane, values_of
+from kbitc.kernels.gpu.weights import (
+    CHUNK,
+    code_at,
+    codes_at,
+    load_words,
+    scale_at,
+    unpack_lane,
+    values_of,
+    x_at,
+)
 
-TAIL = tl.constexpr(32)  # columns of a short last chunk that are read together
+TAIL = tl.constexpr(32)  # columns of a short last chunk, or outlier columns, that are read together
 
 
 @triton.jit
@@ -35,7 +44,8 @@ def _load_x(x, at, here, x_stride, M: tl.constexpr):
 def gemv_kernel(
     x, out,
     planes, words, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-    row_stride, features, blocks, count, splits, x_stride,
+    outlier_values, outlier_index,
+    row_stride, features, blocks, outliers, count, splits, x_stride,
     M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr,
     HAS_DQ: tl.constexpr, KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -103,12 +113,22 @@ def gemv_kernel(
                 scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
             )  # fmt: skip
             for m in tl.static_range(M):
-                if KIND == "fp32":
-                    given = tl.load(x + m * x_stride + columns, mask=columns < features, other=0.0)
-                else:
-                    four = tl.load(x + (m * x_stride + columns) // 4, mask=columns < features, other=0)
-                    given = unpack_lane(four >> (columns % 4 * 16).to(tl.int64), 0, KIND == "bf16")
+                given = x_at(x, m * x_stride + columns, columns < features, KIND)
                 part = tl.sum(value * given, axis=1)
+                sums += tl.where(slots == m, part[None, :], 0.0)
+        for start in range(0, outliers, TAIL):  # in place of what their codes stand for
+            index = start + tl.arange(0, TAIL)[None, :]
+            columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
+            mask = row_mask & (index < outliers)
+            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
+            value = values_of(
+                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
+                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
+            )  # fmt: skip
+            kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(tl.float32)
+            for m in tl.static_range(M):
+                given = x_at(x, m * x_stride + columns, index < outliers, KIND)
+                part = tl.sum((kept - value) * given, axis=1)
                 sums += tl.where(slots == m, part[None, :], 0.0)
     at = (split * M + slots).to(tl.int64) * count + tl.trans(rows)
     tl.store(out + at, sums, mask=tl.trans(row_mask))

@@ -1,10 +1,15 @@
-"""The ``kbit::`` ops on Triton: choose a kernel and its tiles, launch it, put outlier columns right.
+"""The ``kbit::`` ops on Triton: choose a kernel and its tiles, launch it.
 
-The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it.
+The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it. Up to
+``FEW`` rows of x the GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words;
+beyond, slabs of W of at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library,
+whose speed no kernel reaches that decodes W again for every tile of x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,121 +17,251 @@ import triton
 from torch import Tensor
 
 from kbitc.blockwise import Operands
-from kbitc.kernels.gpu.dequantize import dequantize_kernel
-from kbitc.kernels.gpu.gemm import gemm_kernel
+from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
+from kbitc.kernels.gpu.matmul import matmul_kernel
+from kbitc.kernels.gpu.tiles import Tiles, tiles_of
+from kbitc.packing import CHUNK
 
-FEW = 16  # rows of x up to which the weight is read by the GEMV
-GEMV_ROWS = 16
-WARP = 64 if torch.version.hip else 32
-PROGRAMS = 512  # split K until there are about as many: a few for each multiprocessor
+FEW = 2
+MANY = 256
+SLAB = 2**25
+KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _weight(operands: Operands) -> tuple[list[Any], list[int], dict[str, Any]]:
-    """Pointers, sizes and compile-time numbers that every kernel takes; absent tensors as dummies."""
+def scales_a_chunk(block: int) -> int:
+    """Scales that a lane of a chunk meets: each holds for 8 / that many groups of 32 columns.
+
+    0 if the four columns of a lane may have several: no kernel that works on words takes that.
+    """
+    if block % CHUNK == 0:
+        return 1
+    if block >= 32 and CHUNK % block == 0:
+        return CHUNK // block
+    return 8 if block % 4 == 0 else 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight as kernels take it.
+
+    Attributes:
+        pointers: planes, planes as int32, scales, codebook, zeros, scale codebook, absmax and mean; those
+            that are not there as the codebook, which no kernel reads in their place.
+        sizes: bytes a row, columns, scales a row.
+        flags: compile-time arguments.
+    """
+
+    operands: Operands
+    pointers: list[Tensor]
+    sizes: list[int]
+    flags: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Of all experts together."""
+        return self.operands[0].shape[:-1].numel()
+
+    @property
+    def features(self) -> int:
+        """Columns."""
+        return self.operands[9]
+
+    @property
+    def outliers(self) -> tuple[list[Tensor], int]:
+        """Values, columns, and how many there are."""
+        values, index = self.operands[7], self.operands[8]
+        if values is None or index is None:
+            return [self.pointers[3], self.pointers[3]], 0
+        return [values.contiguous(), index], index.numel()
+
+
+def read_weight(operands: Operands) -> Weight:
+    """Pointers, sizes and compile-time numbers of a weight."""
     planes, scales, codebook, zeros, scale_codebook, absmax, mean, _, _, features, bits, block = operands
-    pointers = [
-        planes.contiguous(),
-        scales.contiguous(),
-        codebook,
-        *(codebook if part is None else part.contiguous() for part in (zeros, scale_codebook, absmax, mean)),
-    ]
-    flags = {"BITS": bits, "BLOCK": block, "HAS_ZEROS": zeros is not None, "HAS_DQ": absmax is not None}
-    return pointers, [planes.shape[-1], features, scales.shape[-1]], flags
+    planes = planes.contiguous()
+    is_aligned = planes.shape[-1] % 4 == 0 and planes.data_ptr() % 4 == 0
+    words = planes.view(torch.int32) if is_aligned else planes
+    optional = [codebook if t is None else t.contiguous() for t in (zeros, scale_codebook, absmax, mean)]
+    flags = {
+        "BITS": bits,
+        "BLOCK": block,
+        "HAS_ZEROS": zeros is not None,
+        "HAS_DQ": absmax is not None,
+        "SCALES": scales_a_chunk(block),
+        "IS_ALIGNED": is_aligned,
+    }
+    pointers = [planes, words, scales.contiguous(), codebook, *optional]
+    return Weight(operands, pointers, [planes.shape[-1], features, scales.shape[-1]], flags)
 
 
-def _rows(operands: Operands, ids: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
-    pointers, sizes, flags = _weight(operands)
-    out = torch.empty(count, sizes[1], dtype=dtype, device=operands[0].device)
-    columns = min(1024, triton.next_power_of_2(sizes[1]))
-    if out.numel():
-        dequantize_kernel[count, triton.cdiv(sizes[1], columns)](
-            out if ids is None else ids, out, *pointers, *sizes, **flags,
+def _as_words(x: Tensor) -> Tensor:
+    """Rows of 16-bit floats as int64, padded to whole ones; float32 as it is."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x
+    return x if x.dtype == torch.float32 else x.view(torch.int64)
+
+
+# Rows of the weight -----------------------------------------------------------------------------
+
+
+def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids``, or ``count`` rows from ``begin`` on, ``(count, features)``."""
+    features, flags = weight.features, weight.flags
+    out = torch.empty(count, features, dtype=dtype, device=weight.pointers[0].device)
+    if out.numel() == 0:
+        return out
+    given = out if ids is None else ids
+    is_whole = flags["SCALES"] > 0 and (dtype == torch.float32 or features % 4 == 0)
+    first = features // CHUNK * CHUNK if is_whole else 0
+    if first:
+        tiles = tiles_of("rows")
+        grid = (triton.cdiv(count, tiles.rows), triton.cdiv(features // CHUNK, tiles.chunks))
+        rows_kernel[grid](
+            given, out if dtype == torch.float32 else out.view(torch.int64),
+            *weight.pointers, *weight.sizes, begin, count, **flags,
+            KIND=KINDS[dtype], HAS_IDS=ids is not None, **tiles.constants(), **tiles.options(),
+        )  # fmt: skip
+    if first < features:
+        columns = min(512, triton.next_power_of_2(features - first))
+        pointers = [weight.pointers[0], *weight.pointers[2:]]
+        columns_kernel[count, triton.cdiv(features - first, columns)](
+            given, out, *pointers, *weight.sizes, begin, first,
+            **{name: flags[name] for name in ("BITS", "BLOCK", "HAS_ZEROS", "HAS_DQ")},
             HAS_IDS=ids is not None, COLUMNS=columns,
         )  # fmt: skip
-    values, index = operands[7], operands[8]
+    values, index = weight.operands[7], weight.operands[8]
     if values is not None and index is not None:
         kept = values.flatten(0, -2)
-        out[:, index.long()] = (kept if ids is None else kept[ids]).to(dtype)
+        out[:, index.long()] = (kept[begin : begin + count] if ids is None else kept[ids]).to(dtype)
     return out
+
+
+def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in 16 bits, a slab of rows at a time."""
+    step = max(1, SLAB // weight.features)
+    for begin in range(0, weight.rows, step):
+        count = min(step, weight.rows - begin)
+        yield slice(begin, begin + count), _rows(weight, None, begin, count, dtype)
 
 
 def dequantize(*given: Any) -> Tensor:
     """``kbit::dequantize``."""
+    weight = read_weight(given[:12])
     lead = given[0].shape[:-1]
-    return _rows(given[:12], None, lead.numel(), given[12]).view(*lead, given[9])
+    return _rows(weight, None, 0, weight.rows, given[12]).view(*lead, weight.features)
 
 
 def embedding(ids: Tensor, *rest: Any) -> Tensor:
     """``kbit::embedding``; ids must be inside the vocabulary: checking would stop the device."""
+    weight = read_weight(rest[:12])
     flat = ids.flatten().long()
-    return _rows(rest[:12], flat, flat.numel(), rest[12]).view(*ids.shape, rest[9])
+    return _rows(weight, flat, 0, flat.numel(), rest[12]).view(*ids.shape, weight.features)
 
 
-def _gemm(x: Tensor, operands: Operands, is_grad: bool) -> Tensor:
-    pointers, sizes, flags = _weight(operands)
-    m, count = x.shape[0], operands[0].shape[0]
-    outer = sizes[1] if is_grad else count
-    out = x.new_empty(m, outer)
-    tile_m, tile_n = (32 if m <= 32 else 64), 64
-    gemm_kernel[triton.cdiv(m, tile_m), triton.cdiv(outer, tile_n)](
-        x, out, *pointers, *sizes, count, m, **flags,
-        IS_GRAD=is_grad, TILE_M=tile_m, TILE_N=tile_n, TILE_K=32,
+# Products ---------------------------------------------------------------------------------------
+
+
+def _splits(tiles: Tiles, programs: int, features: int) -> int:
+    """Parts of K, so that there are about ``tiles.programs`` programs."""
+    return max(1, min(tiles.programs // programs, features // (CHUNK * tiles.chunks)))
+
+
+def _gemv(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ W.T`` in float32 for up to ``FEW`` rows of x."""
+    m, count = x.shape[0], weight.rows
+    tiles = tiles_of("gemv")
+    words = _as_words(x)
+    grid = triton.cdiv(count, tiles.rows)
+    splits = _splits(tiles, grid, weight.features)
+    parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
+    outliers, kept = weight.outliers
+    gemv_kernel[grid, splits](
+        words, parts, *weight.pointers, *outliers, *weight.sizes, kept, count, splits,
+        words.shape[1] * (1 if x.dtype == torch.float32 else 4), M=m, **weight.flags, KIND=KINDS[x.dtype],
+        **tiles.constants(), **tiles.options(),
     )  # fmt: skip
-    return out
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
-def gemv_warps(bits: int, warp: int) -> int:
-    """As many as leave 16 bytes of the widest plane to a thread: 64 threads for 2 bits, else 128.
-
-    The plane of one bit beside it is read 4 or 8 bytes at a time: 16 would take 128 registers of values.
-    """
-    return (64 if bits < 4 else 128) // warp
-
-
-def _gemv(x: Tensor, operands: Operands) -> Tensor:
-    pointers, sizes, flags = _weight(operands)
-    m, count = x.shape[0], operands[0].shape[0]
-    slots = triton.next_power_of_2(m)
-    x = torch.nn.functional.pad(x, (0, 0, 0, slots - m)) if slots > m else x
-    tiles = triton.cdiv(count, GEMV_ROWS)
-    splits = max(1, min(PROGRAMS // tiles, sizes[1] // 256))
-    parts = torch.empty(splits, slots, count, dtype=torch.float32, device=x.device)
-    gemv_kernel[tiles, splits](
-        x, parts, *pointers, *sizes, count, splits, M=slots, **flags, ROWS=GEMV_ROWS,
-        num_warps=gemv_warps(operands[10], WARP),
+def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
+    """``x @ W.T`` in float32 on tensor cores; with offsets, each row of x with the weight of its expert."""
+    m = x.shape[0]
+    experts = 1 if offsets is None else offsets.numel()
+    count = weight.rows // experts
+    tiles = tiles_of("matmul" if m > 16 else "matmul few")
+    words = _as_words(x)
+    slots = triton.cdiv(m, tiles.m) + (experts if offsets is not None else 0)
+    grid = triton.cdiv(count, tiles.rows)
+    splits = 1 if offsets is not None else _splits(tiles, grid * slots, weight.features)
+    parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
+    outliers, kept = weight.outliers
+    matmul_kernel[slots, grid, splits](
+        words, parts, *weight.pointers, *outliers, weight.pointers[3] if offsets is None else offsets,
+        *weight.sizes, kept, count, splits, words.shape[1] * (1 if x.dtype == torch.float32 else 4), m,
+        experts, **weight.flags, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None, TILE_M=tiles.m,
+        **tiles.constants(), **tiles.options(),
     )  # fmt: skip
-    return parts.sum(0)[:m].to(x.dtype)
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
 def linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::linear``."""
     operands, bias = rest[:12], rest[12] if len(rest) > 12 else None
-    if x.shape[-1] != operands[9]:
-        raise RuntimeError(f"kbit::linear: expected {operands[9]} input features, got {tuple(x.shape)}")
-    flat = x.reshape(-1, operands[9]).contiguous()
-    values, index = operands[7], operands[8]
-    rest_of_x = flat if index is None else flat.index_fill(1, index.long(), 0)
-    if flat.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], operands[0].shape[0])
-    out = _gemv(rest_of_x, operands) if flat.shape[0] <= FEW else _gemm(rest_of_x, operands, False)
-    if values is not None and index is not None:
-        out = out + flat[:, index.long()] @ values.to(x.dtype).T
+    _check_input("linear", x, operands[9])
+    weight = read_weight(operands)
+    flat = x.reshape(-1, weight.features).contiguous()
+    m = flat.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], weight.rows)
+    if m <= FEW:
+        out = _gemv(flat, weight)
+    elif m <= MANY and weight.flags["SCALES"] > 0:
+        out = _matmul(flat, weight)
+    else:
+        out = x.new_empty(m, weight.rows)
+        for rows, dense in _slabs(weight, x.dtype):
+            out[:, rows] = flat @ dense.T
     if bias is not None:
-        out = out + bias.to(x.dtype)
-    return out.view(*x.shape[:-1], -1)
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def input_grad(grad: Tensor, *operands: Any) -> Tensor:
     """``kbit::input_grad``."""
-    flat = grad.reshape(-1, operands[0].shape[0]).contiguous()
-    if flat.shape[0] == 0:
-        return grad.new_empty(*grad.shape[:-1], operands[9])
-    out = _gemm(flat, operands, True)  # type: ignore[arg-type]
-    values, index = operands[7], operands[8]
-    if values is not None:
-        out[:, index.long()] = flat @ values.to(grad.dtype)
-    return out.view(*grad.shape[:-1], operands[9])
+    weight = read_weight(operands)  # type: ignore[arg-type]  # an Operands
+    _check_input("input_grad", grad, weight.rows)
+    flat = grad.reshape(-1, weight.rows)
+    out = torch.zeros(flat.shape[0], weight.features, dtype=torch.float32, device=grad.device)
+    for rows, dense in _slabs(weight, grad.dtype):
+        out += flat[:, rows] @ dense
+    return out.to(grad.dtype).view(*grad.shape[:-1], weight.features)
 
 
-KERNELS = {"linear": linear, "input_grad": input_grad, "embedding": embedding, "dequantize": dequantize}
+def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
+    """``kbit::grouped_linear``."""
+    weight, offsets = read_weight(rest[:12]), rest[12]
+    _check_input("grouped_linear", x, weight.features)
+    if weight.flags["SCALES"] == 0:
+        raise RuntimeError(
+            f"kbit::grouped_linear: blocks of {weight.flags['BLOCK']} have no kernel on a GPU; use a multiple of 4"
+        )
+    if x.shape[0] == 0:
+        return x.new_empty(0, rest[0].shape[1])
+    return _matmul(x.contiguous(), weight, offsets).to(x.dtype)
+
+
+def _check_input(name: str, x: Tensor, features: int) -> None:
+    if x.dtype not in KINDS or x.shape[-1] != features:
+        raise RuntimeError(
+            f"kbit::{name}: expected float32, float16 or bfloat16 with {features} features, got {x.dtype} of "
+            f"shape {tuple(x.shape)}"
+        )
+
+
+KERNELS = {
+    "linear": linear,
+    "input_grad": input_grad,
+    "embedding": embedding,
+    "dequantize": dequantize,
+    "grouped_linear": grouped_linear,
+}

@@ -96,6 +96,15 @@ def code_at(words, GROUP: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def x_at(x, place, mask, KIND: tl.constexpr):
+    """x in float32 at single places; x as `gemv_kernel` takes it."""
+    if KIND == "fp32":
+        return tl.load(x + place, mask=mask, other=0.0)
+    four = tl.load(x + place // 4, mask=mask, other=0)
+    return unpack_lane(four >> (place % 4 * 16).to(tl.int64), 0, KIND == "bf16")
+
+
+@triton.jit
 def unpack_lane(four, BYTE: tl.constexpr, IS_BF16: tl.constexpr):
     """float32 from four 16-bit floats in an int64: the one of column BYTE."""
     bits = (four >> (16 * BYTE)).to(tl.int32) & 0xFFFF

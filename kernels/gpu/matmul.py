@@ -10,29 +10,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbitc.kernels.gpu.weights import CHUNK, code_at, codes_at, load_words, scale_at, unpack_lane, values_of
+from kbitc.kernels.gpu.weights import (
+    CHUNK,
+    code_at,
+    codes_at,
+    load_words,
+    scale_at,
+    unpack_lane,
+    values_of,
+    x_at,
+)
 
-TAIL = tl.constexpr(32)  # columns of a short last chunk that are multiplied together
+TAIL = tl.constexpr(32)  # columns of a short last chunk, or outlier columns, multiplied together
 
 
 @triton.jit
-def skinny_kernel(
+def matmul_kernel(
     x, out,
     planes, words, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-    row_stride, features, blocks, count, splits, x_stride, m,
+    outlier_values, outlier_index, offsets,
+    row_stride, features, blocks, outliers, count, splits, x_stride, m, experts,
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
-    KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_GROUPED: tl.constexpr,
     TILE_M: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j, s): ``out[s]`` of rows i of x and rows j of W, float32; x as `gemv_kernel` takes it.
 
-    SCALES is not 0: blocks of other sizes go to `gemm_kernel`.
+    SCALES is not 0. IS_GROUPED: W has ``experts`` weights,
+    rows of x up to ``offsets[e]`` meet weight e, ``splits`` is 1.
     """
     dtype: tl.constexpr = tl.float32 if KIND == "fp32" else (tl.bfloat16 if KIND == "bf16" else tl.float16)
-    slots = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)[:, None]
+    tile = tl.program_id(0)
+    expert = 0
+    first = 0
+    if IS_GROUPED:  # tiles of experts follow each other; those past the last expert's do nothing
+        last = 0
+        begin = 0
+        before = 0
+        for e in range(experts):
+            end = tl.load(offsets + e).to(tl.int32)
+            tiles = (end - begin + TILE_M - 1) // TILE_M
+            is_here = (tile >= before) & (tile < before + tiles)
+            expert = tl.where(is_here, e, expert)
+            first = tl.where(is_here, begin + (tile - before) * TILE_M, first)
+            last = tl.where(is_here, end, last)
+            before += tiles
+            begin = end
+        m = last
+    else:
+        first = tile * TILE_M
+    slots = first + tl.arange(0, TILE_M)[:, None].to(tl.int64)
     slot_mask = slots < m
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    row_mask = rows < count
+    ours = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    row_mask = ours < count
+    rows = tl.cast(expert, tl.int64) * count + ours
     split = tl.program_id(2)
     lanes = tl.arange(0, CHUNKS * 8)[None, :]
     sums = tl.zeros((TILE_M, ROWS), tl.float32)
@@ -74,11 +105,20 @@ def skinny_kernel(
                 scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
             )  # fmt: skip
             x_mask = slot_mask & (columns < features)
-            if KIND == "fp32":
-                given = tl.load(x + slots * x_stride + columns, mask=x_mask, other=0.0)
-            else:
-                four = tl.load(x + (slots * x_stride + columns) // 4, mask=x_mask, other=0)
-                given = unpack_lane(four >> (columns % 4 * 16).to(tl.int64), 0, KIND == "bf16").to(dtype)
+            given = x_at(x, slots * x_stride + columns, x_mask, KIND).to(dtype)
             sums = tl.dot(given, tl.trans(value.to(dtype)), sums, input_precision="ieee")
-    place = (split.to(tl.int64) * m + slots) * count + tl.trans(rows)
+        for start in range(0, outliers, TAIL):  # in place of what their codes stand for
+            index = start + tl.arange(0, TAIL)[None, :]
+            columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
+            mask = row_mask & (index < outliers)
+            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
+            value = values_of(
+                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
+                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
+            ).to(dtype)  # fmt: skip
+            kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(dtype)
+            given = x_at(x, slots * x_stride + columns, slot_mask & (index < outliers), KIND).to(dtype)
+            sums = tl.dot(given, tl.trans(kept), sums, input_precision="ieee")
+            sums -= tl.dot(given, tl.trans(value), input_precision="ieee")
+    place = (split.to(tl.int64) * m + slots) * count + tl.trans(ours)
     tl.store(out + place, sums, mask=slot_mask & tl.trans(row_mask))
