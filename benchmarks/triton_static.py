@@ -6,11 +6,11 @@ The one thing to know: it counts instructions and resources; it says nothing abo
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kbitc.kernels.gpu.dequantize import dequantize_kernel
-from kbitc.kernels.gpu.gemm import gemm_kernel
+from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
-from kbitc.kernels.gpu.launch import GEMV_ROWS, gemv_warps
+from kbitc.kernels.gpu.launch import FEW, scales_a_chunk
+from kbitc.kernels.gpu.matmul import matmul_kernel
+from kbitc.kernels.gpu.tiles import TABLE
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -30,14 +31,17 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-KERNELS: dict[str, tuple[Any, dict[str, int]]] = {
-    "gemv M=1": (gemv_kernel, {"M": 1, "ROWS": GEMV_ROWS}),
-    "gemv M=16": (gemv_kernel, {"M": 16, "ROWS": GEMV_ROWS}),
-    "gemm": (gemm_kernel, {"IS_GRAD": False, "TILE_M": 64, "TILE_N": 64, "TILE_K": 32}),
-    "input_grad": (gemm_kernel, {"IS_GRAD": True, "TILE_M": 64, "TILE_N": 64, "TILE_K": 32}),
-    "dequantize": (dequantize_kernel, {"HAS_IDS": False, "COLUMNS": 1024}),
-    "embedding": (dequantize_kernel, {"HAS_IDS": True, "COLUMNS": 1024}),
+# Kernel, name of its tiles, and what else is fixed at compile time.
+KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    **{f"gemv M={m}": (gemv_kernel, "gemv", {"M": m}) for m in range(1, FEW + 1)},
+    "matmul M<=16": (matmul_kernel, "matmul few", {"IS_GROUPED": False}),
+    "matmul": (matmul_kernel, "matmul", {"IS_GROUPED": False}),
+    "experts": (matmul_kernel, "matmul few", {"IS_GROUPED": True}),
+    "dequantize": (rows_kernel, "rows", {"HAS_IDS": False}),
+    "embedding": (rows_kernel, "rows", {"HAS_IDS": True}),
+    "any columns": (columns_kernel, "", {"HAS_IDS": True, "COLUMNS": 512}),
 }
+FORMS = ("plain", "zp", "dq")
 MATRIX_OPS = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 WIDE_LOADS = re.compile(
     r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4"
@@ -51,57 +55,67 @@ class Figures:
     kernel: str
     bits: int
     form: str
+    x: str
     target: str
+    registers: int
     spills: int
     shared: int
     shared_limit: int
     matrix_ops: int
     wide_loads: int
-    weight_bytes: int  # that one thread reads of the widest plane at once, by the kernel's layout
+    weight_bytes: int  # that one instruction loads of a row of the packed weight, by the kernel's layout
 
 
-def compile_one(name: str, bits: int, form: str, target: str) -> Figures:
-    """Compile a kernel for fp16 inputs; ``form`` is "plain", "zp" or "dq"."""
-    kernel, tiles = KERNELS[name]
+def compile_one(name: str, bits: int, form: str, target: str, x: str = "fp16") -> Figures:
+    """Compile a kernel as it is launched for blocks of 64; ``form`` is one of ``FORMS``."""
+    kernel, tiles_name, fixed = KERNELS[name]
     place, limit = TARGETS[target]
     constants: dict[str, Any] = {
-        "BITS": bits, "BLOCK": 64, "HAS_ZEROS": form == "zp", "HAS_DQ": form == "dq", **tiles
+        "BITS": bits, "BLOCK": 64, "HAS_ZEROS": form == "zp", "HAS_DQ": form == "dq", "KIND": x,
+        "SCALES": scales_a_chunk(64), "IS_ALIGNED": True, **fixed,
     }  # fmt: skip
+    options: dict[str, Any] = {}
+    if tiles_name:
+        tiles = TABLE[tiles_name]
+        constants |= {**tiles.constants(), "TILE_M": tiles.m}
+        options = tiles.options(place.warp_size)
+    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
+    number = "*fp32" if x == "fp32" else "*i64"
     types = {
-        "x": "*fp16", "out": "*fp32" if "gemv" in name else "*fp16", "ids": "*i64", "planes": "*u8",
-        "scales": "*u8" if form == "dq" else "*fp16", "zeros": "*fp16" if form == "zp" else "*fp32",
+        "x": number, "out": {rows_kernel: number, columns_kernel: "*fp16"}.get(kernel, "*fp32"),
+        "ids": "*i64", "planes": "*u8", "words": "*i32", "scales": "*u8" if form == "dq" else "*fp16",
+        "zeros": "*fp16" if form == "zp" else "*fp32", "outlier_values": "*fp16", "outlier_index": "*i32",
+        "offsets": "*i32", **dict.fromkeys(("codebook", "scale_codebook", "scale_absmax", "scale_mean"), "*fp32"),
     }  # fmt: skip
-    floats = {"codebook", "scale_codebook", "scale_absmax", "scale_mean"}
-    signature = {
-        arg: "constexpr" if arg in constants else types.get(arg, "*fp32" if arg in floats else "i32")
-        for arg in kernel.arg_names
-    }
+    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)
-        if signature[arg].startswith("*") or arg in ("row_stride", "features", "count")
+        if signature[arg].startswith("*") or arg in ("row_stride", "features", "count", "x_stride")
     }
-    source = ASTSource(kernel, signature, {k: constants[k] for k in constants}, aligned)
-    options = {"num_warps": gemv_warps(bits, place.warp_size)} if "gemv" in name else {}
-    built = triton.compile(source, target=place, options=options)
+    built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=place, options=options)
     text = built.asm["ptx"] if place.backend == "cuda" else built.asm["amdgcn"]
+    registers, spills = _registers(built, place.backend)
     return Figures(
-        name, bits, form, target, _spills(built, place.backend), built.metadata.shared, limit,
-        len(MATRIX_OPS.findall(text)), len(WIDE_LOADS.findall(text)),
-        _weight_bytes(built.asm["ttgir"]),
+        name, bits, form, x, target, registers, spills, built.metadata.shared, limit,
+        len(MATRIX_OPS.findall(text)), len(WIDE_LOADS.findall(text)), _weight_bytes(built.asm["ttgir"]),
     )  # fmt: skip
 
 
 def _weight_bytes(text: str) -> int:
-    """The widest run of bytes a thread holds among the loads of 8-bit integers."""
-    layouts = set(re.findall(r"load [^\n]*x(?:!tt\.ptr<i8>|i8), (#\w+)>", text))
-    sizes = [re.search(rf"{name} = #ttg\.blocked<{{sizePerThread = \[\d+, (\d+)\]", text) for name in layouts]
-    return max((int(found[1]) for found in sizes if found), default=0)
+    """The narrowest load of words of the weight; 0 without one."""
+    layouts = set(re.findall(r"load [^\n]*tensor<\S+x!tt\.ptr<i32>, (#\w+)>", text))
+    found = [re.search(rf"{name} = #ttg\.blocked<{{sizePerThread = \[\d+, (\d+)\]", text) for name in layouts]
+    return min((4 * int(each[1]) for each in found if each and int(each[1]) > 1), default=0)
 
 
-def _spills(built: Any, backend: str) -> int:
+def _registers(built: Any, backend: str) -> tuple[int, int]:
+    """Of a thread, and what was spilled."""
     if backend == "hip":
-        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", built.asm["amdgcn"]))
+        text = built.asm["amdgcn"]
+        used = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
+        return max(map(int, used)), sum(map(int, spilled))
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -110,25 +124,29 @@ def _spills(built: Any, backend: str) -> int:
             [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     # Nothing here has local arrays, so whatever lies in local memory or on the stack was spilled.
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    spilled = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+    return max(map(int, re.findall(r"REG:(\d+)", usage))), sum(map(int, spilled))
 
 
 def main() -> None:
-    """Print the table and write it to ``benchmarks/results/triton_static.json``."""
+    """Print the table; with --markdown, write it too."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7, 8])
-    parser.add_argument("--forms", nargs="*", default=["plain", "zp", "dq"])
+    parser.add_argument("--forms", nargs="*", default=list(FORMS))
+    parser.add_argument("--x", nargs="*", default=["fp16"], help="fp16, bf16, fp32")
+    parser.add_argument("--kernels", nargs="*", default=list(KERNELS))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--markdown", type=Path, help="file to write")
     chosen = parser.parse_args()
-    found = []
-    for name in KERNELS:
-        for target in TARGETS:
-            for bits in chosen.bits:
-                for form in chosen.forms:
-                    found.append(compile_one(name, bits, form, target))
-                    print(*asdict(found[-1]).values(), sep="\t", flush=True)
-    path = Path(__file__).parent / "results" / "triton_static.json"
-    rows = [asdict(figures) for figures in found]
-    path.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    names = [field.name for field in fields(Figures)]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    print("\n".join(lines), flush=True)
+    for given in itertools.product(chosen.kernels, chosen.bits, chosen.forms, chosen.targets, chosen.x):
+        lines.append("| " + " | ".join(str(value) for value in astuple(compile_one(*given))) + " |")
+        print(lines[-1], flush=True)
+    if chosen.markdown:
+        title = f"# Triton kernels, compiled ahead of time\n\ntriton {triton.__version__}; no GPU: nothing is said of speed.\n\n"
+        chosen.markdown.write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
