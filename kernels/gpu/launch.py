@@ -16,16 +16,22 @@ import torch
 import triton
 from torch import Tensor
 
+from kbitc import packing
 from kbitc.blockwise import Operands
+from kbitc.kernels import reference
 from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
+from kbitc.kernels.gpu.encode import encode_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
+from kbitc.kernels.gpu.int8 import int8_kernel
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import Tiles, tiles_of
+from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
 FEW = 2
 MANY = 256
 SLAB = 2**25
+INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -250,6 +256,91 @@ def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     return _matmul(x.contiguous(), weight, offsets).to(x.dtype)
 
 
+def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+    """``kbit::grouped_input_grad``: each expert's weight in 16 bits once, whichever rows are its own."""
+    weight, offsets = read_weight(rest[:12]), rest[12]
+    count = rest[0].shape[1]
+    _check_input("grouped_input_grad", grad, count)
+    tokens = torch.arange(grad.shape[0], device=grad.device)
+    expert = torch.bucketize(tokens, offsets, right=True)
+    out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
+    for e in range(offsets.numel()):  # no row count is known here: rows of others are zeroed, not left out
+        dense = _rows(weight, None, e * count, count, grad.dtype)
+        out += torch.where((expert == e)[:, None], grad, 0) @ dense
+    return out.to(grad.dtype)
+
+
+def linear_int8(x: Tensor, *rest: Any) -> Tensor:
+    """``kbit::linear_int8``; what the weight must be, `reference.linear_int8` says."""
+    weight, bias = read_weight(rest[:12]), rest[12] if len(rest) > 12 else None
+    _check_input("linear_int8", x, weight.features)
+    planes, scales, codebook, zeros, *_ = weight.operands
+    if weight.flags["BITS"] != reference.INT8_BITS or scales.shape[-1] != 1 or zeros is not None:
+        raise RuntimeError(reference.INT8_NEEDS)
+    flat = x.reshape(-1, weight.features).float()
+    index, values = weight.operands[8], weight.operands[7]
+    inside = flat if index is None else flat.index_fill(1, index.long(), 0.0)
+    absmax = inside.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(absmax, reference.INT8_MOST) / absmax
+    is_usable = inverse.isfinite()
+    rounded = torch.where(is_usable, inside * inverse, 0.0).round().to(torch.int8)
+    sums = torch.empty(flat.shape[0], weight.rows, dtype=torch.int32, device=x.device)
+    if sums.numel():
+        tile = INT8_TILE
+        grid = (triton.cdiv(sums.shape[0], tile["TILE_M"]), triton.cdiv(weight.rows, tile["TILE_N"]))
+        int8_kernel[grid](
+            rounded, sums, planes, planes.shape[-1], weight.features, weight.rows, sums.shape[0], **tile
+        )
+    steps = reference.plain_scales(weight.operands)[1].float().mT * (codebook[-1] / reference.INT8_MOST)
+    # A row with a NaN or an infinity: its scale is not finite, nor may its result be.
+    scale = torch.where(is_usable | (absmax == 0), absmax, absmax * torch.nan)
+    out = sums.float() * (scale / reference.INT8_MOST * steps)
+    if index is not None and values is not None:
+        out = out + flat[:, index.long()] @ values.float().mT
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], weight.rows)
+
+
+# Codes ------------------------------------------------------------------------------------------
+
+
+def encode(
+    rows: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor,
+    outlier_index: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """``kbit::encode``."""
+    count, features = rows.shape
+    values = (rows if outlier_index is None else rows.index_fill(1, outlier_index.long(), 0)).contiguous()
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    encoder = Encoder(codebook)
+    width = packing.row_bytes(features, bits)
+    out = torch.empty(count, width, dtype=torch.uint8, device=rows.device)
+    first = features // CHUNK * CHUNK if width % 4 == 0 else 0
+    if first and count:
+        bounds = torch.full((2**bits - 1,), torch.inf, device=rows.device)
+        bounds[: encoder.bounds.numel()] = encoder.bounds
+        tiles = tiles_of("rows")
+        encode_kernel[triton.cdiv(count, tiles.rows), triton.cdiv(first // CHUNK, tiles.chunks)](
+            values, inverse, inverse if zeros is None else zeros.contiguous(), bounds, out.view(torch.int32),
+            width // 4, features, scales.shape[1], count,
+            BITS=bits, BLOCK=block, HAS_ZEROS=zeros is not None, **tiles.constants(), **tiles.options(),
+        )  # fmt: skip
+    if first < features:
+        at = torch.arange(first, features, device=rows.device) // block
+        rest = values[:, first:].float()
+        rest = rest if zeros is None else rest - zeros.float()[:, at]
+        codes = torch.bucketize(rest * inverse[:, at], encoder.bounds, out_int32=True)
+        out[:, first * bits // 8 :] = packing.pack(codes.to(torch.uint8), bits)
+    return out
+
+
 def _check_input(name: str, x: Tensor, features: int) -> None:
     if x.dtype not in KINDS or x.shape[-1] != features:
         raise RuntimeError(
@@ -264,4 +355,7 @@ KERNELS = {
     "embedding": embedding,
     "dequantize": dequantize,
     "grouped_linear": grouped_linear,
+    "grouped_input_grad": grouped_input_grad,
+    "linear_int8": linear_int8,
+    "encode": encode,
 }

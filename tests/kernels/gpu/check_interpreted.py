@@ -1,4 +1,7 @@
-"""Run with TRITON_INTERPRET=1: every op of kernels/gpu against the reference, on CPU tensors."""
+"""Run with TRITON_INTERPRET=1 and numbers i, n: ops of kernels/gpu against the reference, on CPU tensors.
+
+Every n-th format from the i-th on.
+"""
 
 import itertools
 import sys
@@ -53,11 +56,35 @@ def check_experts(spec, dtype):
     close(launch.grouped_linear(x, *operands, offsets), want.double(), dtype, f"{spec} grouped")
 
 
+def check_codes(spec, rows, features, dtype):
+    weight = torch.randn(rows, features).to(dtype)
+    wanted = quantize(weight, spec)
+    found = quantize(weight, spec, encode=launch.encode)
+    for name, tensor in wanted.tensors().items():
+        assert torch.equal(getattr(found, name), tensor), f"{spec} {rows} x {features}: {name}"
+
+
+def check_int8():
+    operands = quantize(torch.randn(11, 200), "int8:200+out3%").operands()
+    x = torch.randn(2, 9, 200)
+    x[0, 3] = 0
+    bias = torch.randn(11)
+    wanted = reference.linear_int8(x, operands, bias)
+    torch.testing.assert_close(launch.linear_int8(x, *operands, bias), wanted, rtol=1e-6, atol=1e-6)
+    x[1, 2, 5] = torch.nan
+    found, wanted = launch.linear_int8(x, *operands), reference.linear_int8(x, operands, None)
+    assert torch.equal(found.isnan(), wanted.isnan())
+
+
 def main():
-    for family in datatypes.FAMILIES:
-        for bits in range(2, 9):
-            spec = f"{family}{bits}:{next(BLOCKS)}{next(FLAGS)}"
-            check_weight(spec, *next(SHAPES), next(DTYPES))
+    everything = [f"{family}{bits}" for family in datatypes.FAMILIES for bits in range(2, 9)]
+    for name in everything[int(sys.argv[1]) :: int(sys.argv[2])]:
+        check_weight(f"{name}:{next(BLOCKS)}{next(FLAGS)}", *next(SHAPES), next(DTYPES))
+    for bits in range(2, 9):
+        spec = f"nf{bits}:{next(BLOCKS)}{next(FLAGS)}"
+        for features in (512, 531, 780):
+            check_codes(spec, 7, features, next(DTYPES))
+    check_int8()
     check_experts("nf4:32+dq", torch.float32)
     check_experts("int3:64+zp+out2%", torch.float16)
     sys.stdout.write("all equal\n")
