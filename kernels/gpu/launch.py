@@ -28,7 +28,7 @@ from kbitc.kernels.gpu.tiles import Tiles, tiles_of
 from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
-FEW = 2
+FEW = 1
 MANY = 256
 SLAB = 2**25
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
