@@ -85,7 +85,8 @@ def compile_one(name: str, bits: int, form: str, target: str, x: str = "fp16") -
         "x": number, "out": {rows_kernel: number, columns_kernel: "*fp16"}.get(kernel, "*fp32"),
         "ids": "*i64", "planes": "*u8", "words": "*i32", "scales": "*u8" if form == "dq" else "*fp16",
         "zeros": "*fp16" if form == "zp" else "*fp32", "outlier_values": "*fp16", "outlier_index": "*i32",
-        "offsets": "*i32", **dict.fromkeys(("codebook", "scale_codebook", "scale_absmax", "scale_mean"), "*fp32"),
+        "offsets": "*i32",
+        **dict.fromkeys(("codebook", "scale_codebook", "scale_absmax", "scale_mean"), "*fp32"),
     }  # fmt: skip
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = {
@@ -145,8 +146,9 @@ def main() -> None:
         lines.append("| " + " | ".join(str(value) for value in astuple(compile_one(*given))) + " |")
         print(lines[-1], flush=True)
     if chosen.markdown:
-        title = f"# Triton kernels, compiled ahead of time\n\ntriton {triton.__version__}; no GPU: nothing is said of speed.\n\n"
-        chosen.markdown.write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
+        title = "# Triton kernels, compiled ahead of time"
+        note = f"triton {triton.__version__}; no GPU was there: nothing is said of speed."
+        chosen.markdown.write_text("\n".join([title, "", note, "", *lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,21 +45,26 @@ OPERANDS = 12
 
 library = torch.library.Library("kbit", "DEF")
 
-_ON_TRITON = {"linear", "input_grad", "embedding", "dequantize"}
-
 
 @functools.cache
-def _load_triton() -> bool:
-    """Register ``kernels/gpu`` for CUDA and ROCm tensors; False where Triton is not installed.
+def _load_triton() -> frozenset[str]:
+    """Register ``kernels/gpu`` for CUDA and ROCm tensors, and name the ops that have a kernel there.
 
-    Here and not at import, because importing Triton takes long and the CPU has no use for it.
+    Here and not at import, because importing Triton takes long and the CPU has no use for it. Without
+    Triton a warning, and the slow reference kernels.
     """
     if importlib.util.find_spec("triton") is None:
-        return False
+        warnings.warn(
+            "kbitc: packed weights are on a GPU and triton is not installed, so plain PyTorch does the work, "
+            "many times slower; install it with: pip install 'kbitc[triton]'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return frozenset()
     launch = importlib.import_module("kbitc.kernels.gpu.launch")
     for name, kernel in launch.KERNELS.items():
         library.impl(name, kernel, "CUDA")
-    return True
+    return frozenset(launch.KERNELS)
 
 
 def _op(
@@ -75,7 +81,7 @@ def _op(
             tensor = next(value for value in args if isinstance(value, Tensor))
             if tensor.device.type == "cpu" and native.load():
                 return getattr(torch.ops.kbit, name)(*args, **kwargs)
-            if tensor.is_cuda and name in _ON_TRITON and _load_triton():
+            if tensor.is_cuda and name in _load_triton():
                 return getattr(torch.ops.kbit, name)(*args, **kwargs)
             return kernel(*args, **kwargs)
 

@@ -27,7 +27,7 @@ def rows_kernel(
     KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): whole chunks of tile j, of rows ``ids`` (or ``count`` rows from ``begin`` on) of tile i.
+    """Program (i, j): whole chunks of tile j, of rows ``ids`` (or ``count`` ones from ``begin``) of tile i.
 
     ``out`` (count, features): float32 (KIND "fp32"), or 16-bit floats as int64, four each.
     """
@@ -68,7 +68,7 @@ def columns_kernel(
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
     HAS_IDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): ``out[i]`` = row ``ids[i]`` (or begin + i), columns of tile j from ``first`` on; any block."""
+    """Program (i, j): ``out[i]`` = row ``ids[i]`` (or begin + i), columns from ``first`` on; any block."""
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + place).to(tl.int64) if HAS_IDS else begin + place
     columns = first + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

@@ -29,7 +29,7 @@ from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
 FEW = 1
-MANY = 256
+MANY = 128
 SLAB = 2**25
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -42,8 +42,8 @@ class Tiles:
 
 TABLE = {
     "gemv": Tiles(rows=8, chunks=8, threads=128),
-    "matmul few": Tiles(rows=32, chunks=4, threads=256, m=16),
-    "matmul": Tiles(rows=32, chunks=4, threads=256, m=64, programs=512),
+    "matmul few": Tiles(rows=64, chunks=2, threads=256, m=16),
+    "matmul": Tiles(rows=64, chunks=2, threads=256, m=32),
     "rows": Tiles(rows=8, chunks=8, threads=128),
 }
 

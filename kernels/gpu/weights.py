@@ -97,7 +97,7 @@ def code_at(words, GROUP: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def x_at(x, place, mask, KIND: tl.constexpr):
-    """x in float32 at single places; x as `gemv_kernel` takes it."""
+    """X in float32 at single places; x as `gemv_kernel` takes it."""
     if KIND == "fp32":
         return tl.load(x + place, mask=mask, other=0.0)
     four = tl.load(x + place // 4, mask=mask, other=0)
