@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
-from kbitc.kernels.gpu.launch import FEW, scales_a_chunk
+from kbitc.kernels.gpu.launch import scales_a_chunk
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE
 
@@ -33,7 +33,7 @@ TARGETS = {
 }
 # Kernel, name of its tiles, and what else is fixed at compile time.
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    **{f"gemv M={m}": (gemv_kernel, "gemv", {"M": m}) for m in range(1, FEW + 1)},
+    "gemv": (gemv_kernel, "gemv", {}),
     "matmul M<=16": (matmul_kernel, "matmul few", {"IS_GROUPED": False}),
     "matmul": (matmul_kernel, "matmul", {"IS_GROUPED": False}),
     "experts": (matmul_kernel, "matmul few", {"IS_GROUPED": True}),

@@ -1,6 +1,6 @@
 """LLM.int8(): integers of x times integers of W on tensor cores, summed exactly.
 
-The one thing to know: 8-bit codes are packed in their natural order, a byte each; less 127 they are W's integers.
+The one thing to know: 8-bit codes are packed in natural order, a byte each; less 127 they are W's integers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ``kbit::`` ops on Triton: choose a kernel and its tiles, launch it.
 
-The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it. Up to
-``FEW`` rows of x the GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words;
-beyond, slabs of W of at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library,
-whose speed no kernel reaches that decodes W again for every tile of x.
+The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it. For one
+row of x the GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words; beyond,
+slabs of W of at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library, whose
+speed no kernel reaches that decodes W again for every tile of x.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from kbitc.kernels.gpu.tiles import Tiles, tiles_of
 from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
-FEW = 1
 MANY = 128
 SLAB = 2**25
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
@@ -173,20 +172,18 @@ def _splits(tiles: Tiles, programs: int, features: int) -> int:
 
 
 def _gemv(x: Tensor, weight: Weight) -> Tensor:
-    """``x @ W.T`` in float32 for up to ``FEW`` rows of x."""
-    m, count = x.shape[0], weight.rows
+    """``x @ W.T`` in float32 for one row of x."""
+    count = weight.rows
     tiles = tiles_of("gemv")
-    words = _as_words(x)
     grid = triton.cdiv(count, tiles.rows)
     splits = _splits(tiles, grid, weight.features)
-    parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
+    parts = torch.empty(splits, count, dtype=torch.float32, device=x.device)
     outliers, kept = weight.outliers
     gemv_kernel[grid, splits](
-        words, parts, *weight.pointers, *outliers, *weight.sizes, kept, count, splits,
-        words.shape[1] * (1 if x.dtype == torch.float32 else 4), M=m, **weight.flags, KIND=KINDS[x.dtype],
-        **tiles.constants(), **tiles.options(),
+        _as_words(x), parts, *weight.pointers, *outliers, *weight.sizes, kept, count, splits,
+        **weight.flags, KIND=KINDS[x.dtype], **tiles.constants(), **tiles.options(),
     )  # fmt: skip
-    return parts[0] if splits == 1 else parts.sum(0)
+    return parts.sum(0, keepdim=True)
 
 
 def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
@@ -219,7 +216,7 @@ def linear(x: Tensor, *rest: Any) -> Tensor:
     m = flat.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
-    if m <= FEW:
+    if m == 1:
         out = _gemv(flat, weight)
     elif m <= MANY and weight.flags["SCALES"] > 0:
         out = _matmul(flat, weight)
@@ -249,7 +246,7 @@ def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     _check_input("grouped_linear", x, weight.features)
     if weight.flags["SCALES"] == 0:
         raise RuntimeError(
-            f"kbit::grouped_linear: blocks of {weight.flags['BLOCK']} have no kernel on a GPU; use a multiple of 4"
+            f"kbit::grouped_linear: blocks of {rest[11]} have no kernel on a GPU; multiples of 4 do"
         )
     if x.shape[0] == 0:
         return x.new_empty(0, rest[0].shape[1])

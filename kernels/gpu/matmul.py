@@ -1,8 +1,8 @@
 """``x @ W.T`` on tensor cores, W cut out of packed words in registers.
 
-The one thing to know: the four lanes of a word and the eight groups of a chunk are 32 small products of their
-own, each over the columns 256 * chunk + 32 * group + 4 * lane + byte: x is read in that order, so nothing of W
-has to move between threads but what the tensor cores' own layout asks for.
+The one thing to know: the four bytes of a word and the eight groups of a chunk are 32 small products of their
+own, each over the columns 256 * chunk + 32 * group + 4 * lane + byte: x is read in that order, so nothing of
+W has to move between threads but what the tensor cores' own layout asks for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tile sizes of the kernels: a table that ships, and what was measured on this machine's GPU.
+"""Tile sizes of the kernels: a table.
 
 The one thing to know: every entry of the table compiles without spills for every format on every target of
-``benchmarks.triton_static``, with whole 16-byte loads of the weight: a thread has four words of a chunk's eight.
+``benchmarks.triton_static``, with 16-byte loads of the weight: a thread has four words of a chunk's eight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-WARP = 64 if torch.version.hip else 32
+NVIDIA = 32  # threads a warp
+WARP = 64 if torch.version.hip else NVIDIA
+REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Tiles:
 
     def options(self, warp: int = WARP) -> dict[str, int]:
         """Of the launch. One stage: a pipeline would bring every look-up of a level through shared memory."""
-        return {"num_warps": self.threads // warp, "num_stages": 1}
+        chosen = {"num_warps": self.threads // warp, "num_stages": 1}
+        # Else ptxas stops at 128 registers now and then, and spills a few.
+        return chosen | {"maxnreg": REGISTERS} if self.m and warp == NVIDIA else chosen
 
 
 TABLE = {
