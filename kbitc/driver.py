@@ -355,7 +355,7 @@ def pack_module(module: nn.Module, program: Program) -> nn.Module:
                 choice.spec,
                 is_transposed=program.weights[name].is_transposed,
                 name=name,
-                **pack.quantizer_of(program, name),
+                **pack.quantizer_of(program, name, choice.spec),
             )
             memo[id(source)] = nn.Parameter(packed, requires_grad=False)
         elif program.is_changed(name):
