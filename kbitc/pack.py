@@ -22,6 +22,7 @@ from kbitc.moments import Moments
 from kbitc.passes import measure_moments
 from kbitc.program import Program, Read, Rest, Weight
 from kbitc.slots import Slot, packed_slots, shared_codebooks
+from kbitc.spec import Spec
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its source bytes, once it is written."""
