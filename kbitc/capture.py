@@ -65,7 +65,7 @@ def capture(
     traced = _fake_copy(model, mode)
     _make_traceable(traced)
     exported = _export(traced, args, kwargs)
-    stored = _StoredNames.of(traced)
+    stored = StoredNames.of(traced)
     graph, parameters = _tidy(exported, stored.first)
     return Program(graph, parameters, rest=stored.as_rest(traced), read=read)
 
@@ -153,7 +153,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class _StoredNames:
+class StoredNames:
     """Names of what a checkpoint of the model holds.
 
     Attributes:
@@ -165,7 +165,7 @@ class _StoredNames:
     stored: tuple[str, ...]
 
     @staticmethod
-    def of(model: nn.Module) -> _StoredNames:
+    def of(model: nn.Module) -> StoredNames:
         tensors = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -178,7 +178,7 @@ class _StoredNames:
             for name in module._non_persistent_buffers_set
         }
         stored = dict.fromkeys(first[name] for name, _ in tensors if name not in transient)
-        return _StoredNames(first, tuple(stored))
+        return StoredNames(first, tuple(stored))
 
     def as_rest(self, model: nn.Module) -> dict[str, Rest]:
         """All of it as not packable: the state before ``canonicalize``."""

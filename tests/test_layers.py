@@ -56,6 +56,8 @@ LAYERS = [
     [
         "kbitc.backends._decoder",
         "kbitc.backends._decode_step",
+        "kbitc.backends._dynamo_owner",
+        "kbitc.backends._dynamo_graph",
         "kbitc.backends.eager",
         "kbitc.backends.cpu",
         "kbitc.backends",
@@ -75,7 +77,7 @@ LAYERS = [
         "kbitc.model_page",
     ],
     ["kbitc.documents", "kbitc.pack", "kbitc.loading", "kbitc.calibration", "kbitc.driver"],
-    ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark"],
+    ["kbitc.demo", "kbitc.evaluation", "kbitc.inspection", "kbitc.benchmark", "kbitc.backends.dynamo"],
     ["kbitc.cli", "kbitc.__main__"],
 ]
 FREE = {"kbitc"}  # the package itself, whose names are lazy: nothing below imports it
