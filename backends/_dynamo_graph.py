@@ -21,10 +21,10 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kbitc.fusions import records
 from kbitc.passes import fuse_dequantize
 from kbitc.passes.insert_dequantize import InsertDequantize
 from kbitc.pipeline import PassManager, lowering_pipeline
-from kbitc.fusions import records
 from kbitc.program import Program, Stage
 
 
@@ -34,24 +34,51 @@ class Lowered:
 
     Attributes:
         graph: aten and ``kbit`` calls.
+        inputs: fake, to compile it for.
         sources: for each of its inputs the position in Dynamo's graph, or the name of a packed tensor.
         left: packed weights that are dequantized to be read, and why.
     """
 
     graph: fx.GraphModule
+    inputs: Sequence[Any]
     sources: Sequence[int | str]
     left: Mapping[str, str]
 
-    def values(self) -> list[Any]:
-        """The fake inputs to compile it for."""
-        return [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph of Dynamo in aten calls.
+
+    Attributes:
+        source: as Dynamo gave it.
+        graph: its inputs in the same order.
+        inputs: fake tensors and symbolic sizes, as they are guarded.
+    """
+
+    source: fx.GraphModule
+    graph: fx.GraphModule
+    inputs: Sequence[Any]
+
+    def named(self, inputs: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]:
+        """The model's tensors among the inputs: the node's name to the tensor's.
+
+        Args:
+            inputs: the real ones.
+            names: of the model's tensors, by ``id``.
+        """
+        lifted = zip(_inputs(self.graph), inputs, strict=True)
+        return {node.name: names[id(value)] for node, value in lifted if id(value) in names}
 
 
-def traced(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """The same computation in aten calls, on fake inputs; its inputs in the same order.
+def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
+    return list(graph.graph.find_nodes(op="placeholder"))
+
+
+def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
+    """A graph that Dynamo is compiling, in aten calls, without a look at any data.
 
     Args:
-        graph: of Dynamo, which is compiling it.
+        graph: of Dynamo.
         inputs: real tensors and symbolic sizes.
     """
     context = TracingContext.get()
@@ -60,8 +87,8 @@ def traced(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     values = [_fake(value, context, mode) for value in inputs]
     # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
     with mode, torch.no_grad():
-        trace = make_fx(graph, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-        return trace(*values)
+        flat = make_fx(graph, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    return Traced(graph, flat, values)
 
 
 def _fake(value: Any, context: TracingContext, mode: FakeTensorMode) -> Any:
@@ -74,57 +101,40 @@ def _fake(value: Any, context: TracingContext, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(value, symbolic_context=about, source=about.tensor_source, trace=False)
 
 
-def lifted_names(graph: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]:
-    """The model's tensors among the inputs of a graph: its node's name to the tensor's.
-
-    Args:
-        graph: with inputs in this order.
-        inputs: the real ones.
-        names: of the model's tensors, by ``id``.
-    """
-    nodes = graph.graph.find_nodes(op="placeholder")
-    lifted = zip(nodes, inputs, strict=True)
-    return {node.name: names[id(value)] for node, value in lifted if id(value) in names}
-
-
 def lower_graph(
-    source: fx.GraphModule,
-    flat: fx.GraphModule,
-    parameters: Mapping[str, str],
-    model: Program,
-    *,
-    has_gradients: bool,
+    traced: Traced, parameters: Mapping[str, str], model: Program, *, has_gradients: bool
 ) -> Lowered:
     """Put packed weights into a graph.
 
     Args:
-        source: as Dynamo gave it.
-        flat: the same :func:`traced`.
-        parameters: of :func:`lifted_names`, for ``flat``.
+        traced: the graph.
+        parameters: the model's tensors among its inputs, see :meth:`Traced.named`.
         model: planned, of the whole model.
         has_gradients: gradients with respect to inputs will be taken: only what has one may be made.
     """
-    program = replace(model, graph=flat, parameters=parameters, facts={}, stage=Stage.PLANNED)
+    program = replace(model, graph=traced.graph, parameters=parameters, facts={}, stage=Stage.PLANNED)
     disabled = ("merge_linears",) if has_gradients else ()
-    passes = [InsertDequantize(), *lowering_pipeline(disabled=disabled)]
-    lowered = PassManager(passes).run(program)
-    places = {node.name: i for i, node in enumerate(flat.graph.find_nodes(op="placeholder"))}
-    dynamo = source.graph.find_nodes(op="placeholder")
+    lowered = PassManager([InsertDequantize(), *lowering_pipeline(disabled=disabled)]).run(program)
+    places = {node.name: i for i, node in enumerate(_inputs(traced.graph))}
+    given = _inputs(traced.source)
     sources: list[int | str] = []
-    for node in lowered.graph.graph.find_nodes(op="placeholder"):
-        if node.name in places:
-            at = places[node.name]
-            sources.append(at)
-            _mark(node, dynamo[at].meta.get("tensor_dict", {}), getattr(dynamo[at], "_dynamo_source", None))
-        else:
+    inputs: list[Any] = []
+    for node in _inputs(lowered.graph):
+        at = places.get(node.name)
+        if at is None:
             sources.append(lowered.parameters[node.name])
+            inputs.append(node.meta["val"])
             _mark(node, {"_dynamo_static_input_type": "unguarded"}, None)
+        else:
+            sources.append(at)
+            inputs.append(traced.inputs[at])
+            _mark(node, given[at].meta.get("tensor_dict", {}), getattr(given[at], "_dynamo_source", None))
     module = lowered.graph
-    module.meta = dict(source.meta)
+    module.meta = dict(traced.source.meta)
     # Constants that tracing found are attributes, which AOTAutograd takes for parameters.
     constants = [name for name, _ in module.named_buffers()]
     module._param_name_to_source = {name: ConstantSource(name) for name in constants}  # type: ignore[assignment]
-    return Lowered(module, sources, _left(lowered))
+    return Lowered(module, inputs, sources, _left(lowered))
 
 
 def _mark(node: fx.Node, about: Mapping[str, Any], source: object) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import tracing
 
 from kbitc.backends import _dynamo_graph
 from kbitc.backends._dynamo_owner import owner
+from kbitc.backends.cpu import Cpu
 from kbitc.calibration import AUTO, Calibrate
 from kbitc.capture import StoredNames, capture
 from kbitc.checkpoint import Checkpoint
+from kbitc.checkpoint.module import is_freed
 from kbitc.driver import Request, packed_weights, plan_module
-from kbitc.errors import KbitcError, UsageError, did_you_mean
+from kbitc.errors import UsageError, did_you_mean
 from kbitc.example_inputs import example_inputs as make_example_inputs
 from kbitc.passes.canonicalize import NEVER_READ
 from kbitc.program import Program
@@ -177,37 +180,31 @@ def kbit(
     if root.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return _unquantized(settings, root, graph, inputs, "it is in training mode with gradients enabled")
     try:
-        flat = _dynamo_graph.traced(graph, inputs)
+        traced = _dynamo_graph.trace(graph, inputs)
     except Exception as error:  # noqa: BLE001  # whatever a model's operators raise
         reason = f"it cannot be traced on fake tensors: {type(error).__name__}: {_first_line(error)}"
         return _unquantized(settings, root, graph, inputs, reason)
-    names = _names(root)
-    lifted = _dynamo_graph.lifted_names(flat, inputs, names)
-    with _plain_state():
-        model = _model_of(root, settings, flat, lifted)
-    compiled = _compile_packed(settings, model, graph, flat, lifted, inputs)
+    lifted = traced.named(inputs, _names(root))
+    with _plain_state(root):
+        model = _model_of(root, settings, Program(traced.graph, lifted))
+    given = [value for value in inputs if not isinstance(value, nn.Parameter)]
+    has_gradients = _dynamo_graph.is_differentiated(given)
+    lowered = _dynamo_graph.lower_graph(traced, lifted, model.program, has_gradients=has_gradients)
+    _tell(model, lifted.values(), lowered.left)
+    compiled = _compiled(settings, model, lowered, has_gradients=has_gradients)
     if settings.free_source and not model.is_freed:
         _free(root, model)
     return compiled
 
 
-def _compile_packed(
-    settings: Options,
-    model: Model,
-    graph: fx.GraphModule,
-    flat: fx.GraphModule,
-    lifted: Mapping[str, str],
-    inputs: Sequence[Any],
+def _compiled(
+    settings: Options, model: Model, lowered: _dynamo_graph.Lowered, *, has_gradients: bool
 ) -> Compiled:
     """A function of Dynamo's inputs; those that are packed it does not look at."""
-    given = [value for value in inputs if not isinstance(value, nn.Parameter)]
-    has_gradients = _dynamo_graph.is_differentiated(given)
-    lowered = _dynamo_graph.lower_graph(graph, flat, lifted, model.program, has_gradients=has_gradients)
-    _tell(model, lifted.values(), lowered.left)
     arguments = [None if isinstance(source, int) else model.operands[source] for source in lowered.sources]
     places = [(at, source) for at, source in enumerate(lowered.sources) if isinstance(source, int)]
     with torch.set_grad_enabled(has_gradients):
-        compiled = _inner(settings, lowered.graph, lowered.values())
+        compiled = _inner(settings, lowered.graph, lowered.inputs)
 
     def call(*inputs: Any) -> Any:
         values: list[Any] = [*arguments]
@@ -222,10 +219,10 @@ def _compile_packed(
 def _inner(settings: Options, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     if settings.inner == "inductor":
         options = torch._inductor.list_mode_options(settings.mode) if settings.mode else None
-        return torch._inductor.compile(graph, list(inputs), options)
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return lookup_backend(settings.inner)(graph, list(inputs))
+        compiled: Compiled = torch._inductor.compile(graph, list(inputs), options)
+    else:
+        compiled = lookup_backend(settings.inner)(graph, list(inputs))
+    return compiled
 
 
 def _unquantized(
@@ -246,8 +243,13 @@ def _unquantized(
     return _inner(settings, graph, inputs)
 
 
-def _model_of(root: nn.Module, settings: Options, flat: fx.GraphModule, lifted: Mapping[str, str]) -> Model:
+def _model_of(root: nn.Module, settings: Options, found: Program) -> Model:
     """The plan and packed weights of a model, made the first time.
+
+    Args:
+        root: the model.
+        settings: of the call.
+        found: the graph that Dynamo found.
 
     Raises:
         KbitcError: they cannot be made.
@@ -255,30 +257,21 @@ def _model_of(root: nn.Module, settings: Options, flat: fx.GraphModule, lifted: 
     known = _models.setdefault(root, {})
     key = settings.key()
     if key not in known:
-        freed = next((name for name, p in root.named_parameters() if is_freed(p)), None)
-        if freed is not None:
-            raise UsageError(
-                f"{type(root).__name__}: '{freed}' was freed by an earlier torch.compile with free_source; "
-                "use the same options, or load the model again"
-            )
         program = plan_module(
-            root, settings.request(), lambda source: _captured(source, settings, flat, lifted, root)
+            root, settings.request(), lambda source: _captured(source, settings.example_inputs, root, found)
         )
         operands = _packed(root, program)
         known[key] = Model(settings, replace(program, facts={}, read=None, changes=()), operands)
     return known[key]
 
 
-def _captured(
-    source: Checkpoint, settings: Options, flat: fx.GraphModule, lifted: Mapping[str, str], root: nn.Module
-) -> Program:
+def _captured(source: Checkpoint, inputs: Any, root: nn.Module, found: Program) -> Program:
     """The whole model where its inputs are known; else what Dynamo found of it."""
-    inputs = settings.example_inputs
     if inputs is None:
         try:
             inputs = make_example_inputs(source.skeleton())
         except UsageError:
-            return Program(flat, lifted, rest=StoredNames.of(root).as_rest(root), read=source.read)
+            return replace(found, rest=StoredNames.of(root).as_rest(root), read=source.read)
     return capture(source.skeleton(), inputs, read=source.read)
 
 
@@ -304,16 +297,10 @@ def _names(root: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in (*root.named_buffers(), *root.named_parameters())}
 
 
-def is_freed(tensor: Tensor) -> bool:
-    """Whether ``free_source`` took a parameter's data."""
-    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-
-
 def _free(root: nn.Module, model: Model) -> None:
     """Leave packed parameters their shapes, which guards look at, and no data.
 
-    Reading one is an error of torch ("its data is not allocated yet"). Its storage is replaced and not
-    emptied: other tensors may share it.
+    A storage is replaced and not emptied: other tensors may share it.
     """
     parameters = dict(root.named_parameters())
     for name in model.packed_names:
@@ -322,12 +309,28 @@ def _free(root: nn.Module, model: Model) -> None:
         husk.untyped_storage().resize_(0)
         source.data = husk
     model.is_freed = True
+    label = type(root).__name__
+
+    def refuse(*_: object) -> None:
+        raise UsageError(
+            f"{label}: the 16-bit weights were freed (free_source), there is nothing to save or copy; "
+            "load the model again, or compile without free_source"
+        )
+
+    # A call that is not compiled is an error of torch, which says that the storage is empty.
+    root.register_state_dict_pre_hook(refuse)
+    root.__deepcopy__ = refuse  # type: ignore[assignment]
 
 
 @contextmanager
-def _plain_state() -> Iterator[None]:
-    """As if nothing was being compiled: what a plan depends on is not where torch.compile is called."""
-    with tracing(None), torch.inference_mode(False), torch.enable_grad():  # noqa: FBT003  # torch's own name
+def _plain_state(root: nn.Module) -> Iterator[None]:
+    """As if nothing was being compiled: a plan does not depend on where torch.compile is called."""
+    device = next(root.parameters()).device.type
+    with ExitStack() as stack:
+        stack.enter_context(tracing(None))
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -356,3 +359,15 @@ def _warn(message: str) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [""])[0]
+
+
+@dataclass(frozen=True)
+class Dynamo:
+    """The same to kbitc's own registry: it compiles, where torch asks it to, and decodes nothing."""
+
+    def missing(self) -> str | None:
+        """What Inductor needs: a C++ compiler."""
+        return Cpu().missing()
+
+
+BACKEND = Dynamo

@@ -166,6 +166,7 @@ class StoredNames:
 
     @staticmethod
     def of(model: nn.Module) -> StoredNames:
+        """The names in a model."""
         tensors = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
