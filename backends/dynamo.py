@@ -255,7 +255,8 @@ def _model_of(root: nn.Module, settings: Options, found: Program) -> Model:
         KbitcError: they cannot be made.
     """
     known = _models.setdefault(root, {})
-    key = settings.key()
+    first = next(root.parameters())
+    key = (*settings.key(), first.device, first.dtype)  # a model that was moved is packed anew
     if key not in known:
         program = plan_module(
             root, settings.request(), lambda source: _captured(source, settings.example_inputs, root, found)
