@@ -20,6 +20,8 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.fx.traceback import preserve_node_meta
 
 from kbitc.fusions import records
 from kbitc.passes import fuse_dequantize
@@ -86,8 +88,9 @@ def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
     assert mode is not None
     values = [_fake(value, context, mode) for value in inputs]
     # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
-    with mode, torch.no_grad():
-        flat = make_fx(graph, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    with mode, torch.no_grad(), preserve_node_meta():
+        run = PropagateUnbackedSymInts(graph).run
+        flat = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     return Traced(graph, flat, values)
 
 

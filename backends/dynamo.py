@@ -145,6 +145,11 @@ class Model:
 _models: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Model]] = WeakKeyDictionary()
 
 
+def models_of(root: nn.Module) -> tuple[Model, ...]:
+    """What is kept of a module that was compiled, one for each request."""
+    return tuple(_models.get(root, {}).values())
+
+
 def kbit(
     graph: fx.GraphModule,
     inputs: Sequence[Any],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -169,7 +171,7 @@ def test_a_budget_counts_over_the_whole_model():
     wanted = kbitc.compile(block(), bits=5.5, example_inputs=(X,))
     options = {"bits": 5.5, "example_inputs": (X,), "inner": "eager"}
     assert error(torch.compile(model, backend=kbit, options=options)(X), wanted(X)) <= 1e-6
-    (kept,) = dynamo._models[model].values()
+    (kept,) = dynamo.models_of(model)
     packed = {name: p.spec for name, p in wanted.named_parameters() if isinstance(p, kbitc.KbitTensor)}
     assert {name: kept.program.plan.weights[name].spec for name in kept.packed_names} == packed
     assert len(set(packed.values())) > 1
@@ -200,7 +202,7 @@ def test_freed_weights():
     for length in (9, 4, 7, 1):
         assert error(compiled(ids[:, :length]), wanted(ids[:, :length])) <= 1e-3
     assert graphs() == 3  # a length, any length, one token
-    (kept,) = dynamo._models[model].values()
+    (kept,) = dynamo.models_of(model)
     assert kept.packed_names == ["embed.weight", "body.up.weight", "body.down.weight"]
     resident = stored_bytes([*model.parameters(), *kept.operands.values()])
     packed = {id(p): p for p in wanted.parameters() if isinstance(p, kbitc.KbitTensor)}
@@ -234,7 +236,7 @@ def test_parts_of_a_model_read_one_plan():
     broken = block(Broken)
     assert error(torch.compile(broken, backend=kbit, options=options)(X), wanted) <= 1e-6
     assert graphs() == 2
-    assert len(dynamo._models[broken]) == 1
+    assert len(dynamo.models_of(broken)) == 1
     plain = block()
     assert error(torch.compile(plain.forward, backend=kbit, options=SPEC)(X), wanted) <= 1e-6
     assert error(torch.compile(lambda x: plain(x) * 2, backend=kbit, options=SPEC)(X), 2 * wanted) <= 1e-6
@@ -249,7 +251,7 @@ def test_parts_of_a_model_read_one_plan():
 
     outer = Outer().eval()
     assert error(outer(X), wanted) <= 1e-6
-    assert outer not in dynamo._models
+    assert not dynamo.models_of(outer)
 
 
 def test_what_a_graph_does_not_show_is_told():
@@ -276,6 +278,28 @@ def test_a_weight_that_no_packed_call_reads_is_dequantized():
     with pytest.warns(RuntimeWarning, match=r"'down.weight' \(dequantized in each call: read by aten.sum"):
         got = torch.compile(model, backend=kbit, options=options)(X)
     assert error(got, packed(X) + packed.down.weight.dequantize().sum()) <= 1e-6
+
+
+def test_a_graph_that_cannot_be_rewritten_stays_as_it_is():
+    class Checkpointed(Block):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    model = block(Checkpointed)
+    with pytest.warns(RuntimeWarning, match="Checkpointed stays unquantized: it cannot be traced"):
+        got = torch.compile(model, backend=kbit, options=SPEC)(X)
+    assert error(got, model(X)) <= 1e-6
+
+
+def test_sizes_that_depend_on_data(monkeypatch):
+    class Cut(Block):
+        def forward(self, x):
+            count = x[0, 0].mul(0).add(2).int().item()
+            return super().forward(x[:count])
+
+    monkeypatch.setattr("torch._dynamo.config.capture_scalar_outputs", True)
+    got = torch.compile(block(Cut), backend=kbit, options={**SPEC, "inner": "aot_eager"}, fullgraph=True)(X)
+    assert error(got, packed_block()(X)[:2]) <= 1e-5
 
 
 def test_a_transposed_weight():
@@ -352,8 +376,9 @@ def test_what_it_refuses():
         make_decoder(block(), "dynamo")
 
 
-def test_found_by_name_without_an_import(tmp_path):
-    """Through the entry point that pyproject declares, in a process that has not heard of kbitc."""
+@pytest.fixture
+def run(tmp_path):
+    """Runs Python with kbitc as pyproject declares it, whatever an older installation says."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     points = project["entry-points"]["torch_dynamo_backends"]
     info = tmp_path / "kbitc-0.0.0.dist-info"
@@ -361,6 +386,20 @@ def test_found_by_name_without_an_import(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kbitc\nVersion: 0.0.0\n")
     lines = "".join(f"{name} = {target}\n" for name, target in points.items())
     (info / "entry_points.txt").write_text(f"[torch_dynamo_backends]\n{lines}")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+    def call(*arguments):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return call
+
+
+def test_found_by_name_without_an_import(run):
     code = (
         "import sys, torch\n"
         "model = torch.nn.Linear(64, 8).eval()\n"
@@ -369,10 +408,10 @@ def test_found_by_name_without_an_import(tmp_path):
         "x = torch.randn(3, 64)\n"
         "with torch.no_grad(): print(float((compiled(x) - model(x)).norm() / model(x).norm()))\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 0.01 < float(done.stdout) < 0.2
+    assert 0.01 < float(run("-c", code)) < 0.2
+
+
+def test_the_example(run):
+    out = run(ROOT / "examples" / "torch_compile.py", json.dumps({"spec": "nf4:64", "inner": "eager"}))
+    assert "Python is a programming language that" in out
+    assert re.search(r"16-bit weights left: 0\.0\d MB of \d", out)
