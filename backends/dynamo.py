@@ -27,7 +27,7 @@ from kbitc.backends import _dynamo_graph
 from kbitc.backends._dynamo_owner import owner
 from kbitc.backends.cpu import Cpu
 from kbitc.calibration import AUTO, Calibrate
-from kbitc.capture import StoredNames, capture
+from kbitc.capture import StoredNames, capture, first_line
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.module import is_freed
 from kbitc.driver import Request, packed_weights, plan_module
@@ -177,18 +177,16 @@ def kbit(
         return _inner(settings, graph, inputs)
     root = owner(parameters)
     if root is None:
-        _warn(
-            "a graph whose parameters are not of one module stays unquantized; compile a module, "
-            "torch.compile(module, backend='kbit'), and not a function of several"
-        )
-        return _inner(settings, graph, inputs)
+        reason = "its parameters are not of one module; call torch.compile with the module itself"
+        return _unquantized(settings, "a function", graph, inputs, reason)
+    label = type(root).__name__
     if root.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        return _unquantized(settings, root, graph, inputs, "it is in training mode with gradients enabled")
+        return _unquantized(settings, label, graph, inputs, "it is in training mode with gradients enabled")
     try:
         traced = _dynamo_graph.trace(graph, inputs)
     except Exception as error:  # noqa: BLE001  # whatever a model's operators raise
-        reason = f"it cannot be traced on fake tensors: {type(error).__name__}: {_first_line(error)}"
-        return _unquantized(settings, root, graph, inputs, reason)
+        reason = f"it cannot be traced on fake tensors: {type(error).__name__}: {first_line(error)}"
+        return _unquantized(settings, label, graph, inputs, reason)
     lifted = traced.named(inputs, _names(root))
     with _plain_state(root):
         model = _model_of(root, settings, Program(traced.graph, lifted))
@@ -231,20 +229,19 @@ def _inner(settings: Options, graph: fx.GraphModule, inputs: Sequence[Any]) -> C
 
 
 def _unquantized(
-    settings: Options, root: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], reason: str
+    settings: Options, label: str, graph: fx.GraphModule, inputs: Sequence[Any], reason: str
 ) -> Compiled:
     """The graph as it is, if there are weights to run it on.
 
     Raises:
         UsageError: they were freed.
     """
-    name = type(root).__name__
-    if any(is_freed(value) for value in inputs if isinstance(value, nn.Parameter)):
+    if any(is_freed(value) for value in inputs if type(value) is nn.Parameter):
         raise UsageError(
-            f"{name}: {reason}, which packed weights do not serve, and its 16-bit weights were freed; "
-            "compile without free_source"
+            f"{label} cannot run on packed weights: {reason}; and its 16-bit weights were freed: compile "
+            "without free_source"
         )
-    _warn(f"{name} stays unquantized: {reason}")
+    _warn(f"{label} stays unquantized: {reason}")
     return _inner(settings, graph, inputs)
 
 
@@ -306,11 +303,15 @@ def _names(root: nn.Module) -> dict[int, str]:
 def _free(root: nn.Module, model: Model) -> None:
     """Leave packed parameters their shapes, which guards look at, and no data.
 
-    A storage is replaced and not emptied: other tensors may share it.
+    A storage is replaced and not emptied: other tensors may share it. What another request of the same
+    model left at 16 bits stays.
     """
     parameters = dict(root.named_parameters())
+    others = models_of(root)
     for name in model.packed_names:
         source = parameters[name]
+        if is_freed(source) or not all(name in other.packed_names for other in others):
+            continue
         husk = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=source.device)
         husk.untyped_storage().resize_(0)
         source.data = husk
@@ -360,11 +361,6 @@ def _tell(model: Model, names: Iterable[str], left: Mapping[str, str]) -> None:
 
 def _warn(message: str) -> None:
     warnings.warn(f"torch.compile, backend 'kbit': {message}", RuntimeWarning, stacklevel=2)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [""])[0]
 
 
 @dataclass(frozen=True)

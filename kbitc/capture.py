@@ -112,7 +112,7 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__}: its modules cannot be copied for tracing "
-            f"({_first_line(error)}); remove what cannot be copied, such as open files or hooks"
+            f"({first_line(error)}); remove what cannot be copied, such as open files or hooks"
         ) from error
     return copied.eval()
 
@@ -141,13 +141,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         name = type(model).__name__
         _log.debug("torch.export of %s failed", name, exc_info=error)
         raise SourceError(
-            f"{name}: torch.export cannot trace it: {type(error).__name__}: {_first_line(error)}. "
+            f"{name}: torch.export cannot trace it: {type(error).__name__}: {first_line(error)}. "
             "If the inputs are to blame, pass example_inputs; if forward branches on tensor "
             "values, rewrite that branch with torch.where or torch.cond"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what torch adds to it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0].rstrip(".")
 

@@ -229,6 +229,19 @@ def test_freed_weights():
         torch.compile(model, backend=kbit, options=SPEC)(ids)
 
 
+@torch.no_grad()
+def test_a_request_frees_nothing_that_another_reads():
+    model = block()
+    part = {"weights": {"up.weight": "fp16", "down.weight": "int4:32"}}
+    first = torch.compile(model, backend=kbit, options={"plan": part, "inner": "eager"})
+    wanted = first(X)
+    second = torch.compile(model, backend=kbit, options={**SPEC, "free_source": True})
+    assert error(second(X), packed_block()(X)) <= 1e-6
+    assert model.down.weight.untyped_storage().nbytes() == 0
+    assert model.up.weight.untyped_storage().nbytes() > 0
+    assert torch.equal(first(X), wanted)
+
+
 def test_parts_of_a_model_read_one_plan():
     """Graph breaks, a bound method, a function around the model and a module around it."""
     wanted = packed_block()(X)
@@ -291,13 +304,13 @@ def test_a_graph_that_cannot_be_rewritten_stays_as_it_is():
     assert error(got, model(X)) <= 1e-6
 
 
-def test_sizes_that_depend_on_data(monkeypatch):
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_sizes_that_depend_on_data():
     class Cut(Block):
         def forward(self, x):
             count = x[0, 0].mul(0).add(2).int().item()
             return super().forward(x[:count])
 
-    monkeypatch.setattr("torch._dynamo.config.capture_scalar_outputs", True)
     got = torch.compile(block(Cut), backend=kbit, options={**SPEC, "inner": "aot_eager"}, fullgraph=True)(X)
     assert error(got, packed_block()(X)[:2]) <= 1e-5
 
@@ -368,7 +381,9 @@ def test_what_it_refuses():
     assert dynamo.Options.of({"calibration": "none"}).calibrate == "none"
     assert dynamo.Options.of({}).request().bits == 4
     two = [block(), block()]
-    with pytest.warns(RuntimeWarning, match="not of one module"):
+    with pytest.warns(
+        RuntimeWarning, match="a function stays unquantized: its parameters are not of one module"
+    ):
         torch.compile(lambda x: two[0](x) + two[1](x), backend=kbit, options=SPEC)(X)
     assert find_backend("dynamo") is dynamo.Dynamo
     assert dynamo.Dynamo().missing() is None
