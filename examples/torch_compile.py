@@ -1,6 +1,6 @@
-"""Packed weights under torch.compile: the model's code stays, and so does the call that compiles it.
+"""Packed weights under torch.compile: no import of kbitc, no change of the model's code.
 
-python examples/torch_compile.py ['{"spec": "nf4:64"}']
+python examples/torch_compile.py kbitc/demo_model ['{"bits": 4}']
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbitc import demo  # for the model's folder alone: torch finds the backend without an import
+source, *rest = sys.argv[1:]
+options = json.loads(rest[0]) if rest else {"bits": 4}
 
-model = AutoModelForCausalLM.from_pretrained(demo.folder()).eval()
-tokenizer = AutoTokenizer.from_pretrained(demo.folder())
-options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {"bits": 4}
+model = AutoModelForCausalLM.from_pretrained(source).eval()
 model.compile(backend="kbit", options={"free_source": True, **options}, fullgraph=True)
 
+tokenizer = AutoTokenizer.from_pretrained(source)
 ids = tokenizer("Python is a programming language that", return_tensors="pt")
 tokens = model.generate(**ids, max_new_tokens=24, do_sample=False, cache_implementation="static")
 print(tokenizer.decode(tokens[0]))
