@@ -344,11 +344,12 @@ def _plain_state(root: nn.Module) -> Iterator[None]:
 def _tell(model: Model, names: Iterable[str], left: Mapping[str, str]) -> None:
     """Warn once of each weight of a matmul that a graph reads at 16 bits or dequantizes."""
     rest = model.program.rest
-    reasons = {
-        name: rest[name].reason
-        for name in names
-        if name in rest
-        and (rest[name].is_matmul or (rest[name].reason == NEVER_READ and len(rest[name].shape) > 1))
+    found = {name: rest[name] for name in names if name in rest}
+    reasons = {name: tensor.reason for name, tensor in found.items() if tensor.is_matmul}
+    reasons |= {
+        name: f"{NEVER_READ} that the plan is made of; give the option 'example_inputs'"
+        for name, tensor in found.items()
+        if tensor.reason == NEVER_READ and len(tensor.shape) > 1
     }
     reasons |= {name: f"dequantized in each call: {reason}" for name, reason in left.items()}
     fresh = {name: reason for name, reason in reasons.items() if name not in model.warned}

@@ -270,7 +270,7 @@ def test_parts_of_a_model_read_one_plan():
 def test_what_a_graph_does_not_show_is_told():
     """Without example inputs the first of two graphs makes the plan."""
     compiled = torch.compile(block(Broken), backend=kbit, options=SPEC)
-    with pytest.warns(RuntimeWarning, match=r"'down.weight' \(never read by the captured graph\)") as told:
+    with pytest.warns(RuntimeWarning, match=r"'down.weight' \(never read .* 'example_inputs'\)") as told:
         got = compiled(X)
     compiled(X[:2])
     assert sum("never read" in str(warning.message) for warning in told) == 1
