@@ -94,7 +94,7 @@ class Bench:
                 parameters[name].data.copy_(pack.to_rest(name, source, must_be_finite=True))
                 continue
             oriented = source.mT if weight.is_transposed else source
-            packed = ops.quantize(oriented, spec, name=name, **pack.quantizer_of(program, name))
+            packed = ops.quantize(oriented, spec, name=name, **pack.quantizer_of(program, name, spec))
             back = torch.ops.kbit.dequantize(*packed.operands(), torch.float32)
             parameters[name].data.copy_(back.mT if weight.is_transposed else back)
         return evaluation.perplexity(self.model, self.ids).loss - self.before

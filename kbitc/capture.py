@@ -65,7 +65,7 @@ def capture(
     traced = _fake_copy(model, mode)
     _make_traceable(traced)
     exported = _export(traced, args, kwargs)
-    stored = _StoredNames.of(traced)
+    stored = StoredNames.of(traced)
     graph, parameters = _tidy(exported, stored.first)
     return Program(graph, parameters, rest=stored.as_rest(traced), read=read)
 
@@ -112,7 +112,7 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__}: its modules cannot be copied for tracing "
-            f"({_first_line(error)}); remove what cannot be copied, such as open files or hooks"
+            f"({first_line(error)}); remove what cannot be copied, such as open files or hooks"
         ) from error
     return copied.eval()
 
@@ -141,19 +141,20 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         name = type(model).__name__
         _log.debug("torch.export of %s failed", name, exc_info=error)
         raise SourceError(
-            f"{name}: torch.export cannot trace it: {type(error).__name__}: {_first_line(error)}. "
+            f"{name}: torch.export cannot trace it: {type(error).__name__}: {first_line(error)}. "
             "If the inputs are to blame, pass example_inputs; if forward branches on tensor "
             "values, rewrite that branch with torch.where or torch.cond"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what torch adds to it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 @dataclass(frozen=True)
-class _StoredNames:
+class StoredNames:
     """Names of what a checkpoint of the model holds.
 
     Attributes:
@@ -165,7 +166,8 @@ class _StoredNames:
     stored: tuple[str, ...]
 
     @staticmethod
-    def of(model: nn.Module) -> _StoredNames:
+    def of(model: nn.Module) -> StoredNames:
+        """The names in a model."""
         tensors = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -178,7 +180,7 @@ class _StoredNames:
             for name in module._non_persistent_buffers_set
         }
         stored = dict.fromkeys(first[name] for name, _ in tensors if name not in transient)
-        return _StoredNames(first, tuple(stored))
+        return StoredNames(first, tuple(stored))
 
     def as_rest(self, model: nn.Module) -> dict[str, Rest]:
         """All of it as not packable: the state before ``canonicalize``."""

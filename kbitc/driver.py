@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,7 @@ from kbitc.plan import Choice
 from kbitc.program import Program
 from kbitc.request import Event, Request, calibrator_of, equipped, pipeline_of
 from kbitc.scores import Scores
-from kbitc.tensor import quantize
+from kbitc.tensor import KbitTensor, quantize
 from kbitc.version import VERSION
 
 Manage = Callable[[Sequence[Pass]], PassManager]
@@ -332,32 +332,49 @@ def compile_module(
 
     Unpacked parameters are copied as they are, at the source's dtype.
     """
+    program = plan_module(
+        module, request, lambda source: capture(source.skeleton(), example_inputs, read=source.read)
+    )
+    return pack_module(module, program)
+
+
+def plan_module(module: nn.Module, request: Request, captured: Callable[[Checkpoint], Program]) -> Program:
+    """The planned program of a module in memory, which is not touched.
+
+    Args:
+        module: with plain parameters.
+        request: how to choose the specs.
+        captured: makes the program that the passes start from, of the module as an open checkpoint.
+    """
     with open_checkpoint(module) as checkpoint:
-        program = capture(checkpoint.skeleton(), example_inputs, read=checkpoint.read)
+        program = captured(checkpoint)
         calibrator = calibrator_of(request, checkpoint, lambda *_: None)
         program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
     _check_request(program, request)
-    return pack_module(module, program)
+    return program
 
 
 def pack_module(module: nn.Module, program: Program) -> nn.Module:
     """Deep copy of a module with every planned parameter, tied ones too, replaced by its packed form."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    # deepcopy looks here first: the copy gets what is stored and never copies the dense weight.
+    memo: dict[int, Any] = {}
+    for name, packed in packed_weights(module, program):
+        memo[id(parameters[name])] = nn.Parameter(packed, requires_grad=False)
+    read = program.as_stored(lambda name: parameters[name].detach())
+    for name, source in parameters.items():
+        if id(source) not in memo and program.is_changed(name):
+            memo[id(source)] = nn.Parameter(read(name), requires_grad=source.requires_grad)
+    return copy.deepcopy(module, memo)
+
+
+def packed_weights(module: nn.Module, program: Program) -> Iterator[tuple[str, KbitTensor]]:
+    """Every weight that the plan packs, by its first name, made from the module's parameter in turn."""
     assert program.plan is not None
     parameters = dict(module.named_parameters(remove_duplicate=False))
     read = program.as_stored(lambda name: parameters[name].detach())
-    # deepcopy looks here first: the copy gets what is stored and never copies the dense weight.
-    memo: dict[int, Any] = {}
-    for name, source in parameters.items():
-        choice = program.plan.weights.get(name)
-        if choice is not None and not choice.spec.is_left_alone:
-            packed = quantize(
-                read(name),
-                choice.spec,
-                is_transposed=program.weights[name].is_transposed,
-                name=name,
-                **pack.quantizer_of(program, name),
-            )
-            memo[id(source)] = nn.Parameter(packed, requires_grad=False)
-        elif program.is_changed(name):
-            memo[id(source)] = nn.Parameter(read(name), requires_grad=source.requires_grad)
-    return copy.deepcopy(module, memo)
+    for name, choice in program.plan.weights.items():
+        if not choice.spec.is_left_alone:
+            is_transposed = program.weights[name].is_transposed
+            options = pack.quantizer_of(program, name, choice.spec)
+            yield name, quantize(read(name), choice.spec, is_transposed=is_transposed, name=name, **options)

@@ -22,6 +22,7 @@ from kbitc.moments import Moments
 from kbitc.passes import measure_moments
 from kbitc.program import Program, Read, Rest, Weight
 from kbitc.slots import Slot, packed_slots, shared_codebooks
+from kbitc.spec import Spec
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its source bytes, once it is written."""
@@ -118,21 +119,20 @@ def _convert(
         kept = to_rest(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": scoring.relative_error(source, kept)}
     oriented = source.mT if entry.is_transposed else source
-    packed = ops.quantize(oriented, spec, name=entry.name, **quantizer_of(program, entry.name))
+    packed = ops.quantize(oriented, spec, name=entry.name, **quantizer_of(program, entry.name, spec))
     stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
     return stored, {"error": scoring.packed_error(oriented, packed)}
 
 
-def quantizer_of(program: Program, name: str) -> dict[str, Any]:
-    """Options of ``quantize`` for a planned weight: outliers, and the importance of inputs, where known."""
+def quantizer_of(program: Program, name: str, spec: Spec) -> dict[str, Any]:
+    """Options of ``quantize`` for a weight under a spec: outliers and importance of inputs, where known."""
     moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
-    assert program.plan is not None
     options: dict[str, Any] = {"quantizer": "absmax"}
     if name in moments:
         options = {"quantizer": "weighted", "importance": moments[name].importance()}
     found = outliers.of_weight(program.facts, name)
     if found is not None:
-        options["outliers"] = found.picked(program.plan.weights[name].spec)
+        options["outliers"] = found.picked(spec)
     return options
 
 

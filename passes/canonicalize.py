@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NEVER_READ = "never read by the captured graph"
 POINTWISE = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tanh")
 
 
@@ -95,7 +96,7 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
     if tensor.numel == 0:
         return Miss("empty")
     if not outcomes:
-        return Miss("never read by the captured graph")
+        return Miss(NEVER_READ)
     if misses:
         kinds = ", ".join(sorted({o.kind for o in matches}))
         reasons = dict.fromkeys(o.reason for _, o in misses)

@@ -6,6 +6,7 @@ after:   linear(x, D, b)        embedding(ids, D)         grouped_linear(x, D, n
 
 The graph's input W becomes one input for each tensor that packing stores, under the names of the
 artifact; codebooks that weights share are one input. It needs no weights: shapes follow from the plan.
+Calls in no canonical form (the graph of another capture of the same model) read D as W is stored.
 ``fuse_dequantize`` then makes one ``kbit`` call of each pair.
 """
 
@@ -19,9 +20,9 @@ import torch
 from torch import fx
 
 from kbitc.blockwise import TENSOR_FIELDS
-from kbitc.program import Program, Stage, Weight
+from kbitc.program import CANONICAL, Program, Stage, Weight
 from kbitc.reads import value_of
-from kbitc.rewriting import copy_of
+from kbitc.rewriting import call, copy_of
 from kbitc.slots import Slot, operand_slots
 from kbitc.spec import Spec
 
@@ -86,9 +87,13 @@ def _read_packed(
         with graph.inserting_before(use):
             unpacked = graph.call_function(dequantize, (*operands, weight.dtype))
         unpacked.meta = {**use.meta, "val": value_of(dense).new_empty(weight.oriented_shape)}
-        use.replace_input_with(dense, unpacked)
         # What is dequantized has its output features first, however the source stores it.
-        use.kwargs = {key: value for key, value in use.kwargs.items() if key != "is_transposed"}
+        if weight.is_transposed and use.target not in CANONICAL:
+            with graph.inserting_before(use):
+                unpacked = call(graph, unpacked, torch.ops.aten.transpose.int, unpacked, -2, -1)
+        use.replace_input_with(dense, unpacked)
+        if use.target in CANONICAL:
+            use.kwargs = {key: value for key, value in use.kwargs.items() if key != "is_transposed"}
     graph.erase_node(dense)
 
 

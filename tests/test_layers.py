@@ -57,6 +57,8 @@ LAYERS = [
         "kbitc.backends._decoder",
         "kbitc.backends._lifted",
         "kbitc.backends._decode_step",
+        "kbitc.backends._dynamo_owner",
+        "kbitc.backends._dynamo_graph",
         "kbitc.backends.eager",
         "kbitc.backends.cpu",
         "kbitc.backends._onnx_runtime",
@@ -93,6 +95,7 @@ LAYERS = [
         "kbitc.benchmark",
         "kbitc.onnx_memory",
         "kbitc.onnx_verify",
+        "kbitc.backends.dynamo",
     ],
     ["kbitc.cli", "kbitc.__main__"],
 ]

@@ -82,6 +82,16 @@ def _check(label: str, name: str, tensor: Tensor) -> None:
         )
     if tensor.is_meta:
         raise UsageError(f"{label}: '{name}' is on the meta device and holds no data; load the weights first")
+    if is_freed(tensor):
+        raise UsageError(
+            f"{label}: the data of '{name}' was freed, as torch.compile(model, backend='kbit') does with "
+            "free_source; load the model again, or compile it with the same options as before"
+        )
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no memory behind it; reading it may crash the process."""
+    return not tensor.is_meta and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _on_meta(module: nn.Module, label: str) -> nn.Module:
