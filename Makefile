@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize format clean
+.PHONY: demo gpu test lint sanitize format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ lint: .venv/installed
 sanitize: .venv/installed
 	KBITC_SANITIZE=address,undefined LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 KBITC_FUZZ=200 $(BIN)/python -m pytest tests/kernels -n 0
+
+# Correctness of the Triton kernels on the device that is there.
+gpu: .venv/installed
+	$(BIN)/python -m pytest tests/kernels/gpu -m gpu -n 0
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

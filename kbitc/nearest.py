@@ -46,4 +46,6 @@ class Encoder:
 
 def _round_down(values: Tensor) -> Tensor:
     rounded = values.float()
-    return torch.where(rounded.double() > values, torch.nextafter(rounded, torch.tensor(-math.inf)), rounded)
+    return torch.where(
+        rounded.double() > values, torch.nextafter(rounded, torch.full_like(rounded, -math.inf)), rounded
+    )

@@ -18,6 +18,10 @@ for its device against the same op; where it has none, the reference here runs.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +46,27 @@ OPERANDS = 12
 library = torch.library.Library("kbit", "DEF")
 
 
+@functools.cache
+def _load_triton() -> frozenset[str]:
+    """Register ``kernels/gpu`` for CUDA and ROCm tensors, and name the ops that have a kernel there.
+
+    Here and not at import, because importing Triton takes long and the CPU has no use for it. Without
+    Triton a warning, and the slow reference kernels.
+    """
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "kbitc: packed weights are on a GPU and triton is not installed, so plain PyTorch does the work, "
+            "many times slower; install it with: pip install 'kbitc[triton]'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return frozenset()
+    launch = importlib.import_module("kbitc.kernels.gpu.launch")
+    for name, kernel in launch.KERNELS.items():
+        library.impl(name, kernel, "CUDA")
+    return frozenset(launch.KERNELS)
+
+
 def _op(
     name: str, signature: str, fake: Callable[..., Any], *, is_native: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -55,6 +80,8 @@ def _op(
         def first(*args: Any, **kwargs: Any) -> Any:
             tensor = next(value for value in args if isinstance(value, Tensor))
             if tensor.device.type == "cpu" and native.load():
+                return getattr(torch.ops.kbit, name)(*args, **kwargs)
+            if tensor.is_cuda and name in _load_triton():
                 return getattr(torch.ops.kbit, name)(*args, **kwargs)
             return kernel(*args, **kwargs)
 

@@ -15,7 +15,12 @@ from torch.nn.functional import linear as dense_linear
 from kbitc.blockwise import Operands, dequantize_operands, effective_scales
 from kbitc.packing import unpack
 
+INT8_BITS = 8
 INT8_MOST = 127  # of the integers that `int8` rounds to
+INT8_NEEDS = (
+    "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero points: "
+    "int8 with a block of at least in_features"
+)
 TILE = 2**20  # weights dequantized at a time: 4 MB in float32
 
 
@@ -44,11 +49,8 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     planes, scales, codebook, zeros, *_, values, index, in_features, bits, _ = operands
     even = torch.arange(-INT8_MOST, INT8_MOST + 1, device=codebook.device) * (codebook[-1] / INT8_MOST)
     is_even = codebook.shape == even.shape and torch.allclose(codebook, even, rtol=1e-6, atol=1e-8)
-    if bits != 8 or not is_even or scales.shape[-1] != 1 or zeros is not None:
-        raise RuntimeError(
-            "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero "
-            "points: int8 with a block of at least in_features"
-        )
+    if bits != INT8_BITS or not is_even or scales.shape[-1] != 1 or zeros is not None:
+        raise RuntimeError(INT8_NEEDS)
     rest = x.float()
     if index is not None:
         rest = rest.index_fill(-1, index.long(), 0.0)

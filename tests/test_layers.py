@@ -21,7 +21,7 @@ LAYERS = [
         "kbitc.blockwise",
         "kbitc.slots",
     ],
-    ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.ops"],
+    ["kbitc.kernels.reference", "kbitc.kernels.cpu.build", "kbitc.kernels.gpu", "kbitc.kernels.ops"],
     ["kbitc.tensor", "kbitc.activations", "kbitc.moments", "kbitc.outliers", "kbitc.scoring"],
     [
         "kbitc.plan",

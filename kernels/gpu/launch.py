@@ -1,0 +1,358 @@
+"""The ``kbit::`` ops on Triton: choose a kernel and its tiles, launch it.
+
+The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it. For one
+row of x the GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words; beyond,
+slabs of W of at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library, whose
+speed no kernel reaches that decodes W again for every tile of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kbitc import packing
+from kbitc.blockwise import Operands
+from kbitc.kernels import reference
+from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
+from kbitc.kernels.gpu.encode import encode_kernel
+from kbitc.kernels.gpu.gemv import gemv_kernel
+from kbitc.kernels.gpu.int8 import int8_kernel
+from kbitc.kernels.gpu.matmul import matmul_kernel
+from kbitc.kernels.gpu.tiles import Tiles, tiles_of
+from kbitc.nearest import Encoder
+from kbitc.packing import CHUNK
+
+MANY = 128
+SLAB = 2**25
+INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
+KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def scales_a_chunk(block: int) -> int:
+    """Scales that a lane of a chunk meets: each holds for 8 / that many groups of 32 columns.
+
+    0 if the four columns of a lane may have several: no kernel that works on words takes that.
+    """
+    if block % CHUNK == 0:
+        return 1
+    if block >= 32 and CHUNK % block == 0:
+        return CHUNK // block
+    return 8 if block % 4 == 0 else 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight as kernels take it.
+
+    Attributes:
+        pointers: planes, planes as int32, scales, codebook, zeros, scale codebook, absmax and mean; those
+            that are not there as the codebook, which no kernel reads in their place.
+        sizes: bytes a row, columns, scales a row.
+        flags: compile-time arguments.
+    """
+
+    operands: Operands
+    pointers: list[Tensor]
+    sizes: list[int]
+    flags: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Of all experts together."""
+        return self.operands[0].shape[:-1].numel()
+
+    @property
+    def features(self) -> int:
+        """Columns."""
+        return self.operands[9]
+
+    @property
+    def outliers(self) -> tuple[list[Tensor], int]:
+        """Values, columns, and how many there are."""
+        values, index = self.operands[7], self.operands[8]
+        if values is None or index is None:
+            return [self.pointers[3], self.pointers[3]], 0
+        return [values.contiguous(), index], index.numel()
+
+
+def read_weight(operands: Operands) -> Weight:
+    """Pointers, sizes and compile-time numbers of a weight."""
+    planes, scales, codebook, zeros, scale_codebook, absmax, mean, _, _, features, bits, block = operands
+    planes = planes.contiguous()
+    is_aligned = planes.shape[-1] % 4 == 0 and planes.data_ptr() % 4 == 0
+    words = planes.view(torch.int32) if is_aligned else planes
+    optional = [codebook if t is None else t.contiguous() for t in (zeros, scale_codebook, absmax, mean)]
+    flags = {
+        "BITS": bits,
+        "BLOCK": block,
+        "HAS_ZEROS": zeros is not None,
+        "HAS_DQ": absmax is not None,
+        "SCALES": scales_a_chunk(block),
+        "IS_ALIGNED": is_aligned,
+    }
+    pointers = [planes, words, scales.contiguous(), codebook, *optional]
+    return Weight(operands, pointers, [planes.shape[-1], features, scales.shape[-1]], flags)
+
+
+def _as_words(x: Tensor) -> Tensor:
+    """Rows of 16-bit floats as int64, padded to whole ones; float32 as it is."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x
+    return x if x.dtype == torch.float32 else x.view(torch.int64)
+
+
+# Rows of the weight -----------------------------------------------------------------------------
+
+
+def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids``, or ``count`` rows from ``begin`` on, ``(count, features)``."""
+    features, flags = weight.features, weight.flags
+    out = torch.empty(count, features, dtype=dtype, device=weight.pointers[0].device)
+    if out.numel() == 0:
+        return out
+    given = out if ids is None else ids
+    is_whole = flags["SCALES"] > 0 and (dtype == torch.float32 or features % 4 == 0)
+    first = features // CHUNK * CHUNK if is_whole else 0
+    if first:
+        tiles = tiles_of("rows")
+        grid = (triton.cdiv(count, tiles.rows), triton.cdiv(features // CHUNK, tiles.chunks))
+        rows_kernel[grid](
+            given, out if dtype == torch.float32 else out.view(torch.int64),
+            *weight.pointers, *weight.sizes, begin, count, **flags,
+            KIND=KINDS[dtype], HAS_IDS=ids is not None, **tiles.constants(), **tiles.options(),
+        )  # fmt: skip
+    if first < features:
+        columns = min(512, triton.next_power_of_2(features - first))
+        pointers = [weight.pointers[0], *weight.pointers[2:]]
+        columns_kernel[count, triton.cdiv(features - first, columns)](
+            given, out, *pointers, *weight.sizes, begin, first,
+            **{name: flags[name] for name in ("BITS", "BLOCK", "HAS_ZEROS", "HAS_DQ")},
+            HAS_IDS=ids is not None, COLUMNS=columns,
+        )  # fmt: skip
+    values, index = weight.operands[7], weight.operands[8]
+    if values is not None and index is not None:
+        kept = values.flatten(0, -2)
+        out[:, index.long()] = (kept[begin : begin + count] if ids is None else kept[ids]).to(dtype)
+    return out
+
+
+def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in 16 bits, a slab of rows at a time."""
+    step = max(1, SLAB // weight.features)
+    for begin in range(0, weight.rows, step):
+        count = min(step, weight.rows - begin)
+        yield slice(begin, begin + count), _rows(weight, None, begin, count, dtype)
+
+
+def dequantize(*given: Any) -> Tensor:
+    """``kbit::dequantize``."""
+    weight = read_weight(given[:12])
+    lead = given[0].shape[:-1]
+    return _rows(weight, None, 0, weight.rows, given[12]).view(*lead, weight.features)
+
+
+def embedding(ids: Tensor, *rest: Any) -> Tensor:
+    """``kbit::embedding``; ids must be inside the vocabulary: checking would stop the device."""
+    weight = read_weight(rest[:12])
+    flat = ids.flatten().long()
+    return _rows(weight, flat, 0, flat.numel(), rest[12]).view(*ids.shape, weight.features)
+
+
+# Products ---------------------------------------------------------------------------------------
+
+
+def _splits(tiles: Tiles, programs: int, features: int) -> int:
+    """Parts of K, so that there are about ``tiles.programs`` programs."""
+    return max(1, min(tiles.programs // programs, features // (CHUNK * tiles.chunks)))
+
+
+def _gemv(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ W.T`` in float32 for one row of x."""
+    count = weight.rows
+    tiles = tiles_of("gemv")
+    grid = triton.cdiv(count, tiles.rows)
+    splits = _splits(tiles, grid, weight.features)
+    parts = torch.empty(splits, count, dtype=torch.float32, device=x.device)
+    outliers, kept = weight.outliers
+    gemv_kernel[grid, splits](
+        _as_words(x), parts, *weight.pointers, *outliers, *weight.sizes, kept, count, splits,
+        **weight.flags, KIND=KINDS[x.dtype], **tiles.constants(), **tiles.options(),
+    )  # fmt: skip
+    return parts.sum(0, keepdim=True)
+
+
+def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
+    """``x @ W.T`` in float32 on tensor cores; with offsets, each row of x with the weight of its expert."""
+    m = x.shape[0]
+    experts = 1 if offsets is None else offsets.numel()
+    count = weight.rows // experts
+    tiles = tiles_of("matmul" if m > 16 else "matmul few")
+    words = _as_words(x)
+    slots = triton.cdiv(m, tiles.m) + (experts if offsets is not None else 0)
+    grid = triton.cdiv(count, tiles.rows)
+    splits = 1 if offsets is not None else _splits(tiles, grid * slots, weight.features)
+    parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
+    outliers, kept = weight.outliers
+    matmul_kernel[slots, grid, splits](
+        words, parts, *weight.pointers, *outliers, weight.pointers[3] if offsets is None else offsets,
+        *weight.sizes, kept, count, splits, words.shape[1] * (1 if x.dtype == torch.float32 else 4), m,
+        experts, **weight.flags, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None, TILE_M=tiles.m,
+        **tiles.constants(), **tiles.options(),
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def linear(x: Tensor, *rest: Any) -> Tensor:
+    """``kbit::linear``."""
+    operands, bias = rest[:12], rest[12] if len(rest) > 12 else None
+    _check_input("linear", x, operands[9])
+    weight = read_weight(operands)
+    flat = x.reshape(-1, weight.features).contiguous()
+    m = flat.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], weight.rows)
+    if m == 1:
+        out = _gemv(flat, weight)
+    elif m <= MANY and weight.flags["SCALES"] > 0:
+        out = _matmul(flat, weight)
+    else:
+        out = x.new_empty(m, weight.rows)
+        for rows, dense in _slabs(weight, x.dtype):
+            out[:, rows] = flat @ dense.T
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def input_grad(grad: Tensor, *operands: Any) -> Tensor:
+    """``kbit::input_grad``."""
+    weight = read_weight(operands)  # type: ignore[arg-type]  # an Operands
+    _check_input("input_grad", grad, weight.rows)
+    flat = grad.reshape(-1, weight.rows)
+    out = torch.zeros(flat.shape[0], weight.features, dtype=torch.float32, device=grad.device)
+    for rows, dense in _slabs(weight, grad.dtype):
+        out += flat[:, rows] @ dense
+    return out.to(grad.dtype).view(*grad.shape[:-1], weight.features)
+
+
+def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
+    """``kbit::grouped_linear``."""
+    weight, offsets = read_weight(rest[:12]), rest[12]
+    _check_input("grouped_linear", x, weight.features)
+    if weight.flags["SCALES"] == 0:
+        raise RuntimeError(
+            f"kbit::grouped_linear: blocks of {rest[11]} have no kernel on a GPU; multiples of 4 do"
+        )
+    if x.shape[0] == 0:
+        return x.new_empty(0, rest[0].shape[1])
+    return _matmul(x.contiguous(), weight, offsets).to(x.dtype)
+
+
+def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+    """``kbit::grouped_input_grad``: each expert's weight in 16 bits once, whichever rows are its own."""
+    weight, offsets = read_weight(rest[:12]), rest[12]
+    count = rest[0].shape[1]
+    _check_input("grouped_input_grad", grad, count)
+    tokens = torch.arange(grad.shape[0], device=grad.device)
+    expert = torch.bucketize(tokens, offsets, right=True)
+    out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
+    for e in range(offsets.numel()):  # no row count is known here: rows of others are zeroed, not left out
+        dense = _rows(weight, None, e * count, count, grad.dtype)
+        out += torch.where((expert == e)[:, None], grad, 0) @ dense
+    return out.to(grad.dtype)
+
+
+def linear_int8(x: Tensor, *rest: Any) -> Tensor:
+    """``kbit::linear_int8``; what the weight must be, `reference.linear_int8` says."""
+    weight, bias = read_weight(rest[:12]), rest[12] if len(rest) > 12 else None
+    _check_input("linear_int8", x, weight.features)
+    planes, scales, codebook, zeros, *_ = weight.operands
+    if weight.flags["BITS"] != reference.INT8_BITS or scales.shape[-1] != 1 or zeros is not None:
+        raise RuntimeError(reference.INT8_NEEDS)
+    flat = x.reshape(-1, weight.features).float()
+    index, values = weight.operands[8], weight.operands[7]
+    inside = flat if index is None else flat.index_fill(1, index.long(), 0.0)
+    absmax = inside.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(absmax, reference.INT8_MOST) / absmax
+    is_usable = inverse.isfinite()
+    rounded = torch.where(is_usable, inside * inverse, 0.0).round().to(torch.int8)
+    sums = torch.empty(flat.shape[0], weight.rows, dtype=torch.int32, device=x.device)
+    if sums.numel():
+        tile = INT8_TILE
+        grid = (triton.cdiv(sums.shape[0], tile["TILE_M"]), triton.cdiv(weight.rows, tile["TILE_N"]))
+        int8_kernel[grid](
+            rounded, sums, planes, planes.shape[-1], weight.features, weight.rows, sums.shape[0], **tile
+        )
+    steps = reference.plain_scales(weight.operands)[1].float().mT * (codebook[-1] / reference.INT8_MOST)
+    # A row with a NaN or an infinity: its scale is not finite, nor may its result be.
+    scale = torch.where(is_usable | (absmax == 0), absmax, absmax * torch.nan)
+    out = sums.float() * (scale / reference.INT8_MOST * steps)
+    if index is not None and values is not None:
+        out = out + flat[:, index.long()] @ values.float().mT
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], weight.rows)
+
+
+# Codes ------------------------------------------------------------------------------------------
+
+
+def encode(
+    rows: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor,
+    outlier_index: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """``kbit::encode``."""
+    count, features = rows.shape
+    values = (rows if outlier_index is None else rows.index_fill(1, outlier_index.long(), 0)).contiguous()
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    encoder = Encoder(codebook)
+    width = packing.row_bytes(features, bits)
+    out = torch.empty(count, width, dtype=torch.uint8, device=rows.device)
+    first = features // CHUNK * CHUNK if width % 4 == 0 else 0
+    if first and count:
+        bounds = torch.full((2**bits - 1,), torch.inf, device=rows.device)
+        bounds[: encoder.bounds.numel()] = encoder.bounds
+        tiles = tiles_of("rows")
+        encode_kernel[triton.cdiv(count, tiles.rows), triton.cdiv(first // CHUNK, tiles.chunks)](
+            values, inverse, inverse if zeros is None else zeros.contiguous(), bounds, out.view(torch.int32),
+            width // 4, features, scales.shape[1], count,
+            BITS=bits, BLOCK=block, HAS_ZEROS=zeros is not None, **tiles.constants(), **tiles.options(),
+        )  # fmt: skip
+    if first < features:
+        at = torch.arange(first, features, device=rows.device) // block
+        rest = values[:, first:].float()
+        rest = rest if zeros is None else rest - zeros.float()[:, at]
+        codes = torch.bucketize(rest * inverse[:, at], encoder.bounds, out_int32=True)
+        out[:, first * bits // 8 :] = packing.pack(codes.to(torch.uint8), bits)
+    return out
+
+
+def _check_input(name: str, x: Tensor, features: int) -> None:
+    if x.dtype not in KINDS or x.shape[-1] != features:
+        raise RuntimeError(
+            f"kbit::{name}: expected float32, float16 or bfloat16 with {features} features, got {x.dtype} of "
+            f"shape {tuple(x.shape)}"
+        )
+
+
+KERNELS = {
+    "linear": linear,
+    "input_grad": input_grad,
+    "embedding": embedding,
+    "dequantize": dequantize,
+    "grouped_linear": grouped_linear,
+    "grouped_input_grad": grouped_input_grad,
+    "linear_int8": linear_int8,
+    "encode": encode,
+}
