@@ -34,9 +34,8 @@ TARGETS = {
 # Kernel, name of its tiles, and what else is fixed at compile time.
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gemv": (gemv_kernel, "gemv", {}),
-    "matmul M<=16": (matmul_kernel, "matmul few", {"IS_GROUPED": False}),
     "matmul": (matmul_kernel, "matmul", {"IS_GROUPED": False}),
-    "experts": (matmul_kernel, "matmul few", {"IS_GROUPED": True}),
+    "experts": (matmul_kernel, "matmul", {"IS_GROUPED": True}),
     "dequantize": (rows_kernel, "rows", {"HAS_IDS": False}),
     "embedding": (rows_kernel, "rows", {"HAS_IDS": True}),
     "any columns": (columns_kernel, "", {"HAS_IDS": True, "COLUMNS": 512}),

@@ -28,7 +28,7 @@ from kbitc.kernels.gpu.tiles import Tiles, tiles_of
 from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
-MANY = 128
+MANY = 64
 SLAB = 2**25
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -191,7 +191,7 @@ def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
     m = x.shape[0]
     experts = 1 if offsets is None else offsets.numel()
     count = weight.rows // experts
-    tiles = tiles_of("matmul" if m > 16 else "matmul few")
+    tiles = tiles_of("matmul")
     words = _as_words(x)
     slots = triton.cdiv(m, tiles.m) + (experts if offsets is not None else 0)
     grid = triton.cdiv(count, tiles.rows)

@@ -46,8 +46,7 @@ class Tiles:
 
 TABLE = {
     "gemv": Tiles(rows=8, chunks=8, threads=128),
-    "matmul few": Tiles(rows=64, chunks=2, threads=256, m=16),
-    "matmul": Tiles(rows=64, chunks=2, threads=256, m=32),
+    "matmul": Tiles(rows=64, chunks=2, threads=256, m=16),
     "rows": Tiles(rows=8, chunks=8, threads=128),
 }
 

@@ -77,10 +77,11 @@ def check_int8():
 
 
 def main():
+    part, parts = map(int, sys.argv[1:])
     everything = [f"{family}{bits}" for family in datatypes.FAMILIES for bits in range(2, 9)]
-    for name in everything[int(sys.argv[1]) :: int(sys.argv[2])]:
+    for name in everything[part::parts]:
         check_weight(f"{name}:{next(BLOCKS)}{next(FLAGS)}", *next(SHAPES), next(DTYPES))
-    for bits in range(2, 9):
+    for bits in range(2 + part % 2, 9, 2):
         spec = f"nf{bits}:{next(BLOCKS)}{next(FLAGS)}"
         for features in (512, 531, 780):
             check_codes(spec, 7, features, next(DTYPES))

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_interpreted_kernels_equal_the_reference(part):
     """In a process of its own: Triton decides at import whether it interprets."""
     script = Path(__file__).parent / "check_interpreted.py"
     done = subprocess.run(
-        [sys.executable, script, str(part), "8"],
+        [sys.executable, script, str(part), "12"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -32,7 +32,7 @@ def test_interpreted_kernels_equal_the_reference(part):
         ("gemv", 3, "dq", "sm_90"),
         ("gemv", 4, "plain", "sm_80"),
         ("gemv", 7, "zp", "sm_120"),
-        ("matmul M<=16", 5, "zp", "sm_80"),
+        ("matmul", 5, "zp", "sm_80"),
         ("matmul", 8, "zp", "sm_120"),
         ("matmul", 4, "plain", "sm_100"),
         ("experts", 3, "dq", "gfx942"),
