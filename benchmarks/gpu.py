@@ -17,14 +17,27 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
+
+from benchmarks.peers import last_line
+from benchmarks.tables import Section
 
 ROTATION = 4  # copies of a weight are at least so many times the L2 cache together
 GRAPH_SECONDS = 2e-3  # a graph lasts about so long
 GRAPH_CALLS = 2000  # at most
 ROUNDS = 5
 REPLAYS = 7  # in each round
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BAR_COLUMNS = (
+    ("name", "bar", ""),
+    ("wanted", "wanted", ""),
+    ("figure", "measured", ".2f"),
+    ("met", "met", ""),
+)
+NOT_A_GPU = "Run on the CPU as a check of the script: the bars are a GPU's, and these verdicts mean nothing."
 
 Call = Callable[[], object]
 
@@ -137,6 +150,23 @@ def refuse(error: NoDevice) -> int:
     """Say on standard error what is missing; the exit code of a benchmark that could not run."""
     sys.stderr.write(f"{error}\n")
     return 2
+
+
+def reason(error: Exception) -> str:
+    """Why a row has no figures."""
+    return f"{type(error).__name__}: {last_line(error)}"
+
+
+def verdict(is_met: bool | None) -> str:
+    """Of a bar; None: its figure is not known."""
+    if is_met is None:
+        return "not measured"
+    return "yes" if is_met else "NO"
+
+
+def bars_section(rows: list[dict[str, Any]], *, is_judged: bool) -> Section:
+    """The bars as a table; on the CPU with a note that they are a GPU's."""
+    return Section("Bars", BAR_COLUMNS, rows, [] if is_judged else [NOT_A_GPU])
 
 
 def device_line(clock: Clock, packages: Sequence[str] = ()) -> str:

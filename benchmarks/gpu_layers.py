@@ -153,7 +153,7 @@ def gemlite_int4(weight: Tensor, clock: Clock) -> Layer:
     layer = GemLiteLinear(
         4, group_size=GROUP, in_features=features, out_features=rows, input_dtype=kind, output_dtype=kind
     )
-    layer.pack(codes, scales, torch.full_like(scales, 8), None)
+    layer.pack(codes, scales, 8, None)
     nbytes = sum(part.nbytes for part in (layer.W_q, layer.scales, layer.zeros))
     return Layer(
         f"GemLite int4:{GROUP}", _copies(layer, clock, nbytes), nbytes, _dequantized(codes, scales, 8)
@@ -169,7 +169,7 @@ def torchao_int4(weight: Tensor, clock: Clock) -> Layer:
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     model = nn.Sequential(layer)
     quantize_(model, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
-    stored = model[0].weight
+    stored: Any = model[0].weight
     nbytes = stored_bytes(stored)
     try:
         dense = stored.dequantize().float()

@@ -24,15 +24,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.gpu import Clock, Loop, NoDevice, device_line, refuse
+from benchmarks.gpu import DTYPES, Clock, Loop, NoDevice, bars_section, device_line, reason, refuse, verdict
 from benchmarks.gpu_layers import PEER_PACKAGES, PEERS, Layer, dense_name, packed, packed_name, torch_dense
-from benchmarks.peers import last_line
 from benchmarks.tables import Section, markdown, print_section
 
 Shape = tuple[int, int]  # rows, in_features
 Row = dict[str, Any]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES: list[Shape] = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192)]
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096]
 SPEC = "nf4:64"
@@ -61,7 +59,6 @@ LEGEND = (
     "times as fast as F.linear with the dense weight of the same dtype. error: relative, of the product "
     "against float64 with the dequantized weight."
 )
-NOT_A_GPU = "Measured on the CPU, as a check of this script: the bars are those of a GPU and not judged here."
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,6 @@ def race(bench: Bench, layers: Sequence[Layer], x: Tensor) -> list[Row]:
     return rows
 
 
-def reason(error: Exception) -> str:
-    """Why a row has no figures."""
-    return f"{type(error).__name__}: {last_line(error)}"
-
-
 def find_bars(rows: Sequence[Row]) -> list[Row]:
     """The bars of the kernels, each with its figure; what was not measured says so."""
     kbit = packed_name(SPEC)
@@ -182,7 +174,8 @@ def find_bars(rows: Sequence[Row]) -> list[Row]:
         name = f"{fast} faster than {slow}, M = 1, {name_of(MORE_AT)}"
         bars.append(_bar(name, f"x {slow}", 1.0) | {"figure": figure})
     for bar in bars:
-        bar["met"] = verdict(bar["figure"], bar["least"])
+        figure = bar["figure"]
+        bar["met"] = verdict(None if figure is None else figure >= bar["least"])
     return bars
 
 
@@ -198,24 +191,6 @@ def _find(rows: Sequence[Row], shape: Shape, count: int, name: str) -> Row:
 
 def _figure(row: Row, key: str) -> Row:
     return {"figure": row.get(key)}
-
-
-def verdict(figure: float | None, least: float) -> str:
-    """Whether a bar is met."""
-    if figure is None:
-        return "not measured"
-    return "yes" if figure >= least else "NO"
-
-
-def bars_section(rows: list[Row]) -> Section:
-    """The bars as a table."""
-    columns = (
-        ("name", "bar", ""),
-        ("wanted", "wanted", ""),
-        ("figure", "measured", ".2f"),
-        ("met", "met", ""),
-    )
-    return Section("Bars", columns, rows)
 
 
 def name_of(shape: Shape) -> str:
@@ -274,13 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sections.append(section)
             print_section(console, section)
             gc.collect()
-    bars = bars_section(find_bars([row for section in sections for row in section.rows]))
-    if not bench.clock.is_cuda:
-        bars.notes.append(NOT_A_GPU)
-    print_section(console, bars)
+    bars = find_bars([row for section in sections for row in section.rows])
+    sections.append(bars_section(bars, is_judged=bench.clock.is_cuda))
+    print_section(console, sections[-1])
     if options.markdown:
         title = f"# F.linear with packed weights on a GPU, against {dense_name(bench.dtype)}"
-        options.markdown.write_text(markdown((title, head, LEGEND), [*sections, bars]), encoding="utf-8")
+        options.markdown.write_text(markdown((title, head, LEGEND), sections), encoding="utf-8")
     return 0
 
 
