@@ -192,7 +192,9 @@ def measure(clock: Clock, options: argparse.Namespace, name: str, spec: str | No
     model = build(make_config(options), DTYPES[options.dtype], clock.device, spec)
     row: Row = {"name": name, "weights_gb": weight_bytes(model) / 1e9, "build_gb": memory.peak_gb()}
     memory.forget()
-    prompt = torch.randint(0, options.vocabulary, (1, options.prompt), device=clock.device)
+    generator = torch.Generator(clock.device).manual_seed(1)
+    shape = (1, options.prompt)
+    prompt = torch.randint(options.vocabulary, shape, generator=generator, device=clock.device)
     length = options.prompt + WARM_UP + options.runs * options.new
     decoder = Decoder(model, prompt, length, options.inner)
     decoder.decode(WARM_UP)
