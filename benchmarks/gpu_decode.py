@@ -1,12 +1,15 @@
 """Decode speed and peak memory of an 8B-shaped LLaMA on a GPU: 16-bit and packed, both compiled.
 
     python -m benchmarks.gpu_decode [--layers 32] [--spec nf4:64] [--prompt 128] [--new 128] [--runs 5]
-        [--dtype bf16|fp16] [--only dense|packed] [--device cuda|cpu] [--markdown FILE]
+        [--steps compiled,replayed] [--only dense|packed] [--dtype bf16|fp16] [--device cuda|cpu]
+        [--markdown FILE]
 
 The one thing to know: the weights are random, since speed does not depend on them, and made on the device
-one after the other, so that no model is ever there twice. A step (the model with a static cache, and the
-argmax) is one graph of torch.compile; with the default ``--inner inductor`` one CUDA graph. ``--device cpu``
-and small sizes run the same code where there is no GPU, as a check of this script.
+one after the other, so that no model is ever there twice. A step is the model with a static cache, and
+the argmax, compiled as one graph. *Compiled* steps are called as a user would call them (Inductor's
+"reduce-overhead": one CUDA graph a step, guards checked before each); *replayed* ones are captured as a
+whole, as serving engines do, so that the host does next to nothing. ``--device cpu`` and small sizes run
+the same code where there is no GPU, as a check of this script.
 """
 
 from __future__ import annotations
@@ -27,17 +30,19 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import kbitc
-from benchmarks.gpu import DTYPES, Clock, NoDevice, bars_section, device_line, reason, refuse, verdict
+from benchmarks.gpu import DTYPES, Call, Clock, NoDevice, bars_section, device_line, reason, refuse, verdict
 from benchmarks.tables import Section, markdown, print_section
 
 Row = dict[str, Any]
 
 WARM_UP = 8  # steps: compiling, warming up, recording the CUDA graph, and some more
+STEPS = ("compiled", "replayed")
 MODE = "reduce-overhead"  # of Inductor: one CUDA graph a step
 TOLERANCE = 0.05  # relative, of logits: rounding to 16 bits adds up over the layers
 BAR = 2.0  # times the tokens a second of the 16-bit model
 COLUMNS = (
     ("name", "model", ""),
+    ("steps", "steps", ""),
     ("decode", "decode tok/s", ".1f"),
     ("ratio", "x 16-bit", ".2f"),
     ("host_ms", "host ms/step", ".3f"),
@@ -142,19 +147,24 @@ def weight_bytes(model: nn.Module) -> int:
 class Decoder:
     """Greedy decoding at batch 1 with a static cache, the step compiled.
 
-    Attributes:
-        ids: int64 (1, tokens): the prompt and every token since.
+    Args:
+        model: a causal language model of transformers.
+        prompt: int64 (1, tokens), read at once and eagerly.
+        length: tokens that the cache holds.
+        inner: backend of torch.compile.
+        mode: of torch.compile.
     """
 
-    def __init__(self, model: Any, prompt: Tensor, length: int, inner: str) -> None:
+    def __init__(self, model: Any, prompt: Tensor, length: int, inner: str, mode: str | None) -> None:
         from transformers import StaticCache
 
         self._model = model
         self._cache = StaticCache(config=model.config, max_cache_len=length)
-        mode = MODE if inner == "inductor" else None
         self._compiled = torch.compile(self._step, backend=inner, mode=mode, fullgraph=True, dynamic=False)
-        logits, token = self._step(prompt)  # eager: the cache is made here, and its addresses stay
-        self._logits, self._tokens = logits, [prompt, token]
+        # Eager: the cache is made here, and its addresses stay.
+        self._logits, self._token = self._step(prompt)
+        self._run: Call = self._run_compiled
+        self._tokens = [prompt, self._token.clone()]
 
     @property
     def ids(self) -> Tensor:
@@ -164,9 +174,12 @@ class Decoder:
     def decode(self, count: int) -> None:
         """So many steps; on a GPU they may still run afterwards."""
         for _ in range(count):
-            torch.compiler.cudagraph_mark_step_begin()
-            self._logits, token = self._compiled(self._tokens[-1])
-            self._tokens.append(token.clone())  # the next replay writes where this one wrote
+            self._run()
+            self._tokens.append(self._token.clone())
+
+    def replay(self, clock: Clock) -> None:
+        """From now on replay a step that is captured here, after some that were not."""
+        self._run = clock.capture(self._run_compiled)
 
     def difference(self) -> float:
         """Of the last logits, relative, from those of the whole text in one eager call without a cache."""
@@ -175,6 +188,11 @@ class Decoder:
         exact = out.logits[:, -1].float()
         return float((found - exact).norm() / exact.norm())
 
+    def _run_compiled(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        self._logits, token = self._compiled(self._token)
+        self._token.copy_(token)  # the address stays: a captured step reads where it wrote
+
     def _step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1]
@@ -182,22 +200,25 @@ class Decoder:
 
 
 @torch.no_grad()
-def measure(clock: Clock, options: argparse.Namespace, name: str, spec: str | None) -> Row:
-    """One model: built, compiled, timed and gone."""
-    sys.stderr.write(f"measuring {name}\n")
+def measure(clock: Clock, options: argparse.Namespace, steps: str, spec: str | None) -> Row:
+    """One model with one kind of steps: built, compiled, timed and gone."""
     torch.compiler.reset()
     counters.clear()
     memory = Memory(clock)
     memory.forget()
     model = build(make_config(options), DTYPES[options.dtype], clock.device, spec)
-    row: Row = {"name": name, "weights_gb": weight_bytes(model) / 1e9, "build_gb": memory.peak_gb()}
+    row: Row = {"weights_gb": weight_bytes(model) / 1e9, "build_gb": memory.peak_gb()}
     memory.forget()
     generator = torch.Generator(clock.device).manual_seed(1)
     shape = (1, options.prompt)
     prompt = torch.randint(options.vocabulary, shape, generator=generator, device=clock.device)
-    length = options.prompt + WARM_UP + options.runs * options.new
-    decoder = Decoder(model, prompt, length, options.inner)
+    length = options.prompt + 2 * WARM_UP + options.runs * options.new
+    mode = MODE if options.inner == "inductor" and steps == "compiled" else None
+    decoder = Decoder(model, prompt, length, options.inner, mode)
     decoder.decode(WARM_UP)
+    if steps == "replayed":
+        decoder.replay(clock)
+        decoder.decode(WARM_UP)
     row["difference"] = decoder.difference()
     timed = [_timed(clock, decoder, options.new) for _ in range(options.runs)]
     row["decode"] = options.new / median(whole for whole, _ in timed)
@@ -219,45 +240,54 @@ def _timed(clock: Clock, decoder: Decoder, count: int) -> tuple[float, float]:
 
 
 def make_rows(clock: Clock, options: argparse.Namespace) -> list[Row]:
-    """The models in turn; a row that fails says why."""
-    wanted = {"dense": (f"torch {options.dtype}", None), "packed": (f"kbitc {options.spec}", options.spec)}
+    """The models in turn with each kind of steps; a row that fails says why."""
+    specs = {"dense": None, "packed": options.spec}
     rows = []
-    for kind, (name, spec) in wanted.items():
-        if options.only not in (None, kind):
-            continue
-        try:
-            rows.append(measure(clock, options, name, spec) | {"kind": kind})
-        except Exception as error:  # noqa: BLE001  # whatever it is becomes the row's reason
-            sys.stderr.write(f"{traceback.format_exc()}\n")
-            rows.append({"kind": kind, "name": name, "reason": reason(error)})
-        gc.collect()
-        if clock.is_cuda:
-            torch.cuda.empty_cache()
-    dense = rows[0]
-    for row in rows:
-        if dense["kind"] == "dense" and "decode" in row and "decode" in dense:
-            row["ratio"] = row["decode"] / dense["decode"]
+    for steps in options.steps:
+        found = [
+            _tried(clock, options, steps, kind, spec)
+            for kind, spec in specs.items()
+            if options.only in (None, kind)
+        ]
+        if "decode" in found[0] and "decode" in found[-1] and len(found) == 2:
+            found[1]["ratio"] = found[1]["decode"] / found[0]["decode"]
+        rows += found
     return rows
+
+
+def _tried(clock: Clock, options: argparse.Namespace, steps: str, kind: str, spec: str | None) -> Row:
+    name = f"torch {options.dtype}" if spec is None else f"kbitc {spec}"
+    sys.stderr.write(f"measuring {name}, {steps}\n")
+    row: Row = {"name": name, "steps": steps, "kind": kind}
+    try:
+        row |= measure(clock, options, steps, spec)
+    except Exception as error:  # noqa: BLE001  # whatever it is becomes the row's reason
+        sys.stderr.write(traceback.format_exc())
+        row["reason"] = reason(error)
+    gc.collect()
+    if clock.is_cuda:
+        torch.cuda.empty_cache()
+    return row
 
 
 def find_bars(rows: Sequence[Row]) -> list[Row]:
     """The bars of decoding, each with its figure; what was not measured says so."""
-    packed: Row = next((row for row in rows if row["kind"] == "packed"), {})
-    speedup, off = packed.get("ratio"), packed.get("difference")
-    return [
-        {
-            "name": "tokens a second",
-            "wanted": f">= {BAR:g} x 16-bit",
-            "figure": speedup,
-            "met": verdict(None if speedup is None else speedup >= BAR),
-        },
-        {
-            "name": "last logits off one eager call over the text",
-            "wanted": f"<= {TOLERANCE:g}",
-            "figure": off,
-            "met": verdict(None if off is None else off <= TOLERANCE),
-        },
-    ]
+    bars = []
+    for row in rows:
+        if row["kind"] == "packed":
+            speedup, off = row.get("ratio"), row.get("difference")
+            name = f"{row['name']}, {row['steps']}"
+            is_fast = None if speedup is None else speedup >= BAR
+            is_right = None if off is None else off <= TOLERANCE
+            bars += [
+                _bar(f"{name}: tokens a second", f">= {BAR:g} x 16-bit", speedup, is_met=is_fast),
+                _bar(f"{name}: logits off eager", f"<= {TOLERANCE:g}", off, is_met=is_right),
+            ]
+    return bars
+
+
+def _bar(name: str, wanted: str, figure: float | None, *, is_met: bool | None) -> Row:
+    return {"name": name, "wanted": wanted, "figure": figure, "met": verdict(is_met)}
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -267,8 +297,10 @@ def describe(options: argparse.Namespace) -> str:
         f"{options.intermediate}, {options.heads} heads, {options.kv_heads} KV heads, vocabulary "
         f"{options.vocabulary}; every linear layer is packed, the output layer too, the embedding is not. "
         f"Batch 1, greedy, prompt of {options.prompt} tokens, medians of {options.runs} runs of "
-        f"{options.new} steps, static cache, torch.compile(backend={options.inner!r}, fullgraph=True"
-        f"{', mode=' + repr(MODE) if options.inner == 'inductor' else ''})."
+        f"{options.new} steps, static cache, torch.compile(backend={options.inner!r}, fullgraph=True); "
+        f"compiled: with Inductor's mode {MODE!r}; replayed: the compiled step captured in a CUDA graph. "
+        f"host: until a step was asked for. logits off eager: the last ones, relative, from one eager call "
+        f"over the whole text without a cache."
     )
 
 
@@ -282,6 +314,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens to read first")
     parser.add_argument("--new", type=int, default=128, help="steps of a run")
     parser.add_argument("--runs", type=int, default=5, help="the median is of so many")
+    parser.add_argument("--steps", type=_steps, default=list(STEPS), help=",".join(STEPS))
     parser.add_argument("--only", choices=("dense", "packed"), help="one model alone")
     parser.add_argument("--inner", default="inductor", help="backend of torch.compile")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -289,6 +322,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=size, help="of the model")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     return parser.parse_args(arguments)
+
+
+def _steps(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(STEPS):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(STEPS)}")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
