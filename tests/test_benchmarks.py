@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import kbitc
 from benchmarks import gpu_decode, gpu_layers, gpu_linear
-from benchmarks.gpu import Clock, Loop
+from benchmarks.gpu import GRAPH_CALLS, GRAPH_SECONDS, Clock, Loop
 
 TINY = "--device cpu --layers 1 --hidden 64 --intermediate 96 --heads 4 --kv-heads 2 --vocabulary 101".split()
 
@@ -117,6 +119,83 @@ def test_race_gives_seconds_of_one_call(clock):
     fast, slow_seconds = clock.race([Loop(lambda: None, 1), slow])
     assert slow.count == 2
     assert fast < 0.002 < slow_seconds
+
+
+class SimulatedGPU:
+    """The part of torch.cuda that a clock uses, with a time of its own: it moves when work is done."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.recording, self.graphs = 0.0, None, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class Graph:
+            def __init__(self):
+                self.work = []
+                gpu.graphs.append(self)
+
+            def replay(self):
+                for seconds, _ in self.work:
+                    gpu.now += seconds
+
+        @contextlib.contextmanager
+        def capturing(graph):
+            gpu.recording = graph.work
+            yield
+            gpu.recording = None
+
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {
+            "is_available": lambda: True,
+            "synchronize": lambda device: None,
+            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=50 << 20),
+            "Stream": lambda device: stream,
+            "current_stream": lambda device: stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": capturing,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(time, "perf_counter", lambda: gpu.now)
+
+    def call(self, seconds, name):
+        """Something that takes so long, now or when it is replayed."""
+
+        def run():
+            if self.recording is None:
+                self.now += seconds
+            else:
+                self.recording.append((seconds, name))
+
+        return run
+
+
+def test_on_a_gpu_graphs_rotate_and_events_time_them(monkeypatch):
+    gpu = SimulatedGPU(monkeypatch)
+    clock = Clock("cuda")
+    assert clock.copies_of(10_000_000) == 21  # 200 MiB in all
+    assert clock.copies_of(1 << 30) == 2
+    short = clock.prepare([gpu.call(4e-6, name) for name in "abc"])
+    names = [name for _, name in gpu.graphs[-1].work]
+    assert names == list("abc") * (len(names) // 3)
+    assert short.count == len(names)
+    assert 4e-6 * len(names) >= GRAPH_SECONDS
+    long = clock.prepare([gpu.call(5e-3, name) for name in "ab"])
+    assert long.count == 2
+    assert clock.race([short, long]) == pytest.approx([4e-6, 5e-3])
+    tiny = clock.prepare([gpu.call(1e-9, name) for name in "abc"])
+    assert 0.9 * GRAPH_CALLS < tiny.count <= GRAPH_CALLS
 
 
 def test_layers_store_what_they_multiply_with(clock):
