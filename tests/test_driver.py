@@ -76,9 +76,7 @@ def test_passes_are_equipped_once_the_model_is_open():
 
 def test_scoring_and_a_plan_file_are_told_and_read_once(tmp_path, monkeypatch):
     events, reads = [], []
-    monkeypatch.setattr(
-        request_module, "read_rules", lambda path: reads.append(path) or {"weights": {"*": "nf4:64"}}
-    )
+    monkeypatch.setattr(request_module, "read_rules", lambda path: reads.append(path) or {"weights": {"*": "nf4:64"}})
     options = {"example_inputs": (torch.zeros(1, 256),), "on_event": lambda *e: events.append(e)}
     out = tmp_path / "out"
     driver.compile_to(model(), out, Request(plan=tmp_path / "p.json"), is_dry=True, **options)
