@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.cpu_linear import Section, cpu_name, kernel_set, markdown_table, print_section
+from benchmarks.cpu_linear import cpu_name, kernel_set
 from benchmarks.peers import environment, last_line
+from benchmarks.tables import Section, markdown_table, print_section
 
 Row = dict[str, Any]
 

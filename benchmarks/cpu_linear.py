@@ -26,6 +26,7 @@ from statistics import median
 from typing import IO, Any
 
 from benchmarks.peers import COLD_BYTES, ERROR_ROWS, Sample, copies_of, environment, last_line, time_calls
+from benchmarks.tables import Section, markdown, print_section
 
 if "--isa" in sys.argv[:-1] and __name__ == "__main__":  # before the kernels load
     os.environ["KBITC_CPU"] = sys.argv[sys.argv.index("--isa") + 1]
@@ -33,7 +34,6 @@ if "--isa" in sys.argv[:-1] and __name__ == "__main__":  # before the kernels lo
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import kbitc
@@ -58,7 +58,6 @@ FLAG_BAR = 15.0
 ROW_BARS = {8: 5.0, 128: 1.3, 512: 1.0}
 
 Timer = Callable[[float], list[Sample]]
-Columns = Sequence[tuple[str, str, str]]  # key, title, format of a number
 
 
 @dataclass
@@ -105,16 +104,6 @@ def undisturbed(samples: Sequence[Sample]) -> float:
     return median(clean if len(clean) >= ENOUGH else [seconds for seconds, _ in samples])
 
 
-@dataclass
-class Section:
-    """A table and what stands below it."""
-
-    title: str
-    columns: Columns
-    rows: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Bar:
     """A figure that this project wants to reach, the worst of some rows.
@@ -133,17 +122,6 @@ class Bar:
     is_met: bool
     is_clean: bool
     skipped: int
-
-
-def cells(columns: Columns, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The rows of a table as text."""
-    return [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
-
-
-def _cell(value: Any, form: str) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else format(value, form)
 
 
 # Contenders.
@@ -632,35 +610,6 @@ def legend(bench: Bench) -> str:
         f"x memory: cold time over the time to read the stored bytes at the bandwidth of the same "
         f"{bench.rounds} rounds. error: of the product against float64 with the dequantized weight."
     )
-
-
-def print_section(console: Console, section: Section) -> None:
-    """A table for a terminal."""
-    table = Table(title=section.title, title_justify="left")
-    for key, title, _ in section.columns:
-        is_name = key in {"name", "spec"}
-        is_text = is_name or key in {"wanted", "where", "reason"}
-        table.add_column(title, justify="left" if is_text else "right", no_wrap=is_name)
-    for line in cells(section.columns, section.rows):
-        table.add_row(*line)
-    console.print(table)
-    for note in section.notes:
-        console.print(note, highlight=False)
-
-
-def markdown(head: Sequence[str], sections: Sequence[Section]) -> str:
-    """Everything as Markdown."""
-    lines = [*(f"{line}\n" for line in head)]
-    for section in sections:
-        lines += [f"\n## {section.title}\n", markdown_table(section.columns, section.rows)]
-        lines += [f"\n{note}" for note in section.notes]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(columns: Columns, rows: Sequence[dict[str, Any]]) -> str:
-    """One table as Markdown."""
-    body = [[title for _, title, _ in columns], ["---"] * len(columns), *cells(columns, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
 def open_peers(options: argparse.Namespace) -> tuple[PeerProcess | None, str | None]:

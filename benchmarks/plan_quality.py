@@ -26,7 +26,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from benchmarks.cpu_linear import Section, markdown, print_section
+from benchmarks.tables import Section, markdown, print_section
 from kbitc import evaluation, loading, pack
 from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
