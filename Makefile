@@ -28,6 +28,8 @@ sanitize: .venv/installed
 # Correctness of the Triton kernels on the device that is there.
 gpu: .venv/installed
 	$(BIN)/python -m pytest tests/kernels/gpu -m gpu -n 0
+	$(BIN)/python -m benchmarks.gpu_linear --markdown benchmarks/results/$$(date -I)-gpu-linear.md
+	$(BIN)/python -m benchmarks.gpu_decode --markdown benchmarks/results/$$(date -I)-gpu-decode.md
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
