@@ -357,7 +357,9 @@ def _store_scales(
     return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
 
 
+# Kept tensors are plain ones even if inference mode is on when they are first asked for.
 @functools.cache
+@torch.inference_mode(mode=False)
 def dynamic_map() -> Tensor:
     """The signed 8-bit dynamic codebook that double quantization stores scales with: (256,) float32."""
     return torch.from_numpy(datatypes.codebook("dynamic", datatypes.Request(bits=8))).float()
@@ -486,6 +488,7 @@ def _codebook(source: _Rows, spec: Spec) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(mode=False)
 def shared_codebook(spec: Spec) -> Tensor:
     """Codebook of a data type that is not fitted to a tensor: ``(levels,)`` float32."""
     return torch.from_numpy(datatypes.codebook(spec.family, _request(spec))).float()

@@ -272,3 +272,12 @@ def test_golden_codes():
     for spec, expected in golden.items():
         codes = packing.unpack(quantize(weight, spec).planes, 64, 4)
         assert codes[0, ::8].tolist() == expected, spec
+
+
+def test_kept_codebooks_are_plain_tensors_in_inference_mode():
+    blockwise.dynamic_map.cache_clear()
+    blockwise.shared_codebook.cache_clear()
+    with torch.inference_mode():
+        kept = blockwise.quantize(torch.randn(2, 64), "nf4:64+dq")
+    assert not kept.codebook.is_inference()
+    assert not kept.scale_codebook.is_inference()
