@@ -73,7 +73,7 @@ def test_processes_side_by_side_compile_once(compiler, cache, tmp_path):
     made = recipe(tmp_path)
     script = tmp_path / "counting-c++"
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *-c*) echo x >> {tmp_path}/calls; sleep 0.5;; esac\nexec {compiler} "$@"\n'
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo x >> {tmp_path}/calls; sleep 0.5;; esac\nexec {compiler} "$@"\n'
     )
     script.chmod(0o755)
     code = f"""
