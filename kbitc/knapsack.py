@@ -15,9 +15,9 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -29,6 +29,7 @@ NO_TABLES: Mapping[str, int] = MappingProxyType({})
 GAP = 1e-5  # relative, at which the solver may stop
 NODES = 2_000  # of the solver's tree: a limit that does not depend on the machine's speed
 INFEASIBLE = 2  # scipy's status
+BRANCHES = 3  # that are solved one by one
 ROUNDS = 60  # bisections of the multiplier
 
 
@@ -112,20 +113,24 @@ def solve(groups: Groups, room: int, shared: Mapping[str, int] = NO_TABLES) -> S
         raise Infeasible(_size(groups, start, shared), room)
     chosen, bound, lagrangian = start, math.inf, math.inf
     is_proved = True
-    # The bound of the whole relaxation, with each branch's item in place, rules most branches out unseen.
-    for own, least in _branches(groups, kept, room):
-        if least > _cost(groups, chosen) * (1 + GAP):
-            break  # and so are all that follow
+    # The bound of the whole relaxation, with each branch's item in place, rules most branches out unseen; if
+    # it is too weak for that, as it is with few groups, the solver does better with all the rest at once.
+    left = _branches(groups, kept, room)
+    at_once = 1
+    while left:
+        own = _together(own for own, _ in left[:at_once])
         branch = _Branch(own, *_lagrangian(groups, own, room))
-        lagrangian = min(lagrangian, branch.bound)
-        if branch.bound > _cost(groups, chosen) * (1 + GAP):
-            continue
-        tried = (_greedy(groups, branch.kept, room, shared, m, chosen) for m in branch.multipliers)
-        chosen = _better(groups, shared, room, chosen, *tried)
+        chosen = _improved(groups, branch, room, shared, chosen)
         exact = _branch_and_bound(groups, branch, room, shared, chosen)
         chosen = _better(groups, shared, room, chosen, exact.chosen)
+        lagrangian = min(lagrangian, branch.bound)
         bound = min(bound, exact.bound)
         is_proved = is_proved and exact.is_proved
+        limit = _cost(groups, chosen) * (1 + GAP)
+        left = [(own, least) for own, least in left[at_once:] if least <= limit]
+        if len(left) > BRANCHES:  # each relaxed by itself has a better bound
+            left = [(own, least) for own, _ in left if (least := _lagrangian(groups, own, room)[1]) <= limit]
+        at_once = 1 if len(left) <= BRANCHES else len(left)
     _fill(groups, kept, chosen, room, shared)
     cost = _cost(groups, chosen)
     return Solution(
@@ -151,6 +156,14 @@ class _Branch:
     kept: list[list[int]]
     multipliers: list[float]
     bound: float
+
+
+def _improved(
+    groups: Groups, branch: _Branch, room: int, shared: Mapping[str, int], chosen: list[int]
+) -> list[int]:
+    """The choice, or a better one of a branch that its multipliers lead to."""
+    tried = (_greedy(groups, branch.kept, room, shared, m, chosen) for m in branch.multipliers)
+    return _better(groups, shared, room, chosen, *tried)
 
 
 def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[tuple[list[list[int]], float]]:
@@ -180,6 +193,11 @@ def _branches(groups: Groups, kept: list[list[int]], room: int) -> list[tuple[li
         if groups[widest][i].nbytes <= left
     ]
     return sorted(found, key=lambda branch: branch[1])
+
+
+def _together(branches: Iterable[list[list[int]]]) -> list[list[int]]:
+    """Items that are in any of the branches."""
+    return [sorted(set(chain(*own))) for own in zip(*branches, strict=True)]
 
 
 def agree(groups: Groups, together: Sequence[Sequence[int]]) -> tuple[list[list[Item]], list[list[int]]]:

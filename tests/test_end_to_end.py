@@ -16,7 +16,7 @@ import torch
 import kbitc
 from kbitc import pack
 from kbitc.artifact import Artifact
-from kbitc.driver import compile_to
+from kbitc.driver import compile_to, replan
 from kbitc.errors import BudgetError, KbitcError, SourceError, UsageError
 from kbitc.request import Request
 from kbitc.tensor import KbitTensor
@@ -38,6 +38,14 @@ def llama(tmp_path_factory):
     model.save_pretrained(folder, max_shard_size="150KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
+
+
+@pytest.fixture(scope="module")
+def planned(llama, tmp_path_factory):
+    """The same model at 4 bits per parameter, with its score table: pricing every option takes seconds."""
+    out = tmp_path_factory.mktemp("artifacts") / "planned"
+    compile_to(str(llama), out, Request(bits=4))
+    return out
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -72,14 +80,13 @@ def test_logits_equal_those_of_the_dequantized_model(llama, tmp_path, spec):
     assert (got - wanted).norm() <= 5e-4 * wanted.norm()
 
 
-def test_from_pretrained_loads_an_artifact_and_generates(llama, tmp_path):
+def test_from_pretrained_loads_an_artifact_and_generates(planned):
     from transformers import AutoModelForCausalLM
 
-    compile_to(str(llama), tmp_path / "out", Request(bits=4))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(planned, dtype=torch.float32)
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, KbitTensor)
     made = model.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    again = kbitc.load(tmp_path / "out").generate(
+    again = kbitc.load(planned).generate(
         IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert made.shape == (1, IDS.shape[1] + 5)
@@ -102,12 +109,14 @@ def test_from_pretrained_in_a_fresh_process(llama, tmp_path):
 
 
 @pytest.mark.parametrize("budget", [2.5, 3, 3.5, 4, 4.5, 5, 6, 8])
-def test_budget_is_exact(llama, tmp_path, budget):
-    result = compile_to(str(llama), tmp_path / "out", Request(bits=budget))
+def test_budget_is_exact(llama, planned, tmp_path, budget):
+    plan = replan(planned, budget)
+    result = compile_to(str(llama), tmp_path / "out", Request(plan=plan))
     artifact = Artifact.open(tmp_path / "out")
     stored = sum(tensor.nbytes for _, tensor in artifact.tensors())
     assert stored == result.payload_bytes == artifact.payload_bytes == pack.payload_bytes(result.program)
     assert 8 * stored <= budget * result.program.parameter_count
+    assert plan["bits_per_param"] == pytest.approx(8 * stored / result.program.parameter_count)
     on_disk = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert stored < on_disk < stored + 40_000  # headers
 
@@ -124,12 +133,11 @@ def test_the_same_input_gives_the_same_bytes(llama, tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_a_plan_can_be_edited_and_given_back(llama, tmp_path):
-    compile_to(str(llama), tmp_path / "a", Request(bits=4))
-    path = tmp_path / "a" / "kbit_plan.json"
+def test_a_plan_can_be_edited_and_given_back(llama, planned, tmp_path):
+    path = planned / "kbit_plan.json"
     compile_to(str(llama), tmp_path / "same", Request(plan=path))
     same = Artifact.open(tmp_path / "same")
-    assert same.specs == Artifact.open(tmp_path / "a").specs
+    assert same.specs == Artifact.open(planned).specs
     plan = json.loads(path.read_text())
     plan["weights"]["model.layers.1.mlp.up_proj.weight"] = {"spec": "fp16", "reason": "mine"}
     edited = tmp_path / "edited.json"
@@ -141,7 +149,7 @@ def test_a_plan_can_be_edited_and_given_back(llama, tmp_path):
 
 
 def test_dry_run_writes_nothing(llama, tmp_path):
-    result = compile_to(str(llama), tmp_path / "out", Request(bits=4), is_dry=True)
+    result = compile_to(str(llama), tmp_path / "out", Request(spec="int3:64"), is_dry=True)
     assert result.out is None
     assert result.bits_per_param <= 4
     assert list(tmp_path.iterdir()) == []
@@ -296,9 +304,8 @@ def test_an_artifact_is_not_compiled_twice(llama, tmp_path):
         compile_to(str(tmp_path / "out"), tmp_path / "again", Request(spec="nf4:64"))
 
 
-def test_compiled_model_runs_under_torch_compile(llama, tmp_path):
-    compile_to(str(llama), tmp_path / "out", Request(bits=4))
-    model = kbitc.load(tmp_path / "out")
+def test_compiled_model_runs_under_torch_compile(planned):
+    model = kbitc.load(planned)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -307,9 +314,8 @@ def test_compiled_model_runs_under_torch_compile(llama, tmp_path):
         )
 
 
-def test_compiled_model_exports(llama, tmp_path):
-    compile_to(str(llama), tmp_path / "out", Request(bits=4))
-    model = kbitc.load(tmp_path / "out")
+def test_compiled_model_exports(planned):
+    model = kbitc.load(planned)
     exported = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=False)
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert targets.count("kbit.linear.default") == 22
