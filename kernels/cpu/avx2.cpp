@@ -402,6 +402,7 @@ INLINE int32_t sum_ints(Vec v) {
 }  // namespace kbit
 
 #include "bytes.h"
+#include "matmul_rows.h"
 #include "driver.h"
 
 namespace kbit {

@@ -21,9 +21,6 @@ constexpr int STEPS = 4;
 constexpr int ROLLED_FROM = 9;  // never, nor halves: tables of 256 levels fit
 constexpr int HALF_FROM = 9;
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
-constexpr int TILE_ROWS = 4;  // of a weight, and of x: what a matmul keeps in registers
-constexpr int TILE_COLS = 2;
-constexpr int FEW_COLS = 8;  // rows of x whose sums fit in registers beside decoded values
 
 using Vec = __m512i;
 using VecF = __m512;
@@ -32,7 +29,10 @@ INLINE Vec zero() { return _mm512_setzero_si512(); }
 INLINE VecF zero_float() { return _mm512_setzero_ps(); }
 INLINE Vec load(const int16_t* p) { return _mm512_load_si512(p); }
 INLINE void store(int16_t* p, Vec v) { _mm512_store_si512(p, v); }
-INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return _mm512_dpwssd_epi32(acc, a, b); }
+INLINE Vec mul_add(Vec acc, Vec a, Vec b) {  // not the intrinsic: with it gcc 12 copies every sum, every time
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
 INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, sum);
 }
@@ -129,6 +129,23 @@ struct Lut {
   }
 };
 
+// Levels of more than 6 bits, as low and high bytes.
+struct LevelBytes {
+  Vec low, high;
+};
+template <int K>
+INLINE LevelBytes lookup_bytes(const Lut<K>& lut, Vec c) {
+  constexpr int HIGH = Lut<K>::COUNT / 2;
+  Vec low = _mm512_permutex2var_epi8(lut.part[0], c, lut.part[1]);
+  Vec high = _mm512_permutex2var_epi8(lut.part[HIGH], c, lut.part[HIGH + 1]);
+  if constexpr (K == 8) {
+    const __mmask64 upper = _mm512_movepi8_mask(c);
+    low = _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(lut.part[2], c, lut.part[3]));
+    high = _mm512_mask_mov_epi8(high, upper, _mm512_permutex2var_epi8(lut.part[6], c, lut.part[7]));
+  }
+  return {low, high};
+}
+
 template <int K>
 INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
   if constexpr (K <= 5) {
@@ -138,16 +155,22 @@ INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
     out[0] = _mm512_permutex2var_epi16(lut.part[0], c, lut.part[1]);
     out[1] = _mm512_permutex2var_epi16(lut.part[0], _mm512_srli_epi16(c, 8), lut.part[1]);
   } else {
-    Vec low = _mm512_permutex2var_epi8(lut.part[0], c, lut.part[1]);
-    constexpr int HIGH = Lut<K>::COUNT / 2;
-    Vec high = _mm512_permutex2var_epi8(lut.part[HIGH], c, lut.part[HIGH + 1]);
-    if constexpr (K == 8) {
-      const __mmask64 upper = _mm512_movepi8_mask(c);
-      low = _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(lut.part[2], c, lut.part[3]));
-      high = _mm512_mask_mov_epi8(high, upper, _mm512_permutex2var_epi8(lut.part[6], c, lut.part[7]));
-    }
-    out[0] = _mm512_unpacklo_epi8(low, high);
-    out[1] = _mm512_unpackhi_epi8(low, high);
+    const LevelBytes level = lookup_bytes(lut, c);
+    out[0] = _mm512_unpacklo_epi8(level.low, level.high);
+    out[1] = _mm512_unpackhi_epi8(level.low, level.high);
+  }
+}
+
+// The same, of the even and the odd bytes of each 16-bit lane.
+template <int K>
+INLINE void lookup_lanes(const Lut<K>& lut, Vec c, Vec out[2]) {
+  if constexpr (K <= 6) {
+    lookup(lut, c, out);
+  } else {
+    const LevelBytes level = lookup_bytes(lut, c);
+    const Vec even = _mm512_set1_epi16(0xff);  // 0xca: where it is set the second, else the third
+    out[0] = _mm512_ternarylogic_epi32(even, level.low, _mm512_slli_epi16(level.high, 8), 0xca);
+    out[1] = _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(level.low, 8), level.high, 0xca);
   }
 }
 
@@ -199,6 +222,12 @@ INLINE void find_peak(const float* x, int64_t count, float* peak, float* nan) {
   }
   *peak = _mm512_reduce_max_ps(largest);
   *nan = _mm512_reduce_add_ps(total);
+}
+
+INLINE float sum_sizes(const float* x, int64_t count) {
+  VecF total = zero_float();
+  for (int64_t i = 0; i < count; i += 16) total = _mm512_add_ps(total, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  return _mm512_reduce_add_ps(total);
 }
 
 INLINE void round_scaled(const float* x, int64_t count, float by, int32_t* out) {
@@ -409,6 +438,7 @@ INLINE int32_t sum_ints(Vec v) {
 }  // namespace kbit
 
 #include "bytes.h"
+#include "matmul_lanes.h"
 #include "driver.h"
 
 namespace kbit {

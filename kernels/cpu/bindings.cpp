@@ -1,7 +1,7 @@
 // torch.ops.kbit.* on the CPU: checks of what was given, threads, and the choice of a kernel set.
 //
-// linear    one row of x: `gemv`; more: `gemm`, a panel of rows at a time; both on x quantized to 16 bits
-//           block by block. Blocks that are not a multiple of 32 take the decoded rows and float32.
+// linear    one row of x: `gemv`; more: `gemm`; both on x quantized to 16 bits block by block. Blocks that
+//           are not a multiple of 32 take the decoded rows and float32.
 // the rest  rows decoded to float32, a tile at a time.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -359,7 +359,8 @@ Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t ro
   a.mode = mode_of(w, table, rows);
   a.granule = w.block % 64 == 0 ? 64 : 32;
   a.segments = chunks * (CHUNK / a.granule);
-  a.values = arena.take<int16_t>(rows * chunks * CHUNK * (a.mode == Mode::half ? 2 : 1));
+  const int64_t room = rows == 1 ? 1 : (rows + X_ROWS - 1) / X_ROWS * X_ROWS;
+  a.values = arena.take<int16_t>(room * chunks * CHUNK * (a.mode == Mode::half ? 2 : 1));
   a.scales = arena.take<float>(rows * a.segments);
   a.sums = arena.take<float>(rows * w.blocks);
   if (w.outliers > 0) {
@@ -386,10 +387,7 @@ void multiply(const Weight& w, const Table& table, const Activation& x, int64_t 
     kernels().gemv(w, table, x, begin, end, out + begin);
     return;
   }
-  for (int64_t first = 0; first < x.rows; first += PANEL) {
-    kernels().gemm(w, table, x, first, std::min(PANEL, x.rows - first), begin, end, out + first * stride + begin,
-                   stride);
-  }
+  kernels().gemm(w, table, x, begin, end, out + begin, stride);
 }
 
 // Any block size, any number of rows: float32 all the way.

@@ -9,7 +9,7 @@ namespace kbit {
 
 constexpr int64_t CHUNK = 256;  // codes that are packed together (kbitc/packing.py)
 constexpr int64_t SCALE_GROUP = 256;  // double-quantized scales that share a constant
-constexpr int64_t PANEL = 32;  // rows of x that a matmul takes at a time
+constexpr int64_t X_ROWS = 8;  // rows of x that may lie interleaved
 constexpr int MIDDLE = 127;  // the 8-bit code of level 0 of `int8`
 constexpr int64_t BYTES_MOST = 133000;  // features that int32 can sum: 127 * 127 * BYTES_MOST < 2^31
 constexpr int64_t TABLE_MAX = 16383;  // largest 16-bit table value: 8 products of two fit in 31 bits
@@ -53,7 +53,8 @@ struct Table {
 
 // Rows of x, quantized block by block in the order in which the kernel visits codes.
 struct Activation {
-  int16_t* values;  // (rows, chunks * 256); affine: pairs of int8 vectors (high, low); half: floats
+  // (rows up to a multiple of X_ROWS, chunks * 256); affine: pairs of int8 vectors (high, low); half: floats
+  int16_t* values;
   float* scales;  // (rows, segments): one for each `granule` weights
   float* sums;  // (rows, blocks): sum of x over the block
   float* outliers;  // (rows, outliers)
@@ -95,9 +96,9 @@ struct Kernels {
   // out[r - begin] for r in [begin, end): one row of x.
   void (*gemv)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end,
                float* out);
-  // out[m * stride + r - begin] for r in [begin, end) and up to PANEL rows m of x from `first` on.
-  void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t first, int64_t count,
-               int64_t begin, int64_t end, float* out, int64_t stride);
+  // out[m * stride + r - begin] for r in [begin, end) and every row m of x, at least two.
+  void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+               int64_t stride);
   // out[m * stride + r - begin] = sum of (code - MIDDLE) * x over 8-bit codes, for r in [begin, end), every row m of x.
   void (*multiply_bytes)(const Weight& weight, const Bytes& x, int64_t begin, int64_t end, int32_t* out,
                          int64_t stride);

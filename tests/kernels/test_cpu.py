@@ -203,6 +203,22 @@ def test_massive_activation_keeps_the_others(kernel_set):
     assert_product(linear(x, weight), x, truth(weight), bound=2e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("spec", ["nf4:64", "int8:64", "nf8:64", "int2:32"])
+def test_sums_of_one_sign_hold(kernel_set, spec, rows):
+    """The largest level times the largest x, all over: integer sums come as near to overflow as they can."""
+    weight = quantize(torch.full((18, 320), 0.7), spec)
+    x = torch.full((rows, 320), 3.0)
+    x[-1] = -3.0
+    assert_product(linear(x, weight), x, truth(weight))
+
+
+def test_more_rows_than_stay_in_the_cache(kernel_set):
+    weight = packed(35, 17000, "nf4:64+zp")
+    x = torch.randn(70, 17000)
+    assert_product(linear(x, weight), x, truth(weight))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(kernel_set, threads):
     weight = packed(515, 576, "nf4:64+dq")

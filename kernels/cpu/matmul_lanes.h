@@ -1,0 +1,286 @@
+// Several rows of x times a weight, a row of the weight to a lane: scales, sums and results need no work
+// across lanes. Packed bytes are transposed on their way in, 32 bits at a time (a word of a plane's 32 bytes
+// has codes of four neighbouring columns; the words of 16 rows make a vector), and their levels become a tile
+// in the L1 cache, which meets COLS rows of x at a time.
+//
+//   tile of levels  (CHUNK / 2, R) vectors of pairs: two columns of each of 16 rows of the weight
+//   values of x     (rows / COLS, chunks, CHUNK / 2, COLS) of the same pairs
+//
+// The pairs of four neighbouring columns are 0 with 2 and 1 with 3: the even and the odd bytes of a word.
+#pragma once
+
+#include "weights.h"
+
+namespace kbit {
+namespace {
+
+constexpr int ROWS = 16;  // of the weight: the lanes of a vector
+constexpr int WORDS = 8;  // of a group of 32 codes
+constexpr int GROUPS = CHUNK / 32;
+constexpr int PAIRS = CHUNK / 2;
+constexpr int COLS = X_ROWS;  // rows of x whose sums stay in registers
+constexpr int64_t PANEL_BYTES = 512 << 10;  // of x, which stays in the L2 cache while the weight passes
+
+// A 32-bit lane sums the products of a whole granule: what it holds over the largest level bounds the sum of
+// their sizes (128: each may be rounded up, and `peak / total` as well).
+INLINE float largest_of_many(const float* x, int64_t count, float peak) {
+  constexpr float MOST = static_cast<float>((int64_t{1} << 31) / TABLE_MAX - 128);
+  const float total = sum_sizes(x, count);
+  const float largest = total > 0.0f ? MOST * (peak / total) : 1.0f;
+  return largest < 32767.0f ? largest : 32767.0f;
+}
+
+inline void put_values(const int32_t* q, const uint8_t*, int64_t m, int64_t chunk, int64_t chunks, int16_t* values) {
+  int16_t* out = values + ((m / COLS * chunks + chunk) * PAIRS * COLS + m % COLS) * 2;
+  for (int i = 0; i < CHUNK; i += 4) {
+    for (int odd = 0; odd < 2; ++odd) {
+      out[(i / 2 + odd) * COLS * 2] = static_cast<int16_t>(q[i + odd]);
+      out[(i / 2 + odd) * COLS * 2 + 1] = static_cast<int16_t>(q[i + odd + 2]);
+    }
+  }
+}
+
+// 8 words of 16 rows: out[j] has word j of every row.
+INLINE void transpose(const uint8_t* const* rows, int64_t at, Vec* out) {
+  Vec a[8], b[8];
+  unroll<8>([&](auto r) INLINE_LAMBDA {
+    const Vec low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + at)));
+    a[r] = _mm512_inserti64x4(low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r + 8] + at)), 1);
+  });
+  unroll<4>([&](auto i) INLINE_LAMBDA {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  });
+  unroll<2>([&](auto i) INLINE_LAMBDA {
+    unroll<2>([&](auto j) INLINE_LAMBDA {
+      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+    });
+  });
+  unroll<4>([&](auto j) INLINE_LAMBDA {  // halves of 256 bits have words j of four rows, then words j + 4
+    out[j] = _mm512_mask_permutex_epi64(a[j], 0xcc, a[j + 4], _MM_PERM_BABA);
+    out[j + 4] = _mm512_mask_permutex_epi64(a[j + 4], 0x33, a[j], _MM_PERM_DCDC);
+  });
+}
+
+// Codes of a word of group `g`, from the transposed words of the planes, 8 for each 32 bytes of them; bits above K
+// may be dirty.
+template <int WIDTH, int FIRST>
+INLINE Vec field(const Vec* words, int g, int to) {
+  return shift(words[(FIRST + g * WIDTH / 8) * WORDS], WIDTH * g % 8 - to);
+}
+template <int K>
+INLINE Vec code_words(const Vec* words, int g) {
+  if constexpr (K == 2 || K == 4 || K == 8) return field<K, 0>(words, g, 0);
+  if constexpr (K == 3) return merge(field<2, 0>(words, g, 0), field<1, 2>(words, g, 2), 2);
+  if constexpr (K == 5) return merge(field<4, 0>(words, g, 0), field<1, 4>(words, g, 4), 4);
+  if constexpr (K >= 6) {
+    const Vec six = merge(field<4, 0>(words, g, 0), field<2, 4>(words, g, 4), 4);
+    return K == 6 ? six : merge(six, field<1, 6>(words, g, 6), 6);
+  }
+}
+
+// One chunk of 16 rows to levels: their vectors of `tile` (PAIRS, R).
+template <int K, int R>
+INLINE void decode_words(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* const* rows, int64_t at, bool is_full,
+                         Vec* tile) {
+  const auto put = [&](int g, int j, Vec codes) INLINE_LAMBDA {
+    Vec levels[2];
+    lookup_lanes(lut, codes, levels);
+    tile[(g * 2 * WORDS + 2 * j) * R] = levels[0];
+    tile[(g * 2 * WORDS + 2 * j + 1) * R] = levels[1];
+  };
+  if (is_full) {
+    Vec words[K * WORDS];
+    for (int i = 0; i < K; ++i) transpose(rows, at + 32 * i, words + i * WORDS);
+    for (int j = 0; j < WORDS; ++j) {
+      unroll<GROUPS>([&](auto g) INLINE_LAMBDA { put(g, j, code_words<K>(words + j, g)); });
+    }
+    return;
+  }
+  alignas(64) uint8_t bytes[ROWS][CHUNK];
+  const uint8_t* codes[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const auto steps = tail.read(rows[r] + at);
+    codes[r] = bytes[r];
+    for (int s = 0; s < tail.steps; ++s) {
+      for (int half = 0; half < 2; ++half) store_half(bytes[r] + natural(K, s, 32 * half), steps(s), half);
+    }
+  }
+  for (int g = 0; g < GROUPS; ++g) {
+    Vec words[WORDS];
+    transpose(codes, 32 * g, words);
+    for (int j = 0; j < WORDS; ++j) put(g, j, words[j]);
+  }
+}
+
+INLINE Vec repeat(const int16_t* pair) {
+  int32_t word;
+  std::memcpy(&word, pair, 4);
+  return _mm512_set1_epi32(word);
+}
+
+// sums (C, R) += scale * x's scale * (levels times x) over the granules of a chunk.
+template <int R, int C>
+__attribute__((noinline)) void multiply_tile(const Vec* tile, const int16_t* x, const float* x_scales, int64_t segments,
+                          const VecF* const* scales, const int* block, int granules, VecF* sums) {
+  const int pairs = PAIRS / granules;
+  for (int s = 0; s < granules; ++s) {
+    Vec acc[C * R];
+    unroll<C * R>([&](auto i) INLINE_LAMBDA { acc[i] = zero(); });
+    for (int i = s * pairs; i < (s + 1) * pairs; ++i) {
+      Vec v[R];
+      unroll<R>([&](auto r) INLINE_LAMBDA { v[r] = tile[i * R + r]; });
+      unroll<C>([&](auto m) INLINE_LAMBDA {
+        const Vec q = repeat(x + (i * COLS + m) * 2);
+        unroll<R>([&](auto r) INLINE_LAMBDA { acc[m * R + r] = mul_add(acc[m * R + r], v[r], q); });
+      });
+    }
+    unroll<C>([&](auto m) INLINE_LAMBDA {
+      const VecF x_scale = _mm512_set1_ps(x_scales[m * segments + s]);
+      unroll<R>([&](auto r) INLINE_LAMBDA {
+        sums[m * R + r] = add_scaled(sums[m * R + r], acc[m * R + r], multiply(scales[r][block[s]], x_scale));
+      });
+    });
+  }
+}
+
+// (count, blocks) numbers of rows to vectors of 16 rows, one for each block; what lies behind them is read too.
+inline void across_rows(const float* numbers, int64_t count, int64_t blocks, VecF* out) {
+  const uint8_t* rows[ROWS];
+  for (int r = 0; r < ROWS; ++r) rows[r] = reinterpret_cast<const uint8_t*>(numbers + (r < count ? r : 0) * blocks);
+  for (int64_t b = 0; b < blocks; b += WORDS) transpose(rows, 4 * b, reinterpret_cast<Vec*>(out + b));
+}
+
+// What a call works with: its scratch memory, and what all its tiles share.
+template <int K>
+struct Lanes {
+  const Weight& w;
+  const Table& table;
+  const Activation& x;
+  const ScaleReader reader;
+  const Lut<K> lut;
+  const Tail<K> tail;
+  const int64_t padded;  // blocks, up to a whole transposition
+  const Scratch scratch;
+  Vec* tile;  // (PAIRS, 2)
+  VecF* sums;  // (rows of x, 2)
+  VecF* scales;  // (2, padded)
+  VecF* zeros;  // (2, padded)
+  float* numbers;  // (ROWS, blocks), and what a reader may write behind it
+
+  Lanes(const Weight& weight, const Table& levels, const Activation& input, int64_t count)
+      : w(weight),
+        table(levels),
+        x(input),
+        reader(weight),
+        lut(levels),
+        tail(weight.cols % CHUNK),
+        padded((weight.blocks + WORDS - 1) / WORDS * WORDS),
+        scratch(sizeof(Vec) * static_cast<size_t>(2 * PAIRS + 2 * count + 4 * padded) +
+                sizeof(float) * static_cast<size_t>(ROWS * weight.blocks + STEP)),
+        tile(reinterpret_cast<Vec*>(scratch.data)),
+        sums(reinterpret_cast<VecF*>(tile + 2 * PAIRS)),
+        scales(sums + 2 * count),
+        zeros(scales + 2 * padded),
+        numbers(reinterpret_cast<float*>(zeros + 2 * padded)) {}
+};
+
+// R times 16 rows of the weight, of which `valid` exist, times `count` rows of x from `first` on.
+template <int K, int R>
+void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t valid, float* out, int64_t stride) {
+  const Weight& w = at.w;
+  const Activation& x = at.x;
+  const int64_t chunks = chunk_count(w), full = w.cols / CHUNK;
+  const int granules = static_cast<int>(CHUNK / x.granule);
+  const int64_t ratio = w.block / x.granule;
+  const uint8_t* rows[R * ROWS];  // past the end: the last one again, for nothing
+  const VecF* scales[R];
+  for (int r = 0; r < R * ROWS; ++r) rows[r] = w.planes + (row + (r < valid ? r : valid - 1)) * w.row_bytes;
+  for (int r = 0; r < R; ++r) {
+    const int64_t here = valid - r * ROWS < ROWS ? valid - r * ROWS : ROWS;
+    at.reader.read(row + r * ROWS, here, at.numbers);
+    across_rows(at.numbers, here, w.blocks, at.scales + r * at.padded);
+    scales[r] = at.scales + r * at.padded;
+    if (w.zero_type != Type::none) {
+      read_numbers(w.zeros, w.zero_type, (row + r * ROWS) * w.blocks, here * w.blocks, at.numbers);
+      across_rows(at.numbers, here, w.blocks, at.zeros + r * at.padded);
+    }
+  }
+  for (int64_t i = 0; i < count * R; ++i) at.sums[i] = zero_float();
+  const int64_t bytes = R * ROWS * K * (CHUNK / 8);
+  const uint8_t* next = rows[0] + R * ROWS * w.row_bytes;
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + c * bytes + i), _MM_HINT_T1);
+    }
+    for (int r = 0; r < R; ++r) {
+      decode_words<K, R>(at.lut, at.tail, rows + r * ROWS, c * K * (CHUNK / 8), c < full, at.tile + r);
+    }
+    int block[GROUPS];
+    for (int s = 0; s < granules; ++s) {
+      const int64_t b = (c * granules + s) / ratio;
+      block[s] = static_cast<int>(b < w.blocks ? b : w.blocks - 1);
+    }
+    for (int64_t m = 0; m < count; m += COLS) {
+      const int16_t* values = x.values + ((first + m) / COLS * chunks + c) * PAIRS * COLS * 2;
+      const float* x_scales = x.scales + (first + m) * x.segments + c * granules;
+      const auto multiply = [&](auto cols) INLINE_LAMBDA {
+        multiply_tile<R, cols>(at.tile, values, x_scales, x.segments, scales, block, granules, at.sums + m * R);
+      };
+      if (count - m >= COLS) {
+        multiply(Constant<COLS>{});
+        continue;
+      }
+      switch (count - m) {
+        case 1: multiply(Constant<1>{}); break;
+        case 2: multiply(Constant<2>{}); break;
+        case 3: multiply(Constant<3>{}); break;
+        case 4: multiply(Constant<4>{}); break;
+        case 5: multiply(Constant<5>{}); break;
+        case 6: multiply(Constant<6>{}); break;
+        default: multiply(Constant<7>{});
+      }
+    }
+  }
+  for (int64_t m = 0; m < count; ++m) {
+    const float* x_sums = x.sums + (first + m) * w.blocks;
+    for (int r = 0; r < R; ++r) {
+      VecF total = multiply(at.sums[m * R + r], _mm512_set1_ps(at.table.unit));
+      if (w.zero_type != Type::none) {
+        const VecF* zeros = at.zeros + r * at.padded;
+        for (int64_t b = 0; b < w.blocks; ++b) total = multiply_add(zeros[b], _mm512_set1_ps(x_sums[b]), total);
+      }
+      _mm512_mask_storeu_ps(out + m * stride + r * ROWS, lanes(valid - r * ROWS), total);
+    }
+    if (w.outliers > 0) add_outliers(w, x.outliers + (first + m) * w.outliers, row, row + valid, out + m * stride);
+  }
+}
+
+template <int K>
+void gemm_lanes(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+                int64_t stride) {
+  const int64_t fitting = PANEL_BYTES / (chunk_count(w) * CHUNK * 2) / COLS * COLS;
+  const int64_t panel = fitting < 4 * COLS ? 4 * COLS : fitting;
+  Lanes<K> at(w, table, x, panel < x.rows ? panel : x.rows);
+  for (int64_t first = 0; first < x.rows; first += panel) {
+    const int64_t count = first + panel < x.rows ? panel : x.rows - first;
+    for (int64_t row = begin; row < end; row += 2 * ROWS) {
+      const int64_t valid = end - row;
+      float* to = out + first * stride + row - begin;
+      if (valid > ROWS) {
+        lanes_tile<K, 2>(at, first, count, row, valid < 2 * ROWS ? valid : 2 * ROWS, to, stride);
+      } else {
+        lanes_tile<K, 1>(at, first, count, row, valid, to, stride);
+      }
+    }
+  }
+}
+
+void gemm(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+          int64_t stride) {
+  KBIT_BY_BITS(w.bits, gemm_lanes<K>(w, table, x, begin, end, out, stride));
+}
+
+}  // namespace
+}  // namespace kbit
