@@ -44,7 +44,7 @@ INLINE void store_half(uint8_t* p, Vec v, int half) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), part);
 }
 INLINE void prefetch(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 1024 + i), _MM_HINT_T0);
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + i), _MM_HINT_T1);
 }
 
 // The groups of 32 in the two halves of a step.

@@ -145,41 +145,33 @@ INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, con
   return sum;
 }
 
-// R rows of the weight, `apart` from each other, so that x is loaded once for all of them while each is
-// read as a stream of its own.
-template <int K, Mode MODE, int G, int R>
-INLINE void gemv_tile(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
-                      int64_t apart, int64_t end, const float* spread, float* out) {
+// One row of the weight: rows follow each other in memory, and one stream at a time is what its prefetchers like.
+template <int K, Mode MODE, int G>
+INLINE float gemv_row(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
+                      const float* scales) {
   constexpr int WIDTH = MODE == Mode::half ? 2 : 1;  // of a value of x, in 16-bit words
+  using Codes = std::conditional_t<(K >= ROLLED_FROM && MODE == Mode::table), RolledCodes<K>, PackedCodes<K>>;
   const int64_t full = w.cols / CHUNK;
-  int64_t rows[R];  // past the end: the last one again, for nothing
-  unroll<R>([&](auto r) INLINE_LAMBDA { rows[r] = row + r * apart < end ? row + r * apart : end - 1; });
-  VecF sum[R];
-  unroll<R>([&](auto r) INLINE_LAMBDA { sum[r] = zero_float(); });
+  const uint8_t* packed = w.planes + row * w.row_bytes;
+  const int16_t* values = x.values;
+  VecF sum = zero_float();
   for (int64_t c = 0; c < full; ++c) {
-    using Codes = std::conditional_t<(K >= ROLLED_FROM && MODE == Mode::table), RolledCodes<K>, PackedCodes<K>>;
-    unroll<R>([&](auto r) INLINE_LAMBDA {
-      const Codes codes{w.planes + rows[r] * w.row_bytes + c * K * (CHUNK / 8)};
-      prefetch(codes.at, K * (CHUNK / 8));
-      const float* here = spread + r * apart * x.segments + c * (CHUNK / G);
-      sum[r] = multiply_codes<K, MODE, G>(lut, codes, STEPS, x.values + c * CHUNK * WIDTH, here, sum[r]);
-    });
+    prefetch(packed, K * (CHUNK / 8));
+    sum = multiply_codes<K, MODE, G>(lut, Codes{packed}, STEPS, values, scales, sum);
+    packed += K * (CHUNK / 8);
+    values += CHUNK * WIDTH;
+    scales += CHUNK / G;
   }
   if (w.cols % CHUNK != 0) {
-    unroll<R>([&](auto r) INLINE_LAMBDA {
-      const auto codes = tail.read(w.planes + rows[r] * w.row_bytes + full * K * (CHUNK / 8));
-      const float* here = spread + r * apart * x.segments + full * (CHUNK / G);
-      sum[r] = multiply_codes<K, MODE, G>(lut, codes, tail.steps, x.values + full * CHUNK * WIDTH, here, sum[r]);
-    });
+    sum = multiply_codes<K, MODE, G>(lut, tail.read(packed), tail.steps, values, scales, sum);
   }
-  for (int r = 0; r < R && row + r * apart < end; ++r) out[r * apart] = sum_lanes(sum[r]);
+  return sum_lanes(sum);
 }
 
 template <int K, Mode MODE, int G>
 void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
-  constexpr int R = 2;
-  const int64_t fitting = 2048 / (w.blocks + x.segments) / R * R;  // rows whose scales stay in the L1 cache
-  const int64_t batch = fitting < R ? R : (fitting > 32 ? 32 : fitting);
+  const int64_t fitting = 2048 / (w.blocks + x.segments);  // rows whose scales stay in the L1 cache
+  const int64_t batch = fitting < 1 ? 1 : (fitting > 32 ? 32 : fitting);
   const Scratch scratch(sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + STEP));
   float* spread = reinterpret_cast<float*>(scratch.data);  // (batch, segments)
   float* scales = spread + batch * x.segments;  // (batch, blocks) and a step
@@ -194,12 +186,8 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
     for (int64_t r = 0; r < count; ++r) {
       spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
     }
-    const int64_t apart = (count + R - 1) / R;
-    for (int64_t r = 0; r < apart; ++r) {
-      gemv_tile<K, MODE, G, R>(w, lut, tail, x, row + r, apart, row + count, spread + r * x.segments, here + r);
-    }
     for (int64_t r = 0; r < count; ++r) {
-      here[r] *= unit;
+      here[r] = unit * gemv_row<K, MODE, G>(w, lut, tail, x, row + r, spread + r * x.segments);
       if (MODE == Mode::affine) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
       if (w.zero_type != Type::none) {
         here[r] += dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks);

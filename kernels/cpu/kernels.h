@@ -9,6 +9,7 @@ namespace kbit {
 
 constexpr int64_t CHUNK = 256;  // codes that are packed together (kbitc/packing.py)
 constexpr int64_t SCALE_GROUP = 256;  // double-quantized scales that share a constant
+constexpr int64_t AHEAD = 6144;  // bytes by which packed rows are fetched into the L2 cache before they are read
 constexpr int64_t X_ROWS = 8;  // rows of x that may lie interleaved
 constexpr int MIDDLE = 127;  // the 8-bit code of level 0 of `int8`
 constexpr int64_t BYTES_MOST = 133000;  // features that int32 can sum: 127 * 127 * BYTES_MOST < 2^31
