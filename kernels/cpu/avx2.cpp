@@ -45,9 +45,6 @@ INLINE float sum_lanes(VecF v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 INLINE void store_half(uint8_t* p, Vec v, int) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-INLINE void prefetch(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + i), _MM_HINT_T1);
-}
 
 constexpr int natural(int, int step, int byte) { return step * 32 + byte; }
 

@@ -30,7 +30,7 @@ INLINE VecF zero_float() { return _mm512_setzero_ps(); }
 INLINE Vec load(const int16_t* p) { return _mm512_load_si512(p); }
 INLINE void store(int16_t* p, Vec v) { _mm512_store_si512(p, v); }
 INLINE Vec mul_add(Vec acc, Vec a, Vec b) {  // not the intrinsic: with it gcc 12 copies every sum, every time
-  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "vm"(b));
   return acc;
 }
 INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
@@ -42,9 +42,6 @@ INLINE float sum_lanes(VecF v) { return _mm512_reduce_add_ps(v); }
 INLINE void store_half(uint8_t* p, Vec v, int half) {
   const __m256i part = half == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), part);
-}
-INLINE void prefetch(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + i), _MM_HINT_T1);
 }
 
 // The groups of 32 in the two halves of a step.
@@ -72,21 +69,27 @@ INLINE Vec shift(Vec v, int right) {  // bits that cross a byte's border land wh
   return right == 0 ? v : (right > 0 ? _mm512_srli_epi16(v, right) : _mm512_slli_epi16(v, -right));
 }
 
+INLINE Vec load_once(const uint8_t* p) {  // gcc would load again for every shift
+  Vec v = _mm512_loadu_si512(p);
+  asm("" : "+v"(v));
+  return v;
+}
+
 template <int K>
 INLINE Vec codes(const uint8_t* p, int step) {
   const int pair = step >> 1;
   const int odd = step & 1;
   if constexpr (K == 2) {
-    return shift(_mm512_loadu_si512(p), 2 * step);
+    return shift(load_once(p), 2 * step);
   } else if constexpr (K == 3) {
-    const Vec low = shift(_mm512_loadu_si512(p), 2 * step);
+    const Vec low = shift(load_once(p), 2 * step);
     return merge(low, shift(shift_high_half(both(p + 64), 4), step - 2), 2);
   } else if constexpr (K == 8) {
     const uint8_t* at = p + 32 * (4 * pair + odd);
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))),
                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 64)), 1);
   } else {
-    const Vec low = shift(_mm512_loadu_si512(p + 64 * pair), 4 * odd);
+    const Vec low = shift(load_once(p + 64 * pair), 4 * odd);
     if constexpr (K == 4) return low;
     if constexpr (K == 5) {
       return merge(low, shift(shift_high_half(both(p + 128), 2), 4 * pair + odd - 4), 4);
@@ -187,8 +190,10 @@ template <int K, int G>
 INLINE VecF unit_scale(const float* scales, int u) {
   const int first = G == 64 ? group_of(K, 2 * u, 0) / 2 : group_of(K, u, 0);
   const int second = G == 64 ? group_of(K, 2 * u, 1) / 2 : group_of(K, u, 1);
-  const VecF low = _mm512_set1_ps(scales[first]);
-  return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + second));
+  const VecF all =  // of the chunk
+      G == 64 ? _mm512_castps128_ps512(_mm_loadu_ps(scales)) : _mm512_castps256_ps512(_mm256_loadu_ps(scales));
+  const Vec pick = _mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(first), _mm512_set1_epi32(second));
+  return _mm512_permutexvar_ps(pick, all);
 }
 
 // x as bytes: for each step 64 high ones, then 64 low ones.

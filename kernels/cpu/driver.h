@@ -82,15 +82,9 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
         const float scale = quantize_granule(row + (here > 0 ? at : 0), here, out.granule, largest_of, q + g);
         out.scales[m * out.segments + at / out.granule] = scale;
         if (here == 0) continue;
-        if (out.mode == Mode::affine) {  // of the quantized x, so that codes minus their middle cancel exactly
-          int32_t total = 0;
-          for (int64_t i = 0; i < out.granule; ++i) total += q[g + i];
-          sums[at / w.block] += static_cast<float>(total) * scale;
-        } else {
-          float total = 0.0f;
-          for (int64_t i = 0; i < here; ++i) total += row[at + i];
-          sums[at / w.block] += total;
-        }
+        int32_t total = 0;  // of the quantized x, so that codes minus their middle cancel exactly
+        for (int64_t i = 0; i < out.granule; ++i) total += q[g + i];
+        sums[at / w.block] += static_cast<float>(total) * scale;
       }
       int16_t* to = out.values + c * CHUNK;
       if (out.rows > 1) {
@@ -156,7 +150,7 @@ INLINE float gemv_row(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, c
   const int16_t* values = x.values;
   VecF sum = zero_float();
   for (int64_t c = 0; c < full; ++c) {
-    prefetch(packed, K * (CHUNK / 8));
+    prefetch(packed + AHEAD, K * (CHUNK / 8));
     sum = multiply_codes<K, MODE, G>(lut, Codes{packed}, STEPS, values, scales, sum);
     packed += K * (CHUNK / 8);
     values += CHUNK * WIDTH;
@@ -187,6 +181,7 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
       spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
     }
     for (int64_t r = 0; r < count; ++r) {
+      reader.fetch(row + batch + r, 1);  // of the next batch, so that none waits for them
       here[r] = unit * gemv_row<K, MODE, G>(w, lut, tail, x, row + r, spread + r * x.segments);
       if (MODE == Mode::affine) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
       if (w.zero_type != Type::none) {

@@ -211,9 +211,7 @@ void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t
   const int64_t bytes = R * ROWS * K * (CHUNK / 8);
   const uint8_t* next = rows[0] + R * ROWS * w.row_bytes;
   for (int64_t c = 0; c < chunks; ++c) {
-    for (int64_t i = 0; i < bytes; i += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + c * bytes + i), _MM_HINT_T1);
-    }
+    prefetch(next + c * bytes, bytes);
     for (int r = 0; r < R; ++r) {
       decode_words<K, R>(at.lut, at.tail, rows + r * ROWS, c * K * (CHUNK / 8), c < full, at.tile + r);
     }

@@ -99,7 +99,7 @@ void gemm_tile(const Weight& w, const Table& table, const Lut<K>& lut, const Sca
     const int steps = c < full ? STEPS : tail.steps;
     for (int r = 0; r < R; ++r) {
       const uint8_t* packed = w.planes + (row + (r < valid ? r : 0)) * w.row_bytes + c * K * (CHUNK / 8);
-      prefetch(packed, K * (CHUNK / 8));
+      prefetch(packed + AHEAD, K * (CHUNK / 8));
       decode_chunk<K>(lut, tail, packed, c < full, values + r * CHUNK);
       for (int u = 0; u < UNITS; ++u) {
         units[r * UNITS + u] = unit_scale<K, G>(spread + r * x.segments + c * (CHUNK / G), u);
@@ -224,7 +224,7 @@ void few_rows(const Weight& w, const Table& table, const Activation& x, int64_t 
       for (int64_t r = 0; r < here; ++r) {
         const uint8_t* packed = w.planes + (row + r) * w.row_bytes + c * K * (CHUNK / 8);
         const float* unit_scales = spread + r * x.segments + c * (CHUNK / G);
-        prefetch(packed, K * (CHUNK / 8));
+        prefetch(packed + AHEAD, K * (CHUNK / 8));
         if (c < full) {
           multiply_few<K, G, C>(lut, Full{packed}, STEPS, rows_of_x, c * CHUNK, unit_scales, x_scales, sums + r * C);
         } else {

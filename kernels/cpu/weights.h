@@ -43,6 +43,11 @@ class ScaleReader {
  public:
   explicit ScaleReader(const Weight& weight) : w_(weight), table_(weight) {}
 
+  INLINE void fetch(int64_t row, int64_t count) const {
+    const int64_t size = w_.scale_type == Type::code ? 1 : (w_.scale_type == Type::f32 ? 4 : 2);
+    prefetch(static_cast<const char*>(w_.scales) + row * w_.blocks * size, count * w_.blocks * size);
+  }
+
   // `out` needs room for (count, blocks) floats and a step more.
   INLINE void read(int64_t row, int64_t count, float* out) const {
     const int64_t at = row * w_.blocks;
