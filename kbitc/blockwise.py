@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -98,8 +99,7 @@ class Packed:
 
     def operands(self) -> Operands:
         """The arguments that every ``kbit::`` op takes for a weight, in order."""
-        tensors = tuple(getattr(self, name) for name in TENSOR_FIELDS)
-        return (*tensors, self.in_features, self.spec.bits, self.spec.block)  # type: ignore[return-value]
+        return (*_tensors_of(self), self.in_features, self.spec.bits, self.spec.block)  # type: ignore[return-value]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
         """A copy with every tensor replaced by ``function`` of it."""
@@ -118,6 +118,7 @@ TENSOR_FIELDS = (
     "outlier_values",
     "outlier_index",
 )
+_tensors_of = attrgetter(*TENSOR_FIELDS)
 
 Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, int, int], Tensor]
 """The signature of :func:`encode_rows`."""

@@ -276,6 +276,15 @@ INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
   return total;
 }
 
+INLINE void scale_halves(const uint16_t* a, const float* b, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_loadu_ps(b + i)));
+  }
+  for (; i < count; ++i) out[i] = _cvtsh_ss(a[i]) * b[i];
+}
+
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {

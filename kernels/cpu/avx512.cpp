@@ -291,6 +291,13 @@ INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
   return _mm512_reduce_add_ps(sum);
 }
 
+INLINE void scale_halves(const uint16_t* a, const float* b, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 here = lanes(count - i);
+    _mm512_mask_storeu_ps(out + i, here, _mm512_mul_ps(halves(here, a + i), _mm512_maskz_loadu_ps(here, b + i)));
+  }
+}
+
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {

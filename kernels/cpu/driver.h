@@ -176,9 +176,13 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;
     float* here = out + row - begin;
-    reader.read(row, count, scales);
-    for (int64_t r = 0; r < count; ++r) {
-      spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
+    if (MODE != Mode::affine && has_direct_scales(w, G)) {
+      for (int64_t r = 0; r < count; ++r) spread_halves(w, row + r, x.scales, x.segments, spread + r * x.segments);
+    } else {
+      reader.read(row, count, scales);
+      for (int64_t r = 0; r < count; ++r) {
+        spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
+      }
     }
     for (int64_t r = 0; r < count; ++r) {
       reader.fetch(row + batch + r, 1);  // of the next batch, so that none waits for them

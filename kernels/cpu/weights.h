@@ -96,6 +96,15 @@ inline void spread_scales(const Weight& w, const float* scales, const float* x, 
   for (int64_t j = valid; j < segments; ++j) out[j] = 0.0f;
 }
 
+// Reading and spreading in one, where each granule has a float16 scale of its own.
+inline bool has_direct_scales(const Weight& w, int64_t granule) {
+  return w.scale_type == Type::f16 && w.block == granule;
+}
+inline void spread_halves(const Weight& w, int64_t row, const float* x, int64_t segments, float* out) {
+  scale_halves(static_cast<const uint16_t*>(w.scales) + row * w.blocks, x, w.blocks, out);
+  for (int64_t j = w.blocks; j < segments; ++j) out[j] = 0.0f;
+}
+
 // Dot product of stored 16- or 32-bit numbers with floats.
 inline float dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
   if (type == Type::f16) return dot_halves(static_cast<const uint16_t*>(data) + at, x, count);
