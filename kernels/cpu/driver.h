@@ -157,6 +157,7 @@ INLINE float gemv_row(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, c
     scales += CHUNK / G;
   }
   if (w.cols % CHUNK != 0) {
+    prefetch(packed + AHEAD, K * (CHUNK / 8));
     sum = multiply_codes<K, MODE, G>(lut, tail.read(packed), tail.steps, values, scales, sum);
   }
   return sum_lanes(sum);
