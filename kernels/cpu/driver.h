@@ -177,7 +177,8 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;
     float* here = out + row - begin;
-    if (MODE != Mode::affine && has_direct_scales(w, G)) {
+    const bool is_direct = has_direct_scales(w, G);
+    if (is_direct) {
       for (int64_t r = 0; r < count; ++r) spread_halves(w, row + r, x.scales, x.segments, spread + r * x.segments);
     } else {
       reader.read(row, count, scales);
@@ -188,7 +189,10 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
     for (int64_t r = 0; r < count; ++r) {
       reader.fetch(row + batch + r, 1);  // of the next batch, so that none waits for them
       here[r] = unit * gemv_row<K, MODE, G>(w, lut, tail, x, row + r, spread + r * x.segments);
-      if (MODE == Mode::affine) here[r] += table.first * dot_floats(scales + r * w.blocks, x.sums, w.blocks);
+      if (MODE == Mode::affine) {
+        here[r] += table.first * (is_direct ? dot_numbers(w.scales, w.scale_type, (row + r) * w.blocks, x.sums, w.blocks)
+                                            : dot_floats(scales + r * w.blocks, x.sums, w.blocks));
+      }
       if (w.zero_type != Type::none) {
         here[r] += dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks);
       }
