@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import triton
+from rich.console import Console
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
+from benchmarks.tables import Section, markdown, print_section
 from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
+from kbitc.kernels.gpu.encode import encode_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
-from kbitc.kernels.gpu.launch import scales_a_chunk
+from kbitc.kernels.gpu.int8 import int8_kernel
+from kbitc.kernels.gpu.launch import INT8_TILE, precision, scales_a_chunk
 from kbitc.kernels.gpu.matmul import matmul_kernel
-from kbitc.kernels.gpu.tiles import TABLE
+from kbitc.kernels.gpu.tiles import TABLE, Tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -39,8 +51,27 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dequantize": (rows_kernel, "rows", {"HAS_IDS": False}),
     "embedding": (rows_kernel, "rows", {"HAS_IDS": True}),
     "any columns": (columns_kernel, "", {"HAS_IDS": True, "COLUMNS": 512}),
+    "encode": (encode_kernel, "encode", {}),
+    "int8": (int8_kernel, "", INT8_TILE),
 }
-FORMS = ("plain", "zp", "dq")
+FORMS = ("plain", "zp", "dq", "out")
+EVEN = ("row_stride", "row_words", "features", "count", "x_stride")  # multiples of 16, as in most models
+LEAST = ("matrix_ops", "wide_loads", "weight_bytes")
+COLUMNS = (
+    ("kernel", "kernel", ""),
+    ("tiles", "tiles", ""),
+    ("bits", "k", ""),
+    ("form", "form", ""),
+    ("x", "x", ""),
+    ("target", "target", ""),
+    ("registers", "registers", "d"),
+    ("spills", "spills", "d"),
+    ("shared", "shared", "d"),
+    ("shared_limit", "of", "d"),
+    ("matrix_ops", "matrix ops", "d"),
+    ("wide_loads", "wide loads", "d"),
+    ("weight_bytes", "load", "d"),
+)
 MATRIX_OPS = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 WIDE_LOADS = re.compile(
     r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4"
@@ -52,6 +83,7 @@ class Figures:
     """What one kernel compiled to; ``spills`` in bytes of spill stores and loads (registers on AMD)."""
 
     kernel: str
+    tiles: str  # rows x chunks of the weight, a program
     bits: int
     form: str
     x: str
@@ -65,39 +97,66 @@ class Figures:
     weight_bytes: int  # that one instruction loads of a row of the packed weight, by the kernel's layout
 
 
-def compile_one(name: str, bits: int, form: str, target: str, x: str = "fp16") -> Figures:
-    """Compile a kernel as it is launched for blocks of 64; ``form`` is one of ``FORMS``."""
-    kernel, tiles_name, fixed = KERNELS[name]
+def is_there(name: str, bits: int, form: str) -> bool:
+    """Whether a kernel has such a form: LLM.int8() takes plain bytes, outlier columns concern products."""
+    if form == "out":
+        return name in {"gemv", "matmul", "experts"}
+    return {"int8": (bits, form) == (8, "plain"), "encode": form != "dq"}.get(name, True)
+
+
+def tiles_of(name: str, x: str) -> tuple[Tiles | None, ...]:
+    """Those of a kernel: shipped first, then what it is measured against; None where they are fixed."""
+    tiles = KERNELS[name][1]
+    return tuple(TABLE.get(f"{tiles} {x}", TABLE.get(tiles, (None,))))
+
+
+def compile_one(
+    name: str, bits: int, form: str, target: str, x: str = "fp16", *, tiles: Tiles | None = None
+) -> Figures:
+    """Compile a kernel as it is launched for blocks of 64, with the shipped tiles or the given ones.
+
+    ``form`` is one of ``FORMS``.
+    """
+    kernel, _, fixed = KERNELS[name]
+    kernel = kernel.fn if isinstance(kernel, Autotuner) else kernel
     place, limit = TARGETS[target]
+    tiles = tiles or tiles_of(name, x)[0]
     constants: dict[str, Any] = {
-        "BITS": bits, "BLOCK": 64, "HAS_ZEROS": form == "zp", "HAS_DQ": form == "dq", "KIND": x,
-        "SCALES": scales_a_chunk(64), "IS_ALIGNED": True, **fixed,
+        "BITS": bits, "BLOCK": 64, "HAS_ZEROS": form == "zp", "HAS_DQ": form == "dq",
+        "HAS_OUTLIERS": form == "out", "KIND": x,
+        "SCALES": scales_a_chunk(64), "IS_ALIGNED": True, "PRECISION": precision(place.backend == "hip"),
+        **fixed,
     }  # fmt: skip
     options: dict[str, Any] = {}
-    if tiles_name:
-        tiles = TABLE[tiles_name]
-        constants |= {**tiles.constants(), "TILE_M": tiles.m}
-        options = tiles.options(place.warp_size)
+    if tiles:
+        config = tiles.config(place.warp_size)
+        constants |= config.kwargs
+        options = {arg: value for arg, value in config.all_kwargs().items() if arg not in config.kwargs}
     constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
     number = "*fp32" if x == "fp32" else "*i64"
+    outputs = {"dequantize": number, "embedding": number, "any columns": "*fp16", "encode": "*i32"}
     types = {
-        "x": number, "out": {rows_kernel: number, columns_kernel: "*fp16"}.get(kernel, "*fp32"),
+        "x": number if name != "int8" else "*i8",
+        "out": (outputs | {"int8": "*i32"}).get(name, "*fp32"),
+        "values": "*fp32" if x == "fp32" else f"*{x}", "inverses": "*fp32", "bounds": "*fp32",
         "ids": "*i64", "planes": "*u8", "words": "*i32", "scales": "*u8" if form == "dq" else "*fp16",
-        "zeros": "*fp16" if form == "zp" else "*fp32", "outlier_values": "*fp16", "outlier_index": "*i32",
-        "offsets": "*i32",
+        "zeros": "*fp16" if form == "zp" else "*fp32", "offsets": "*i32" if name == "experts" else "*fp32",
+        "outlier_values": "*fp16" if form == "out" else "*fp32",
+        "outlier_index": "*i32" if form == "out" else "*fp32",  # what is not there is the codebook
         **dict.fromkeys(("codebook", "scale_codebook", "scale_absmax", "scale_mean"), "*fp32"),
     }  # fmt: skip
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)
-        if signature[arg].startswith("*") or arg in ("row_stride", "features", "count", "x_stride")
+        if signature[arg].startswith("*") or arg in EVEN
     }
     built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=place, options=options)
     text = built.asm["ptx"] if place.backend == "cuda" else built.asm["amdgcn"]
     registers, spills = _registers(built, place.backend)
+    shape = f"{tiles.rows} x {tiles.chunks}" if tiles else "-"
     return Figures(
-        name, bits, form, x, target, registers, spills, built.metadata.shared, limit,
+        name, shape, bits, form, x, target, registers, spills, built.metadata.shared, limit,
         len(MATRIX_OPS.findall(text)), len(WIDE_LOADS.findall(text)), _weight_bytes(built.asm["ttgir"]),
     )  # fmt: skip
 
@@ -128,26 +187,57 @@ def _registers(built: Any, backend: str) -> tuple[int, int]:
     return max(map(int, re.findall(r"REG:(\d+)", usage))), sum(map(int, spilled))
 
 
+NOTE = (
+    "For blocks of 64. Over the given k: the most registers a thread, bytes spilled and bytes of shared "
+    "memory; the fewest matrix and 16-byte load instructions, and the narrowest load of packed words in "
+    "bytes. `any columns` reads bytes: it is for short last chunks and blocks that are no multiple of 4."
+)
+Given = tuple[str, int, str, str, str, Tiles | None]
+
+
+def _compile(given: Given) -> Figures:
+    *what, tiles = given
+    return compile_one(*what, tiles=tiles)  # type: ignore[arg-type]
+
+
+def summary(found: Sequence[Figures]) -> Section:
+    """A line a kernel, form and target: the worst over the bits."""
+    rows = []
+    same = attrgetter("kernel", "tiles", "form", "x", "target")
+    for _, group in itertools.groupby(sorted(found, key=same), same):
+        each = list(group)
+        row = asdict(each[0]) | {"bits": " ".join(str(one.bits) for one in each)}
+        row |= {name: max(getattr(one, name) for one in each) for name in ("registers", "spills", "shared")}
+        rows.append(row | {name: min(getattr(one, name) for one in each) for name in LEAST})
+    title = f"triton {triton.__version__}, no GPU: nothing is said of speed"
+    return Section(title, COLUMNS, rows, [NOTE])
+
+
 def main() -> None:
-    """Print the table; with --markdown, write it too."""
+    """Print the figures as they come and their summary; with --markdown, write that."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
     parser.add_argument("--x", nargs="*", default=["fp16"], help="fp16, bf16, fp32")
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS))
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--candidates", action="store_true", help="what KBITC_AUTOTUNE=1 tries, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--markdown", type=Path, help="file to write")
     chosen = parser.parse_args()
-    names = [field.name for field in fields(Figures)]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    print("\n".join(lines), flush=True)
-    for given in itertools.product(chosen.kernels, chosen.bits, chosen.forms, chosen.targets, chosen.x):
-        lines.append("| " + " | ".join(str(value) for value in astuple(compile_one(*given))) + " |")
-        print(lines[-1], flush=True)
+    given: list[Given] = [
+        (*each, tiles)
+        for each in itertools.product(chosen.kernels, chosen.bits, chosen.forms, chosen.targets, chosen.x)
+        if is_there(*each[:3])
+        for tiles in tiles_of(each[0], each[4])[: None if chosen.candidates else 1]
+    ]
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        found = list(track(pool.map(_compile, given), "compiling", len(given)))
+    section = summary(found)
+    print_section(Console(width=None if sys.stdout.isatty() else 160), section)
     if chosen.markdown:
-        title = "# Triton kernels, compiled ahead of time"
-        note = f"triton {triton.__version__}; no GPU was there: nothing is said of speed."
-        chosen.markdown.write_text("\n".join([title, "", note, "", *lines, ""]), encoding="utf-8")
+        head = ["# Triton kernels, compiled ahead of time"]
+        chosen.markdown.write_text(markdown(head, [section]), encoding="utf-8")
 
 
 if __name__ == "__main__":

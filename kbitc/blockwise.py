@@ -452,12 +452,15 @@ def dequantize_operands(
     return out.view(*lead, in_features)
 
 
-def _normalize(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Blocks divided by their scale, in place; a block of scale 0 becomes 0."""
+def inverse_scales(scales: Tensor) -> Tensor:
+    """``1 / scales``, float32; a scale of 0, and one below 3e-39 (a block of sub-normals), gives 0."""
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    # 1 / scale overflows below 3e-39: such a block is nothing but sub-normals, and becomes 0.
-    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
-    return blocks.mul_(inverse.unsqueeze(-1))
+    return torch.where(inverse.isfinite(), inverse, 0.0)
+
+
+def _normalize(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks divided by their scale, in place."""
+    return blocks.mul_(inverse_scales(scales).unsqueeze(-1))
 
 
 def _split_outliers(

@@ -22,11 +22,12 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from kbitc import blockwise, scale_search
 from kbitc.blockwise import Operands, Packed, encode_rows
@@ -47,8 +48,8 @@ library = torch.library.Library("kbit", "DEF")
 
 
 @functools.cache
-def _load_triton() -> frozenset[str]:
-    """Register ``kernels/gpu`` for CUDA and ROCm tensors, and name the ops that have a kernel there.
+def _load_triton() -> Mapping[str, Callable[..., Any]]:
+    """Register ``kernels/gpu`` for CUDA and ROCm tensors; the kernels by the name of their op.
 
     Here and not at import, because importing Triton takes long and the CPU has no use for it. Without
     Triton a warning, and the slow reference kernels.
@@ -60,11 +61,11 @@ def _load_triton() -> frozenset[str]:
             RuntimeWarning,
             stacklevel=2,
         )
-        return frozenset()
+        return {}
     launch = importlib.import_module("kbitc.kernels.gpu.launch")
     for name, kernel in launch.KERNELS.items():
         library.impl(name, kernel, "CUDA")
-    return frozenset(launch.KERNELS)
+    return dict(launch.KERNELS)
 
 
 def _op(
@@ -338,3 +339,40 @@ torch.library.register_autograd("kbit::linear", _linear_backward, setup_context=
 # Straight through the rounding of x: the gradient of the product with the dequantized weight.
 torch.library.register_autograd("kbit::linear_int8", _linear_backward, setup_context=_save, lib=library)
 torch.library.register_autograd("kbit::grouped_linear", _grouped_backward, setup_context=_save, lib=library)
+
+
+def _see_through(name: str, body: Callable[..., Any] | None = None) -> None:
+    """Let a compiler that traces ``kbit::name`` on a GPU see its kernels, as `torch.library.triton_op` does.
+
+    Not where a size is not known yet, because the kernels depend on the number of rows: there the op stays
+    one node, as it does in an exported program and on a CPU.
+
+    Args:
+        body: what the op does in terms of others; else its kernel of ``kernels/gpu``.
+    """
+
+    def trace(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = args[0]
+        is_known = all(isinstance(size, int) for size in first.shape)
+        if not (is_known and first.is_cuda) or torch.compiler.is_exporting():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        kernel = body or _load_triton().get(name)
+        if kernel is None:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return kernel(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"kbit::{name}", FunctionalTensorMode, trace, lib=library)
+
+
+_see_through("linears", _linears)
+for _name in (
+    "linear",
+    "linear_int8",
+    "input_grad",
+    "embedding",
+    "grouped_linear",
+    "grouped_input_grad",
+    "dequantize",
+):
+    _see_through(_name)

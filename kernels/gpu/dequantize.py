@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbitc.kernels.gpu.weights import CHUNK, code_at, codes_at, load_words, scale_at, values_of
+from kbitc.kernels.gpu.tiles import tiled
+from kbitc.kernels.gpu.weights import CHUNK, code_at, load_words, scale_at, values_at
 
 
 @triton.jit
@@ -18,6 +19,7 @@ def _bits_of(value, BYTE: tl.constexpr, IS_BF16: tl.constexpr):
     return (half.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << (16 * BYTE)
 
 
+@tiled("rows", "features", "HAS_IDS")
 @triton.jit
 def rows_kernel(
     ids, out,
@@ -73,9 +75,8 @@ def columns_kernel(
     row = tl.load(ids + place).to(tl.int64) if HAS_IDS else begin + place
     columns = first + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = columns < features
-    codes = codes_at(planes, row, columns, mask, row_stride, features, BITS)
-    value = values_of(
-        codes, row, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-        blocks, BLOCK, HAS_ZEROS, HAS_DQ,
+    value = values_at(
+        row, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
+        row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
     )  # fmt: skip
     tl.store(out + place * features + columns, value.to(out.dtype.element_ty), mask=mask)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kbitc.kernels.gpu.tiles import tiled
 from kbitc.kernels.gpu.weights import CHUNK
 
 
@@ -29,6 +30,7 @@ def _put(words, codes, GROUP: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constex
     return found
 
 
+@tiled("encode", "features")
 @triton.jit
 def encode_kernel(
     values, inverses, zeros, bounds, out,

@@ -9,20 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbitc.kernels.gpu.weights import (
-    CHUNK,
-    code_at,
-    codes_at,
-    load_words,
-    scale_at,
-    unpack_lane,
-    values_of,
-    x_at,
-)
+from kbitc.kernels.gpu.tiles import tiled
+from kbitc.kernels.gpu.weights import CHUNK, code_at, load_words, scale_at, unpack_lane, values_at, x_at
 
 TAIL = tl.constexpr(32)  # columns of a short last chunk, or outlier columns, that are read together
 
 
+@tiled("gemv", "features", "count")
 @triton.jit
 def gemv_kernel(
     x, out,
@@ -30,7 +23,7 @@ def gemv_kernel(
     outlier_values, outlier_index,
     row_stride, features, blocks, outliers, count, splits,
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
-    KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): ``out[s, tile i]`` over the whole chunks of part s of K, and the last one.
@@ -75,22 +68,21 @@ def gemv_kernel(
         for start in range(whole * CHUNK, features, TAIL):
             columns = start + tl.arange(0, TAIL)[None, :]
             mask = row_mask & (columns < features)
-            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
-            value = values_of(
-                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
-                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
+            value = values_at(
+                rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
             )  # fmt: skip
             sums += tl.sum(value * x_at(x, columns, columns < features, KIND), axis=1)
-        for start in range(0, outliers, TAIL):  # in place of what their codes stand for
-            index = start + tl.arange(0, TAIL)[None, :]
-            columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
-            mask = row_mask & (index < outliers)
-            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
-            value = values_of(
-                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
-                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
-            )  # fmt: skip
-            kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(tl.float32)
-            sums += tl.sum((kept - value) * x_at(x, columns, index < outliers, KIND), axis=1)
+        if HAS_OUTLIERS:
+            for start in range(0, outliers, TAIL):  # in place of what their codes stand for
+                index = start + tl.arange(0, TAIL)[None, :]
+                columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
+                mask = row_mask & (index < outliers)
+                value = values_at(
+                    rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                    scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
+                )  # fmt: skip
+                kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(tl.float32)
+                sums += tl.sum((kept - value) * x_at(x, columns, index < outliers, KIND), axis=1)
     ours = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(out + split.to(tl.int64) * count + ours, sums, mask=ours < count)

@@ -1,37 +1,54 @@
 """The ``kbit::`` ops on Triton: choose a kernel and its tiles, launch it.
 
-The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it. For one
-row of x the GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words; beyond,
-slabs of W of at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library, whose
-speed no kernel reaches that decodes W again for every tile of x.
+The one thing to know: nothing here reads a value back from the device, so CUDA graphs can record it, and all
+of it can be traced, so that Inductor sees the kernels and fuses what is around them. For one row of x the
+GEMV reads the weight; up to ``MANY`` rows tensor cores do, cutting W out of its words; beyond, slabs of W of
+at most ``SLAB`` numbers are written in 16 bits and multiplied by the vendor's library, whose speed no kernel
+reaches that decodes W again for every tile of x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from kbitc import packing
-from kbitc.blockwise import Operands
+from kbitc.blockwise import Operands, inverse_scales
 from kbitc.kernels import reference
 from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.encode import encode_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
 from kbitc.kernels.gpu.int8 import int8_kernel
-from kbitc.kernels.gpu.matmul import matmul_kernel
-from kbitc.kernels.gpu.tiles import Tiles, tiles_of
+from kbitc.kernels.gpu.matmul import matmul_16_bit, matmul_32_bit
+from kbitc.kernels.gpu.tiles import TABLE
 from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
 
 MANY = 64
 SLAB = 2**25
+PROGRAMS = 1024  # to aim at when K is split
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+Launch = Callable[..., None]
+Grid = Callable[[dict[str, int]], tuple[int, ...]] | tuple[int, ...]
+
+
+def _launch(kernel: Any, grid: Grid, like: Tensor) -> Launch:
+    """``kernel[grid]``; where ``like`` is being traced, a node of the graph."""
+    return (torch.library.wrap_triton(kernel) if isinstance(like, FunctionalTensor) else kernel)[grid]
+
+
+def precision(is_hip: bool) -> str:
+    """Of float32 on tensor cores: as it is where they take it, else as three products of shorter floats."""
+    return "ieee" if is_hip else "tf32x3"
 
 
 def scales_a_chunk(block: int) -> int:
@@ -85,7 +102,9 @@ def read_weight(operands: Operands) -> Weight:
     """Pointers, sizes and compile-time numbers of a weight."""
     planes, scales, codebook, zeros, scale_codebook, absmax, mean, _, _, features, bits, block = operands
     planes = planes.contiguous()
-    is_aligned = planes.shape[-1] % 4 == 0 and planes.data_ptr() % 4 == 0
+    # What is traced has no address yet; memory itself begins at a multiple of 16.
+    begin = planes.storage_offset() if isinstance(planes, FunctionalTensor) else planes.data_ptr()
+    is_aligned = planes.shape[-1] % 4 == 0 and begin % 4 == 0
     words = planes.view(torch.int32) if is_aligned else planes
     optional = [codebook if t is None else t.contiguous() for t in (zeros, scale_codebook, absmax, mean)]
     flags = {
@@ -115,21 +134,19 @@ def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: tor
     out = torch.empty(count, features, dtype=dtype, device=weight.pointers[0].device)
     if out.numel() == 0:
         return out
-    given = out if ids is None else ids
+    given = weight.pointers[3] if ids is None else ids
     is_whole = flags["SCALES"] > 0 and (dtype == torch.float32 or features % 4 == 0)
     first = features // CHUNK * CHUNK if is_whole else 0
     if first:
-        tiles = tiles_of("rows")
-        grid = (triton.cdiv(count, tiles.rows), triton.cdiv(features // CHUNK, tiles.chunks))
-        rows_kernel[grid](
+        _launch(rows_kernel, _grid_of(count, features), out)(
             given, out if dtype == torch.float32 else out.view(torch.int64),
             *weight.pointers, *weight.sizes, begin, count, **flags,
-            KIND=KINDS[dtype], HAS_IDS=ids is not None, **tiles.constants(), **tiles.options(),
+            KIND=KINDS[dtype], HAS_IDS=ids is not None,
         )  # fmt: skip
     if first < features:
         columns = min(512, triton.next_power_of_2(features - first))
         pointers = [weight.pointers[0], *weight.pointers[2:]]
-        columns_kernel[count, triton.cdiv(features - first, columns)](
+        _launch(columns_kernel, (count, triton.cdiv(features - first, columns)), out)(
             given, out, *pointers, *weight.sizes, begin, first,
             **{name: flags[name] for name in ("BITS", "BLOCK", "HAS_ZEROS", "HAS_DQ")},
             HAS_IDS=ids is not None, COLUMNS=columns,
@@ -137,16 +154,25 @@ def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: tor
     values, index = weight.operands[7], weight.operands[8]
     if values is not None and index is not None:
         kept = values.flatten(0, -2)
-        out[:, index.long()] = (kept[begin : begin + count] if ids is None else kept[ids]).to(dtype)
+        picked = kept.narrow(0, begin, count) if ids is None else kept.index_select(0, ids)
+        out.index_copy_(1, index.long(), picked.to(dtype))
     return out
 
 
-def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in 16 bits, a slab of rows at a time."""
+def _grid_of(count: int, features: int) -> Grid:
+    """Programs for whole chunks of so many rows."""
+    return lambda meta: (
+        triton.cdiv(count, meta["ROWS"]),
+        triton.cdiv(features // CHUNK, meta["CHUNKS"]),
+    )
+
+
+def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The weight in 16 bits, a slab of rows at a time, and the first of these."""
     step = max(1, SLAB // weight.features)
     for begin in range(0, weight.rows, step):
         count = min(step, weight.rows - begin)
-        yield slice(begin, begin + count), _rows(weight, None, begin, count, dtype)
+        yield begin, _rows(weight, None, begin, count, dtype)
 
 
 def dequantize(*given: Any) -> Tensor:
@@ -166,22 +192,22 @@ def embedding(ids: Tensor, *rest: Any) -> Tensor:
 # Products ---------------------------------------------------------------------------------------
 
 
-def _splits(tiles: Tiles, programs: int, features: int) -> int:
-    """Parts of K, so that there are about ``tiles.programs`` programs."""
-    return max(1, min(tiles.programs // programs, features // (CHUNK * tiles.chunks)))
+def _splits(kernel: str, slots: int, rows: int, features: int) -> int:
+    """Parts of K, for about ``PROGRAMS`` programs of the shipped tiles (whatever was measured)."""
+    tiles = TABLE[kernel][0]
+    programs = slots * triton.cdiv(rows, tiles.rows)
+    return max(1, min(PROGRAMS // programs, features // (CHUNK * tiles.chunks)))
 
 
 def _gemv(x: Tensor, weight: Weight) -> Tensor:
     """``x @ W.T`` in float32 for one row of x."""
     count = weight.rows
-    tiles = tiles_of("gemv")
-    grid = triton.cdiv(count, tiles.rows)
-    splits = _splits(tiles, grid, weight.features)
+    splits = _splits("gemv", 1, count, weight.features)
     parts = torch.empty(splits, count, dtype=torch.float32, device=x.device)
     outliers, kept = weight.outliers
-    gemv_kernel[grid, splits](
+    _launch(gemv_kernel, lambda meta: (triton.cdiv(count, meta["ROWS"]), splits), parts)(
         _as_words(x), parts, *weight.pointers, *outliers, *weight.sizes, kept, count, splits,
-        **weight.flags, KIND=KINDS[x.dtype], **tiles.constants(), **tiles.options(),
+        **weight.flags, HAS_OUTLIERS=kept > 0, KIND=KINDS[x.dtype],
     )  # fmt: skip
     return parts.sum(0, keepdim=True)
 
@@ -191,20 +217,27 @@ def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
     m = x.shape[0]
     experts = 1 if offsets is None else offsets.numel()
     count = weight.rows // experts
-    tiles = tiles_of("matmul")
     words = _as_words(x)
-    slots = triton.cdiv(m, tiles.m) + (experts if offsets is not None else 0)
-    grid = triton.cdiv(count, tiles.rows)
-    splits = 1 if offsets is not None else _splits(tiles, grid * slots, weight.features)
+    name, kernel = ("matmul fp32", matmul_32_bit) if x.dtype == torch.float32 else ("matmul", matmul_16_bit)
+
+    def slots(tile: int) -> int:
+        return triton.cdiv(m, tile) + (experts if offsets is not None else 0)
+
+    most = slots(TABLE[name][0].m)
+    splits = 1 if offsets is not None else _splits(name, most, count, weight.features)
     parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
     outliers, kept = weight.outliers
-    matmul_kernel[slots, grid, splits](
+
+    def grid(meta: dict[str, int]) -> tuple[int, ...]:
+        return slots(meta["TILE_M"]), triton.cdiv(count, meta["ROWS"]), splits
+
+    _launch(kernel, grid, parts)(
         words, parts, *weight.pointers, *outliers, weight.pointers[3] if offsets is None else offsets,
         *weight.sizes, kept, count, splits, words.shape[1] * (1 if x.dtype == torch.float32 else 4), m,
-        experts, **weight.flags, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None, TILE_M=tiles.m,
-        **tiles.constants(), **tiles.options(),
+        experts, **weight.flags, HAS_OUTLIERS=kept > 0, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None,
+        PRECISION=precision(bool(torch.version.hip)),
     )  # fmt: skip
-    return parts[0] if splits == 1 else parts.sum(0)
+    return parts.squeeze(0) if splits == 1 else parts.sum(0)
 
 
 def linear(x: Tensor, *rest: Any) -> Tensor:
@@ -214,16 +247,14 @@ def linear(x: Tensor, *rest: Any) -> Tensor:
     weight = read_weight(operands)
     flat = x.reshape(-1, weight.features).contiguous()
     m = flat.shape[0]
-    if m == 0:
+    if m == 0 or weight.rows == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
     if m == 1:
         out = _gemv(flat, weight)
     elif m <= MANY and weight.flags["SCALES"] > 0:
         out = _matmul(flat, weight)
     else:
-        out = x.new_empty(m, weight.rows)
-        for rows, dense in _slabs(weight, x.dtype):
-            out[:, rows] = flat @ dense.T
+        out = torch.cat([flat @ dense.T for _, dense in _slabs(weight, x.dtype)], dim=1)
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -235,8 +266,8 @@ def input_grad(grad: Tensor, *operands: Any) -> Tensor:
     _check_input("input_grad", grad, weight.rows)
     flat = grad.reshape(-1, weight.rows)
     out = torch.zeros(flat.shape[0], weight.features, dtype=torch.float32, device=grad.device)
-    for rows, dense in _slabs(weight, grad.dtype):
-        out += flat[:, rows] @ dense
+    for begin, dense in _slabs(weight, grad.dtype):
+        out += flat.narrow(1, begin, dense.shape[0]) @ dense
     return out.to(grad.dtype).view(*grad.shape[:-1], weight.features)
 
 
@@ -263,7 +294,7 @@ def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
     for e in range(offsets.numel()):  # no row count is known here: rows of others are zeroed, not left out
         dense = _rows(weight, None, e * count, count, grad.dtype)
-        out += torch.where((expert == e)[:, None], grad, 0) @ dense
+        out += torch.where((expert == e).unsqueeze(-1), grad, 0) @ dense
     return out.to(grad.dtype)
 
 
@@ -285,15 +316,17 @@ def linear_int8(x: Tensor, *rest: Any) -> Tensor:
     if sums.numel():
         tile = INT8_TILE
         grid = (triton.cdiv(sums.shape[0], tile["TILE_M"]), triton.cdiv(weight.rows, tile["TILE_N"]))
-        int8_kernel[grid](
+        _launch(int8_kernel, grid, sums)(
             rounded, sums, planes, planes.shape[-1], weight.features, weight.rows, sums.shape[0], **tile
         )
-    steps = reference.plain_scales(weight.operands)[1].float().mT * (codebook[-1] / reference.INT8_MOST)
+    steps = reference.plain_scales(weight.operands)[1].float().mT * (
+        codebook.narrow(0, codebook.numel() - 1, 1) / reference.INT8_MOST
+    )
     # A row with a NaN or an infinity: its scale is not finite, nor may its result be.
     scale = torch.where(is_usable | (absmax == 0), absmax, absmax * torch.nan)
     out = sums.float() * (scale / reference.INT8_MOST * steps)
     if index is not None and values is not None:
-        out = out + flat[:, index.long()] @ values.float().mT
+        out = out + flat.index_select(1, index.long()) @ values.float().mT
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], weight.rows)
@@ -314,8 +347,7 @@ def encode(
     """``kbit::encode``."""
     count, features = rows.shape
     values = (rows if outlier_index is None else rows.index_fill(1, outlier_index.long(), 0)).contiguous()
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
-    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    inverse = inverse_scales(scales.float())
     encoder = Encoder(codebook)
     width = packing.row_bytes(features, bits)
     out = torch.empty(count, width, dtype=torch.uint8, device=rows.device)
@@ -323,11 +355,10 @@ def encode(
     if first and count:
         bounds = torch.full((2**bits - 1,), torch.inf, device=rows.device)
         bounds[: encoder.bounds.numel()] = encoder.bounds
-        tiles = tiles_of("rows")
-        encode_kernel[triton.cdiv(count, tiles.rows), triton.cdiv(first // CHUNK, tiles.chunks)](
+        _launch(encode_kernel, _grid_of(count, first), out)(
             values, inverse, inverse if zeros is None else zeros.contiguous(), bounds, out.view(torch.int32),
             width // 4, features, scales.shape[1], count,
-            BITS=bits, BLOCK=block, HAS_ZEROS=zeros is not None, **tiles.constants(), **tiles.options(),
+            BITS=bits, BLOCK=block, HAS_ZEROS=zeros is not None,
         )  # fmt: skip
     if first < features:
         at = torch.arange(first, features, device=rows.device) // block

@@ -10,16 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbitc.kernels.gpu.weights import (
-    CHUNK,
-    code_at,
-    codes_at,
-    load_words,
-    scale_at,
-    unpack_lane,
-    values_of,
-    x_at,
-)
+from kbitc.kernels.gpu.tiles import tiled
+from kbitc.kernels.gpu.weights import CHUNK, code_at, load_words, scale_at, unpack_lane, values_at, x_at
 
 TAIL = tl.constexpr(32)  # columns of a short last chunk, or outlier columns, multiplied together
 
@@ -31,13 +23,14 @@ def matmul_kernel(
     outlier_values, outlier_index, offsets,
     row_stride, features, blocks, outliers, count, splits, x_stride, m, experts,
     BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
-    KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_GROUPED: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, KIND: tl.constexpr, SCALES: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    IS_GROUPED: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j, s): ``out[s]`` of rows i of x and rows j of W, float32; x as `gemv_kernel` takes it.
 
-    SCALES is not 0. IS_GROUPED: W has ``experts`` weights,
-    rows of x up to ``offsets[e]`` meet weight e, ``splits`` is 1.
+    SCALES is not 0. IS_GROUPED: W has ``experts`` weights, rows of x up to ``offsets[e]`` meet weight e,
+    ``splits`` is 1. PRECISION: of `tl.dot` on float32.
     """
     dtype: tl.constexpr = tl.float32 if KIND == "fp32" else (tl.bfloat16 if KIND == "bf16" else tl.float16)
     tile = tl.program_id(0)
@@ -94,31 +87,35 @@ def matmul_kernel(
                         given = tl.load(x + place, mask=x_mask, other=0.0)
                     else:
                         given = unpack_lane(four, byte, KIND == "bf16").to(dtype)
-                    sums = tl.dot(given, tl.trans(value.to(dtype)), sums, input_precision="ieee")
+                    sums = tl.dot(given, tl.trans(value.to(dtype)), sums, input_precision=PRECISION)
     if split == 0:
         for start in range(whole * CHUNK, features, TAIL):
             columns = start + tl.arange(0, TAIL)[None, :]
             mask = row_mask & (columns < features)
-            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
-            value = values_of(
-                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
-                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
+            value = values_at(
+                rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
             )  # fmt: skip
             x_mask = slot_mask & (columns < features)
             given = x_at(x, slots * x_stride + columns, x_mask, KIND).to(dtype)
-            sums = tl.dot(given, tl.trans(value.to(dtype)), sums, input_precision="ieee")
-        for start in range(0, outliers, TAIL):  # in place of what their codes stand for
-            index = start + tl.arange(0, TAIL)[None, :]
-            columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
-            mask = row_mask & (index < outliers)
-            codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
-            value = values_of(
-                codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax,
-                scale_mean, blocks, BLOCK, HAS_ZEROS, HAS_DQ,
-            ).to(dtype)  # fmt: skip
-            kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(dtype)
-            given = x_at(x, slots * x_stride + columns, slot_mask & (index < outliers), KIND).to(dtype)
-            sums = tl.dot(given, tl.trans(kept), sums, input_precision="ieee")
-            sums -= tl.dot(given, tl.trans(value), input_precision="ieee")
+            sums = tl.dot(given, tl.trans(value.to(dtype)), sums, input_precision=PRECISION)
+        if HAS_OUTLIERS:
+            for start in range(0, outliers, TAIL):  # in place of what their codes stand for
+                index = start + tl.arange(0, TAIL)[None, :]
+                columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
+                mask = row_mask & (index < outliers)
+                value = values_at(
+                    rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                    scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
+                ).to(dtype)  # fmt: skip
+                kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(dtype)
+                given = x_at(x, slots * x_stride + columns, slot_mask & (index < outliers), KIND).to(dtype)
+                sums = tl.dot(given, tl.trans(kept), sums, input_precision=PRECISION)
+                sums -= tl.dot(given, tl.trans(value), input_precision=PRECISION)
     place = (split.to(tl.int64) * m + slots) * count + tl.trans(ours)
     tl.store(out + place, sums, mask=slot_mask & tl.trans(row_mask))
+
+
+KEY = ("features", "count", "IS_GROUPED")
+matmul_16_bit = tiled("matmul", *KEY)(matmul_kernel)
+matmul_32_bit = tiled("matmul fp32", *KEY)(matmul_kernel)

@@ -1,56 +1,71 @@
-"""Tile sizes of the kernels: a table.
+"""Tile sizes of the kernels: a table, and with ``KBITC_AUTOTUNE=1`` the fastest of several, measured.
 
-The one thing to know: every entry of the table compiles without spills for every format on every target of
-``benchmarks.triton_static``, with 16-byte loads of the weight: a thread has four words of a chunk's eight.
+The one thing to know: every entry compiles without spills for every format on every target of
+``benchmarks.triton_static``. Where x has 16 bits a weight is loaded 16 bytes an instruction: a thread has
+four words of a chunk's eight.
+
+A measurement is made at the first call with another shape or format, and kept in Triton's cache folder
+(``TRITON_CACHE_DIR``): the next process reads it there.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
 
 NVIDIA = 32  # threads a warp
 WARP = 64 if torch.version.hip else NVIDIA
 REGISTERS = 255
+CHUNK_WORDS = 8
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of one kernel.
+    """Of one program.
 
     Attributes:
-        rows: of the weight, a program.
+        rows: of the weight.
         chunks: of 256 columns, at a time.
-        threads: a program.
-        m: rows of x, a program.
-        programs: to aim at when K is split.
+        m: rows of x; 0 where there is at most one.
+        words: of a row of bytes of a chunk, a thread.
     """
 
     rows: int
     chunks: int
-    threads: int
     m: int = 0
-    programs: int = 1024
+    words: int = 4
 
-    def constants(self) -> dict[str, int]:
-        """Compile-time arguments."""
-        return {"ROWS": self.rows, "CHUNKS": self.chunks}
+    def config(self, warp: int = WARP) -> triton.Config:
+        """Compile-time arguments and launch options.
 
-    def options(self, warp: int = WARP) -> dict[str, int]:
-        """Of the launch. One stage: a pipeline would bring every look-up of a level through shared memory."""
-        chosen = {"num_warps": self.threads // warp, "num_stages": 1}
+        One stage: a pipeline would bring every look-up of a level through shared memory.
+        """
+        constants = {"ROWS": self.rows, "CHUNKS": self.chunks} | ({"TILE_M": self.m} if self.m else {})
+        threads = self.rows * self.chunks * CHUNK_WORDS // self.words
         # Else ptxas stops at 128 registers now and then, and spills a few.
-        return chosen | {"maxnreg": REGISTERS} if self.m and warp == NVIDIA else chosen
+        most = REGISTERS if self.m and warp == NVIDIA else None
+        return triton.Config(constants, num_warps=threads // warp, num_stages=1, maxnreg=most)
 
 
-TABLE = {
-    "gemv": Tiles(rows=8, chunks=8, threads=128),
-    "matmul": Tiles(rows=64, chunks=2, threads=256, m=16),
-    "rows": Tiles(rows=8, chunks=8, threads=128),
+# By kernel: first what is shipped, then what it is measured against.
+TABLE: dict[str, Sequence[Tiles]] = {
+    "gemv": (Tiles(8, 8), Tiles(4, 8), Tiles(4, 16), Tiles(16, 4), Tiles(16, 8), Tiles(8, 16), Tiles(2, 32)),
+    "matmul": (Tiles(64, 2, 16), Tiles(32, 2, 16), Tiles(32, 4, 16), Tiles(64, 1, 16), Tiles(128, 1, 16)),
+    "matmul fp32": (Tiles(64, 1, 16, words=2), Tiles(128, 1, 16, words=2)),
+    "rows": (Tiles(8, 8), Tiles(4, 8), Tiles(16, 4), Tiles(4, 16), Tiles(16, 8)),
+    "encode": tuple(Tiles(rows, chunks, words=1) for rows, chunks in ((4, 4), (8, 4), (4, 8), (16, 1))),
 }
 
 
-def tiles_of(kernel: str) -> Tiles:
-    """Tiles of a kernel, by its name in the table."""
-    return TABLE[kernel]
+def tiled(name: str, *key: str) -> Callable[[Any], Any]:
+    """Decorate a kernel that takes the tiles ``name`` of the table; ``key``: what a measurement is good for.
+
+    Every measurement is for one format, and the dtypes of what the kernel is given.
+    """
+    tried = TABLE[name] if os.environ.get("KBITC_AUTOTUNE", "0") not in ("", "0") else TABLE[name][:1]
+    return triton.autotune([tiles.config() for tiles in tried], [*key, "BITS", "BLOCK"], cache_results=True)

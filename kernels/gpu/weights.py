@@ -4,7 +4,7 @@ The one thing to know: a chunk of 256 codes is ``bits`` rows of 32 bytes, and a 
 holds four lanes. A thread that reads four neighbouring words of every row (16 bytes an instruction,
 whatever k is) has all 8 groups of 16 lanes: 128 whole codes, cut out without a word to another thread.
 
-``load_words`` and ``code_at`` do that for whole chunks; ``codes_at`` reads any columns, a byte a code,
+``load_words`` and ``code_at`` do that for whole chunks; ``values_at`` reads any columns, a byte a code,
 those of a short last chunk too.
 """
 
@@ -99,9 +99,11 @@ def code_at(words, GROUP: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
 def x_at(x, place, mask, KIND: tl.constexpr):
     """X in float32 at single places; x as `gemv_kernel` takes it."""
     if KIND == "fp32":
-        return tl.load(x + place, mask=mask, other=0.0)
-    four = tl.load(x + place // 4, mask=mask, other=0)
-    return unpack_lane(four >> (place % 4 * 16).to(tl.int64), 0, KIND == "bf16")
+        value = tl.load(x + place, mask=mask, other=0.0)
+    else:
+        four = tl.load(x + place // 4, mask=mask, other=0)
+        value = unpack_lane(four >> (place % 4 * 16).to(tl.int64), 0, KIND == "bf16")
+    return value
 
 
 @triton.jit
@@ -109,8 +111,10 @@ def unpack_lane(four, BYTE: tl.constexpr, IS_BF16: tl.constexpr):
     """float32 from four 16-bit floats in an int64: the one of column BYTE."""
     bits = (four >> (16 * BYTE)).to(tl.int32) & 0xFFFF
     if IS_BF16:
-        return (bits << 16).to(tl.float32, bitcast=True)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -124,11 +128,13 @@ def scale_at(at, mask, scales, scale_codebook, scale_absmax, scale_mean, HAS_DQ:
 
 
 @triton.jit
-def values_of(
-    codes, rows, columns, mask, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean,
-    blocks, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
+def values_at(
+    rows, columns, mask,
+    planes, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean, row_stride, features, blocks,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_DQ: tl.constexpr,
 ):  # fmt: skip
-    """``codebook[code] * scale (+ zero)`` in float32, 0 where not ``mask``."""
+    """``codebook[code] * scale (+ zero)`` in float32 at any rows and columns, see `codes_at`; 0 outside."""
+    codes = codes_at(planes, rows, columns, mask, row_stride, features, BITS)
     at = rows * blocks + columns // BLOCK
     scale = scale_at(at, mask, scales, scale_codebook, scale_absmax, scale_mean, HAS_DQ)
     value = tl.load(codebook + codes, mask=mask, other=0.0) * scale

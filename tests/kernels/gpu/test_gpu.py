@@ -11,45 +11,61 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_interpreted_kernels_equal_the_reference(part):
+def run(script, *args, **env):
     """In a process of its own: Triton decides at import whether it interprets."""
-    script = Path(__file__).parent / "check_interpreted.py"
-    done = subprocess.run(
-        [sys.executable, script, str(part), "12"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = Path(__file__).parent / script
+    command = [sys.executable, path, *args]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("part", range(2))
+def test_interpreted_kernels_equal_the_reference(part):
+    run("check_interpreted.py", str(part), "12", TRITON_INTERPRET="1")
+
+
+def test_every_candidate_is_measured_once_and_the_fastest_kept():
+    run("check_autotuned.py", TRITON_INTERPRET="1", KBITC_AUTOTUNE="1")
+
+
+def test_a_compiler_sees_the_kernels():
+    run("check_traced.py")
+
+
 @pytest.mark.parametrize(
-    ("name", "bits", "form", "target"),
+    ("name", "bits", "form", "x", "target"),
     [
-        ("gemv", 2, "plain", "gfx942"),
-        ("gemv", 3, "dq", "sm_90"),
-        ("gemv", 4, "plain", "sm_80"),
-        ("gemv", 7, "zp", "sm_120"),
-        ("matmul", 5, "zp", "sm_80"),
-        ("matmul", 8, "zp", "sm_120"),
-        ("matmul", 4, "plain", "sm_100"),
-        ("experts", 3, "dq", "gfx942"),
-        ("embedding", 6, "dq", "sm_90"),
-        ("any columns", 5, "zp", "sm_90"),
+        ("gemv", 2, "plain", "fp16", "gfx942"),
+        ("gemv", 3, "dq", "bf16", "sm_90"),
+        ("gemv", 4, "plain", "fp16", "sm_80"),
+        ("gemv", 4, "out", "fp32", "sm_90"),
+        ("gemv", 7, "zp", "fp16", "sm_120"),
+        ("matmul", 4, "plain", "bf16", "sm_100"),
+        ("matmul", 5, "zp", "fp16", "sm_80"),
+        ("matmul", 8, "out", "fp32", "sm_90"),
+        ("matmul", 8, "zp", "fp16", "sm_120"),
+        ("experts", 3, "dq", "fp16", "gfx942"),
+        ("experts", 4, "out", "bf16", "sm_80"),
+        ("embedding", 6, "dq", "fp16", "sm_90"),
+        ("any columns", 5, "zp", "fp16", "sm_90"),
+        ("encode", 3, "plain", "fp32", "sm_80"),
+        ("encode", 8, "zp", "fp16", "gfx942"),
+        ("int8", 8, "plain", "fp16", "sm_90"),
+        ("int8", 8, "plain", "fp16", "gfx942"),
     ],
 )
-def test_compiles_without_spills(name, bits, form, target):
+def test_compiles_without_spills(name, bits, form, x, target):
     from benchmarks.triton_static import compile_one
 
-    found = compile_one(name, bits, form, target)
+    found = compile_one(name, bits, form, target, x)
+    is_product = name in {"matmul", "experts"}
     assert found.spills == 0
     assert found.shared <= found.shared_limit
-    assert (found.matrix_ops > 0) == (name.startswith("matmul") or name == "experts")
-    if name != "any columns":
-        assert found.weight_bytes == 16  # every row of bytes of a chunk, by an instruction
-        assert found.wide_loads >= bits
+    assert (found.matrix_ops > 0) == (is_product or name == "int8")
+    if name not in {"any columns", "encode", "int8"}:  # which read no words
+        # Of every row of bytes of a chunk, an instruction.
+        assert found.weight_bytes == (8 if is_product and x == "fp32" else 16)
+        assert found.wide_loads >= bits or x == "fp32"
 
 
 @pytest.mark.gpu
