@@ -43,7 +43,9 @@ Grid = Callable[[dict[str, int]], tuple[int, ...]] | tuple[int, ...]
 
 def _launch(kernel: Any, grid: Grid, like: Tensor) -> Launch:
     """``kernel[grid]``; where ``like`` is being traced, a node of the graph."""
-    return (torch.library.wrap_triton(kernel) if isinstance(like, FunctionalTensor) else kernel)[grid]
+    seen = torch.library.wrap_triton(kernel) if isinstance(like, FunctionalTensor) else kernel
+    launch: Launch = seen[grid]
+    return launch
 
 
 def precision(is_hip: bool) -> str:
@@ -195,7 +197,7 @@ def embedding(ids: Tensor, *rest: Any) -> Tensor:
 def _splits(kernel: str, slots: int, rows: int, features: int) -> int:
     """Parts of K, for about ``PROGRAMS`` programs of the shipped tiles (whatever was measured)."""
     tiles = TABLE[kernel][0]
-    programs = slots * triton.cdiv(rows, tiles.rows)
+    programs = slots * -(-rows // tiles.rows)
     return max(1, min(PROGRAMS // programs, features // (CHUNK * tiles.chunks)))
 
 
@@ -221,7 +223,7 @@ def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
     name, kernel = ("matmul fp32", matmul_32_bit) if x.dtype == torch.float32 else ("matmul", matmul_16_bit)
 
     def slots(tile: int) -> int:
-        return triton.cdiv(m, tile) + (experts if offsets is not None else 0)
+        return -(-m // tile) + (experts if offsets is not None else 0)
 
     most = slots(TABLE[name][0].m)
     splits = 1 if offsets is not None else _splits(name, most, count, weight.features)

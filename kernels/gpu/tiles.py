@@ -68,4 +68,6 @@ def tiled(name: str, *key: str) -> Callable[[Any], Any]:
     Every measurement is for one format, and the dtypes of what the kernel is given.
     """
     tried = TABLE[name] if os.environ.get("KBITC_AUTOTUNE", "0") not in ("", "0") else TABLE[name][:1]
-    return triton.autotune([tiles.config() for tiles in tried], [*key, "BITS", "BLOCK"], cache_results=True)
+    configs = [tiles.config() for tiles in tried]
+    decorate: Callable[[Any], Any] = triton.autotune(configs, [*key, "BITS", "BLOCK"], cache_results=True)
+    return decorate
