@@ -32,7 +32,7 @@ from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.encode import encode_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
 from kbitc.kernels.gpu.int8 import int8_kernel
-from kbitc.kernels.gpu.launch import INT8_TILE, precision, scales_a_chunk
+from kbitc.kernels.gpu.launch import INT8_TILE, scales_a_chunk
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE, Tiles
 
@@ -97,17 +97,18 @@ class Figures:
     weight_bytes: int  # that one instruction loads of a row of the packed weight, by the kernel's layout
 
 
-def is_there(name: str, bits: int, form: str) -> bool:
+def is_there(name: str, bits: int, form: str, x: str) -> bool:
     """Whether a kernel has such a form: LLM.int8() takes plain bytes, outlier columns concern products."""
-    if form == "out":
-        return name in {"gemv", "matmul", "experts"}
+    if (form == "out" and name not in {"gemv", "matmul", "experts"}) or (
+        x == "fp32" and name in {"matmul", "experts"}
+    ):
+        return False
     return {"int8": (bits, form) == (8, "plain"), "encode": form != "dq"}.get(name, True)
 
 
-def tiles_of(name: str, x: str) -> tuple[Tiles | None, ...]:
+def tiles_of(name: str) -> tuple[Tiles | None, ...]:
     """Those of a kernel: shipped first, then what it is measured against; None where they are fixed."""
-    tiles = KERNELS[name][1]
-    return tuple(TABLE.get(f"{tiles} {x}", TABLE.get(tiles, (None,))))
+    return tuple(TABLE.get(KERNELS[name][1], (None,)))
 
 
 def compile_one(
@@ -120,12 +121,11 @@ def compile_one(
     kernel, _, fixed = KERNELS[name]
     kernel = kernel.fn if isinstance(kernel, Autotuner) else kernel
     place, limit = TARGETS[target]
-    tiles = tiles or tiles_of(name, x)[0]
+    tiles = tiles or tiles_of(name)[0]
     constants: dict[str, Any] = {
         "BITS": bits, "BLOCK": 64, "HAS_ZEROS": form == "zp", "HAS_DQ": form == "dq",
         "HAS_OUTLIERS": form == "out", "KIND": x,
-        "SCALES": scales_a_chunk(64), "IS_ALIGNED": True, "PRECISION": precision(place.backend == "hip"),
-        **fixed,
+        "SCALES": scales_a_chunk(64), "IS_ALIGNED": True, **fixed,
     }  # fmt: skip
     options: dict[str, Any] = {}
     if tiles:
@@ -164,7 +164,7 @@ def compile_one(
 def _weight_bytes(text: str) -> int:
     """The narrowest load of words of the weight; 0 without one."""
     layouts = set(re.findall(r"load [^\n]*tensor<\S+x!tt\.ptr<i32>, (#\w+)>", text))
-    found = [re.search(rf"{name} = #ttg\.blocked<{{sizePerThread = \[\d+, (\d+)\]", text) for name in layouts]
+    found = [re.search(rf"{name} = #ttg\.blocked<{{sizePerThread = \[(\d+)\]", text) for name in layouts]
     return min((4 * int(each[1]) for each in found if each and int(each[1]) > 1), default=0)
 
 
@@ -228,8 +228,8 @@ def main() -> None:
     given: list[Given] = [
         (*each, tiles)
         for each in itertools.product(chosen.kernels, chosen.bits, chosen.forms, chosen.targets, chosen.x)
-        if is_there(*each[:3])
-        for tiles in tiles_of(each[0], each[4])[: None if chosen.candidates else 1]
+        if is_there(*each[:3], each[4])
+        for tiles in tiles_of(each[0])[: None if chosen.candidates else 1]
     ]
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
         found = list(track(pool.map(_compile, given), "compiling", len(given)))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kbitc.kernels.gpu.tiles import tiled
-from kbitc.kernels.gpu.weights import CHUNK, code_at, load_words, scale_at, values_at
+from kbitc.kernels.gpu.weights import CHUNK, code_at, lanes_of, load_words, scale_at, values_at
 
 
 @triton.jit
@@ -33,12 +33,11 @@ def rows_kernel(
 
     ``out`` (count, features): float32 (KIND "fp32"), or 16-bit floats as int64, four each.
     """
-    places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row, nth, lane = lanes_of(CHUNKS, ROWS)
+    places = tl.program_id(0).to(tl.int64) * ROWS + row
     mask = places < count
     rows = tl.load(ids + places, mask=mask, other=0).to(tl.int64) if HAS_IDS else begin + places
-    lanes = tl.arange(0, CHUNKS * 8)[None, :]
-    chunk = tl.program_id(1) * CHUNKS + lanes // 8
-    lane = lanes % 8
+    chunk = tl.program_id(1) * CHUNKS + nth
     mask = mask & (chunk < features // CHUNK)
     packed = load_words(planes, words, rows, chunk, lane, mask, row_stride, BITS, IS_ALIGNED)
     GROUPS: tl.constexpr = 8 // SCALES

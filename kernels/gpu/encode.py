@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kbitc.kernels.gpu.tiles import tiled
-from kbitc.kernels.gpu.weights import CHUNK
+from kbitc.kernels.gpu.weights import CHUNK, lanes_of
 
 
 @triton.jit
@@ -43,14 +43,13 @@ def encode_kernel(
     ``inverses`` (count, blocks) float32: 1 / scale. ``bounds`` (2**BITS - 1,) float32, ascending. ``out``
     (count, row_words) int32.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    lanes = tl.arange(0, CHUNKS * 8)[None, :]
-    chunk = tl.program_id(1) * CHUNKS + lanes // 8
-    lane = lanes % 8
+    row, nth, lane = lanes_of(CHUNKS, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + row
+    chunk = tl.program_id(1) * CHUNKS + nth
     mask = (rows < count) & (chunk < features // CHUNK)
     words = ()
     for _ in tl.static_range(BITS):
-        words = words + (tl.zeros((ROWS, CHUNKS * 8), tl.int32),)
+        words = words + (tl.zeros((ROWS * CHUNKS * 8,), tl.int32),)
     for group in tl.static_range(8):
         for byte in tl.static_range(4):
             column = chunk * CHUNK + group * 32 + lane * 4 + byte
@@ -59,7 +58,7 @@ def encode_kernel(
             if HAS_ZEROS:
                 value -= tl.load(zeros + at, mask=mask, other=0.0).to(tl.float32)
             value *= tl.load(inverses + at, mask=mask, other=0.0)
-            codes = tl.zeros((ROWS, CHUNKS * 8), tl.int32)
+            codes = tl.zeros((ROWS * CHUNKS * 8,), tl.int32)
             for bit in tl.static_range(BITS):
                 upper = codes | (1 << (BITS - 1 - bit))
                 codes = tl.where(value > tl.load(bounds + upper - 1), upper, codes)

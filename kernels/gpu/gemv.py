@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from kbitc.kernels.gpu.tiles import tiled
-from kbitc.kernels.gpu.weights import CHUNK, code_at, load_words, scale_at, unpack_lane, values_at, x_at
+from kbitc.kernels.gpu.weights import (
+    CHUNK,
+    code_at,
+    lanes_of,
+    load_words,
+    scale_at,
+    unpack_lane,
+    values_at,
+    x_at,
+)
 
 TAIL = tl.constexpr(32)  # columns of a short last chunk, or outlier columns, that are read together
 
@@ -31,23 +40,20 @@ def gemv_kernel(
     ``x`` (features,): float32 (KIND "fp32"), or 16-bit floats ("fp16", "bf16") as int64, four each. SCALES:
     scales that a lane meets in a chunk, see ``launch.scales_a_chunk``; 0 if every column looks up its own.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    row_mask = rows < count
+    row, nth, lane = lanes_of(CHUNKS, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + row
     split = tl.program_id(1)
-    lanes = tl.arange(0, CHUNKS * 8)[None, :]
-    sums = tl.zeros((ROWS,), tl.float32)
+    parts = tl.zeros((ROWS * CHUNKS * 8,), tl.float32)
     whole = features // CHUNK if SCALES else 0
     GROUPS: tl.constexpr = 8 // SCALES if SCALES else 8
     for step in range(split, tl.cdiv(whole, CHUNKS), splits):
-        chunk = step * CHUNKS + lanes // 8
-        lane = lanes % 8
+        chunk = step * CHUNKS + nth
         here = chunk < whole
-        mask = row_mask & here
+        mask = (rows < count) & here
         packed = load_words(planes, words, rows, chunk, lane, mask, row_stride, BITS, IS_ALIGNED)
-        total = tl.zeros((ROWS, CHUNKS * 8), tl.float32)
         for s in tl.static_range(SCALES):
-            part = tl.zeros((ROWS, CHUNKS * 8), tl.float32)
-            xsum = tl.zeros((1, CHUNKS * 8), tl.float32)
+            part = tl.zeros((ROWS * CHUNKS * 8,), tl.float32)
+            xsum = tl.zeros((ROWS * CHUNKS * 8,), tl.float32)
             for g in tl.static_range(GROUPS):
                 if KIND != "fp32":
                     four = tl.load(x + chunk * 64 + (s * GROUPS + g) * 8 + lane, mask=here, other=0)
@@ -60,16 +66,18 @@ def gemv_kernel(
                     part += tl.load(codebook + code_at(packed, s * GROUPS + g, byte, BITS)) * given
                     xsum += given
             at = rows * blocks + (chunk * CHUNK + s * (GROUPS * 32) + lane * 4) // BLOCK
-            total += part * scale_at(at, mask, scales, scale_codebook, scale_absmax, scale_mean, HAS_DQ)
+            parts += part * scale_at(at, mask, scales, scale_codebook, scale_absmax, scale_mean, HAS_DQ)
             if HAS_ZEROS:
-                total += xsum * tl.load(zeros + at, mask=mask, other=0.0).to(tl.float32)
-        sums += tl.sum(total, axis=1)
+                parts += xsum * tl.load(zeros + at, mask=mask, other=0.0).to(tl.float32)
+    sums = tl.sum(tl.reshape(parts, (ROWS, CHUNKS * 8)), axis=1)
     if split == 0:
+        ours = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        row_mask = ours < count
         for start in range(whole * CHUNK, features, TAIL):
             columns = start + tl.arange(0, TAIL)[None, :]
             mask = row_mask & (columns < features)
             value = values_at(
-                rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                ours, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
                 scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
             )  # fmt: skip
             sums += tl.sum(value * x_at(x, columns, columns < features, KIND), axis=1)
@@ -79,10 +87,10 @@ def gemv_kernel(
                 columns = tl.load(outlier_index + index, mask=index < outliers, other=0)
                 mask = row_mask & (index < outliers)
                 value = values_at(
-                    rows, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
+                    ours, columns, mask, planes, scales, codebook, zeros, scale_codebook, scale_absmax,
                     scale_mean, row_stride, features, blocks, BITS, BLOCK, HAS_ZEROS, HAS_DQ,
                 )  # fmt: skip
-                kept = tl.load(outlier_values + rows * outliers + index, mask=mask, other=0.0).to(tl.float32)
+                kept = tl.load(outlier_values + ours * outliers + index, mask=mask, other=0.0).to(tl.float32)
                 sums += tl.sum((kept - value) * x_at(x, columns, index < outliers, KIND), axis=1)
-    ours = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tl.store(out + split.to(tl.int64) * count + ours, sums, mask=ours < count)
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(out + split.to(tl.int64) * count + place, sums, mask=place < count)

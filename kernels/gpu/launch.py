@@ -25,7 +25,7 @@ from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.encode import encode_kernel
 from kbitc.kernels.gpu.gemv import gemv_kernel
 from kbitc.kernels.gpu.int8 import int8_kernel
-from kbitc.kernels.gpu.matmul import matmul_16_bit, matmul_32_bit
+from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE
 from kbitc.nearest import Encoder
 from kbitc.packing import CHUNK
@@ -46,11 +46,6 @@ def _launch(kernel: Any, grid: Grid, like: Tensor) -> Launch:
     seen = torch.library.wrap_triton(kernel) if isinstance(like, FunctionalTensor) else kernel
     launch: Launch = seen[grid]
     return launch
-
-
-def precision(is_hip: bool) -> str:
-    """Of float32 on tensor cores: as it is where they take it, else as three products of shorter floats."""
-    return "ieee" if is_hip else "tf32x3"
 
 
 def scales_a_chunk(block: int) -> int:
@@ -214,30 +209,33 @@ def _gemv(x: Tensor, weight: Weight) -> Tensor:
     return parts.sum(0, keepdim=True)
 
 
+def _fits_tensor_cores(x: Tensor, weight: Weight) -> bool:
+    """Whether `matmul_kernel` takes them: float32 is left to the vendor's library."""
+    return x.dtype != torch.float32 and weight.flags["SCALES"] > 0
+
+
 def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
     """``x @ W.T`` in float32 on tensor cores; with offsets, each row of x with the weight of its expert."""
     m = x.shape[0]
     experts = 1 if offsets is None else offsets.numel()
     count = weight.rows // experts
     words = _as_words(x)
-    name, kernel = ("matmul fp32", matmul_32_bit) if x.dtype == torch.float32 else ("matmul", matmul_16_bit)
 
     def slots(tile: int) -> int:
         return -(-m // tile) + (experts if offsets is not None else 0)
 
-    most = slots(TABLE[name][0].m)
-    splits = 1 if offsets is not None else _splits(name, most, count, weight.features)
+    most = slots(TABLE["matmul"][0].m)
+    splits = 1 if offsets is not None else _splits("matmul", most, count, weight.features)
     parts = torch.empty(splits, m, count, dtype=torch.float32, device=x.device)
     outliers, kept = weight.outliers
 
     def grid(meta: dict[str, int]) -> tuple[int, ...]:
         return slots(meta["TILE_M"]), triton.cdiv(count, meta["ROWS"]), splits
 
-    _launch(kernel, grid, parts)(
+    _launch(matmul_kernel, grid, parts)(
         words, parts, *weight.pointers, *outliers, weight.pointers[3] if offsets is None else offsets,
-        *weight.sizes, kept, count, splits, words.shape[1] * (1 if x.dtype == torch.float32 else 4), m,
+        *weight.sizes, kept, count, splits, words.shape[1] * 4, m,
         experts, **weight.flags, HAS_OUTLIERS=kept > 0, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None,
-        PRECISION=precision(bool(torch.version.hip)),
     )  # fmt: skip
     return parts.squeeze(0) if splits == 1 else parts.sum(0)
 
@@ -253,7 +251,7 @@ def linear(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.rows)
     if m == 1:
         out = _gemv(flat, weight)
-    elif m <= MANY and weight.flags["SCALES"] > 0:
+    elif m <= MANY and _fits_tensor_cores(x, weight):
         out = _matmul(flat, weight)
     else:
         out = torch.cat([flat @ dense.T for _, dense in _slabs(weight, x.dtype)], dim=1)
@@ -277,27 +275,34 @@ def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::grouped_linear``."""
     weight, offsets = read_weight(rest[:12]), rest[12]
     _check_input("grouped_linear", x, weight.features)
-    if weight.flags["SCALES"] == 0:
-        raise RuntimeError(
-            f"kbit::grouped_linear: blocks of {rest[11]} have no kernel on a GPU; multiples of 4 do"
-        )
+    count = rest[0].shape[1]
     if x.shape[0] == 0:
-        return x.new_empty(0, rest[0].shape[1])
-    return _matmul(x.contiguous(), weight, offsets).to(x.dtype)
+        return x.new_empty(0, count)
+    if _fits_tensor_cores(x, weight):
+        return _matmul(x.contiguous(), weight, offsets).to(x.dtype)
+    out = torch.zeros(x.shape[0], count, dtype=torch.float32, device=x.device)
+    for is_here, dense in _experts(x, weight, count, offsets):
+        out += torch.where(is_here, x, 0) @ dense.T
+    return out.to(x.dtype)
 
 
 def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
-    """``kbit::grouped_input_grad``: each expert's weight in 16 bits once, whichever rows are its own."""
+    """``kbit::grouped_input_grad``."""
     weight, offsets = read_weight(rest[:12]), rest[12]
     count = rest[0].shape[1]
     _check_input("grouped_input_grad", grad, count)
-    tokens = torch.arange(grad.shape[0], device=grad.device)
-    expert = torch.bucketize(tokens, offsets, right=True)
     out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
-    for e in range(offsets.numel()):  # no row count is known here: rows of others are zeroed, not left out
-        dense = _rows(weight, None, e * count, count, grad.dtype)
-        out += torch.where((expert == e).unsqueeze(-1), grad, 0) @ dense
+    for is_here, dense in _experts(grad, weight, count, offsets):
+        out += torch.where(is_here, grad, 0) @ dense
     return out.to(grad.dtype)
+
+
+def _experts(x: Tensor, weight: Weight, count: int, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which rows of x meet each expert, and its weight dense: how many rows, only the device knows."""
+    tokens = torch.arange(x.shape[0], device=x.device)
+    expert = torch.bucketize(tokens, offsets, right=True)
+    for e in range(offsets.numel()):
+        yield (expert == e).unsqueeze(-1), _rows(weight, None, e * count, count, x.dtype)
 
 
 def linear_int8(x: Tensor, *rest: Any) -> Tensor:

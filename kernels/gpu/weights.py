@@ -50,12 +50,23 @@ def codes_at(planes, rows, columns, mask, row_stride, features, BITS: tl.constex
 
 
 @triton.jit
+def lanes_of(CHUNKS: tl.constexpr, ROWS: tl.constexpr):
+    """Row, chunk and lane of each word of a tile, (ROWS * CHUNKS * 8,) int32 each.
+
+    Flat, because of tensors of two dimensions a compiler of Triton 3.6 moves every code through shared
+    memory to look its level up.
+    """
+    at = tl.arange(0, ROWS * CHUNKS * 8)
+    return at // (CHUNKS * 8), at // 8 % CHUNKS, at % 8
+
+
+@triton.jit
 def load_words(
     planes, words, rows, chunk, lane, mask, row_stride, BITS: tl.constexpr, IS_ALIGNED: tl.constexpr
 ):
     """Words of every row of bytes of whole chunks: a tuple of BITS int32 tensors, shape of ``mask``.
 
-    ``rows`` (R, 1) int64, ``chunk`` and ``lane`` (1, L); ``words`` is ``planes`` as int32, for IS_ALIGNED.
+    ``rows`` int64, ``chunk`` and ``lane`` of `lanes_of`; ``words`` is ``planes`` as int32, for IS_ALIGNED.
     """
     found = ()
     for i in tl.static_range(BITS):

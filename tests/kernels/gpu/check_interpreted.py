@@ -16,7 +16,7 @@ from kbitc.kernels.gpu import launch
 torch.manual_seed(0)
 torch.set_num_threads(1)
 LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-DTYPES = itertools.cycle(LIMIT)
+DTYPES = itertools.cycle([torch.float32, torch.float16, torch.bfloat16, torch.float16])
 FLAGS = itertools.cycle(["", "+zp", "+dq", "+out2%", "+zp+dq+out3%"])
 BLOCKS = itertools.cycle([64, 32, 128, 512, 48, 100, 20, 7])
 SHAPES = itertools.cycle([(37, 531), (9, 101), (21, 512), (5, 780)])
@@ -88,6 +88,7 @@ def main():
     check_int8()
     check_experts("nf4:32+dq", torch.float32)
     check_experts("int3:64+zp+out2%", torch.float16)
+    check_experts("int4:18", torch.float16)  # blocks of which the kernel for experts knows nothing
     sys.stdout.write("all equal\n")
 
 

@@ -74,7 +74,8 @@ def main():
     half = torch.randn(70, 1031).half()
     bias = torch.randn(128)
     check("linear", 1, kbit.linear, half[:1], *operands, bias)
-    check("linear", 1, kbit.linear, half[:7].float(), *operands, None)
+    check("linear", 1, kbit.linear, half[:7], *operands, None)
+    check("linear", 2, kbit.linear, half[:7].float(), *operands, None)  # whole chunks, then the short one
     check("linear", 1, kbit.linear, half, *operands, None)  # 1031 columns are no whole int64 words
     check("input_grad", 1, kbit.input_grad, half[:, :128], *operands)
     check("embedding", 1, kbit.embedding, torch.zeros(2, 3, dtype=torch.long), *operands, torch.float16)

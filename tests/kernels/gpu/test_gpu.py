@@ -42,7 +42,7 @@ def test_a_compiler_sees_the_kernels():
         ("gemv", 7, "zp", "fp16", "sm_120"),
         ("matmul", 4, "plain", "bf16", "sm_100"),
         ("matmul", 5, "zp", "fp16", "sm_80"),
-        ("matmul", 8, "out", "fp32", "sm_90"),
+        ("matmul", 8, "out", "fp16", "sm_90"),
         ("matmul", 8, "zp", "fp16", "sm_120"),
         ("experts", 3, "dq", "fp16", "gfx942"),
         ("experts", 4, "out", "bf16", "sm_80"),
@@ -58,14 +58,13 @@ def test_compiles_without_spills(name, bits, form, x, target):
     from benchmarks.triton_static import compile_one
 
     found = compile_one(name, bits, form, target, x)
-    is_product = name in {"matmul", "experts"}
     assert found.spills == 0
     assert found.shared <= found.shared_limit
-    assert (found.matrix_ops > 0) == (is_product or name == "int8")
+    assert (found.matrix_ops > 0) == (name in {"matmul", "experts", "int8"})
     if name not in {"any columns", "encode", "int8"}:  # which read no words
         # Of every row of bytes of a chunk, an instruction.
-        assert found.weight_bytes == (8 if is_product and x == "fp32" else 16)
-        assert found.wide_loads >= bits or x == "fp32"
+        assert found.weight_bytes == 16
+        assert found.wide_loads >= bits
 
 
 @pytest.mark.gpu
