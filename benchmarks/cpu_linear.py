@@ -18,14 +18,26 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from benchmarks.peers import COLD_BYTES, ERROR_ROWS, Sample, copies_of, environment, last_line, time_calls
+from benchmarks.peers import (
+    BITSANDBYTES,
+    BITSANDBYTES_PLAIN,
+    COLD_BYTES,
+    ERROR_ROWS,
+    ORT_BNB4,
+    ORT_INT8,
+    Sample,
+    copies_of,
+    environment,
+    last_line,
+    time_calls,
+)
 from benchmarks.tables import Section, markdown, print_section
 
 if "--isa" in sys.argv[:-1] and __name__ == "__main__":  # before the kernels load
@@ -55,6 +67,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_ROWS = (1, 8, 128, 512)
 BANDWIDTH_BARS = (("int and fp, any k; codebooks k <= 5", 1.6), ("codebooks k = 6", 2.5))
 FLAG_BAR = 15.0
+PEER_BARS = {FP32: 7.0, ORT_INT8: 1.0, ORT_BNB4: 20.0, BITSANDBYTES: 80.0, BITSANDBYTES_PLAIN: 80.0}
 ROW_BARS = {8: 5.0, 128: 1.3, 512: 1.0}
 
 Timer = Callable[[float], list[Sample]]
@@ -506,9 +519,9 @@ def rows_section(bench: Bench) -> Section:
 # Bars.
 
 
-def find_bars(specs: Section, flags: Section, over_rows: Section) -> list[Bar]:
+def find_bars(everyone: Section, specs: Section, flags: Section, over_rows: Section) -> list[Bar]:
     """Every bar with the worst figure of those that it is about."""
-    bars = []
+    bars = list(_peer_bars(everyone.rows))
     for name, limit in BANDWIDTH_BARS:
         rows = [row for row in specs.rows if _limit(row) == limit]
         bars.append(_bar(name, f"<= {limit} x memory", rows, "ratio", limit))
@@ -524,6 +537,19 @@ def find_bars(specs: Section, flags: Section, over_rows: Section) -> list[Bar]:
             wanted = f">= {least} x torch fp32"
             bars.append(_bar(f"M = {count}", wanted, [row | {"spec": "nf4:64"}], "speedup", least))
     return bars
+
+
+def _peer_bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
+    """nf4:64 against those that are there, cold."""
+    by_name = {row["name"]: row for row in rows if "cold_ms" in row}
+    ours = by_name["kbitc nf4:64"]
+    for name, least in PEER_BARS.items():
+        if name in by_name:
+            peer = by_name[name]
+            is_clean = ours["is_clean"] and peer["is_clean"]
+            ratio, best = (peer[key] / ours[key] for key in ("cold_ms", "cold_least_ms"))
+            wanted = f">= {least:g} x {name}"
+            yield Bar("M = 1", wanted, ratio, best, "nf4:64", ratio >= least, is_clean, int(not is_clean))
 
 
 def _bar(name: str, wanted: str, rows: list[dict[str, Any]], key: str, limit: float) -> Bar:
@@ -660,7 +686,7 @@ def main() -> None:
             if peers and len(sections) == 1:
                 facts["peers"] = peers.summary["versions"]
                 peers.close()
-    bars = find_bars(*sections[1:])
+    bars = find_bars(*sections)
     sections.append(bars_section(bars))
     print_section(console, sections[-1])
     if options.json:

@@ -32,6 +32,11 @@ WARM_UP = 0.015  # seconds of calls before the first sample: sleeping cores and 
 SAMPLES = 5  # of one slice, about
 ERROR_ROWS = 512  # rows of a result that are compared with float64
 
+ORT_INT8 = "ONNX Runtime MatMulNBits int4:64, int8 input"
+ORT_BNB4 = "ONNX Runtime MatMulBnb4 nf4:64"
+BITSANDBYTES = "bitsandbytes nf4:64, fp32 input"
+BITSANDBYTES_PLAIN = "bitsandbytes nf4:64, fp32 input, no AVX-512 BF16"
+
 PATIENCE = 6  # a slice is at most so many times longer than asked
 SWITCH_EVERY = 0.05  # seconds in which one involuntary context switch is no disturbance
 
@@ -278,8 +283,11 @@ def _onnx_session(
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def bitsandbytes_nf4(problem: Problem, dtype: str) -> Peer:
-    """Linear4bit of bitsandbytes in evaluation mode, which repacks its weight for AVX-512 machines."""
+def bitsandbytes_nf4(problem: Problem, dtype: str, *, is_plain: bool = False) -> Peer:
+    """Linear4bit of bitsandbytes in evaluation mode, which repacks its weight for machines with AVX-512 BF16.
+
+    ``is_plain``: the path that it takes on all others.
+    """
     import bitsandbytes
     import torch
 
@@ -290,12 +298,13 @@ def bitsandbytes_nf4(problem: Problem, dtype: str) -> Peer:
     )
     layer = bitsandbytes.nn.Linear4bit(*weight.shape, bias=False, compute_dtype=x.dtype, quant_type="nf4")
     layer.weight = stored
+    layer.support_avx512bf16_for_cpu &= not is_plain
     layer = layer.to("cpu").eval()
     state = layer.weight.quant_state
     dense = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float().numpy()
     nbytes = layer.weight.data.nbytes + state.absmax.nbytes
     layers = [copy.deepcopy(layer) for _ in range(copies_of(nbytes))]
-    found, *_ = [one(x) for one in layers]  # all, since the first call repacks the weight
+    found, *_ = [one(x) for one in layers]  # all, since the first call may repack the weight
     if len({one.weight.data.data_ptr() for one in layers}) != len(layers):
         raise RuntimeError("the copies share memory")
     return Peer(
@@ -309,12 +318,13 @@ def bitsandbytes_nf4(problem: Problem, dtype: str) -> Peer:
 
 BUILDERS: dict[str, Callable[[Problem], Peer]] = {
     "ONNX Runtime MatMulNBits int4:32, int8 input": lambda problem: onnx_nbits(problem, 32, 4),
-    "ONNX Runtime MatMulNBits int4:64, int8 input": lambda problem: onnx_nbits(problem, 64, 4),
+    ORT_INT8: lambda problem: onnx_nbits(problem, 64, 4),
     "ONNX Runtime MatMulNBits int4:32, fp32 input": lambda problem: onnx_nbits(problem, 32, 1),
     "ONNX Runtime MatMulNBits int4:64, fp32 input": lambda problem: onnx_nbits(problem, 64, 1),
-    "ONNX Runtime MatMulBnb4 nf4:64": onnx_bnb4,
-    "bitsandbytes nf4:64, fp32 input": lambda problem: bitsandbytes_nf4(problem, "float32"),
+    ORT_BNB4: onnx_bnb4,
+    BITSANDBYTES: lambda problem: bitsandbytes_nf4(problem, "float32"),
     "bitsandbytes nf4:64, bf16 input": lambda problem: bitsandbytes_nf4(problem, "bfloat16"),
+    BITSANDBYTES_PLAIN: lambda problem: bitsandbytes_nf4(problem, "float32", is_plain=True),
 }
 
 
