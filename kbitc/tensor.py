@@ -182,7 +182,7 @@ def quantize(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
     if isinstance(input, KbitTensor) or not isinstance(weight, KbitTensor):
         raise NotImplementedError("F.linear takes a packed tensor as its weight alone")
-    if weight.dim() != 2 or weight.is_transposed:
+    if weight.packed.planes.dim() != 2 or weight.is_transposed:  # weight.dim() would cost a microsecond
         raise NotImplementedError(
             f"F.linear needs a (rows, in_features) weight; this one is {tuple(weight.shape)}, "
             f"packed along dimension {weight.dim() - 2 if weight.is_transposed else weight.dim() - 1}"
