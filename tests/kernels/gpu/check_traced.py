@@ -80,6 +80,9 @@ def main():
     check("input_grad", 1, kbit.input_grad, half[:, :128], *operands)
     check("embedding", 1, kbit.embedding, torch.zeros(2, 3, dtype=torch.long), *operands, torch.float16)
     check("dequantize", 2, lambda _, *rest: kbit.dequantize(*rest, torch.float32), half, *operands)
+    even = quantize(torch.randn(128, 1024), "nf4:64").operands()  # written four numbers at a time
+    check("linear", 1, kbit.linear, torch.randn(70, 1024).half(), *even, bias)
+    check("embedding", 1, kbit.embedding, torch.zeros(2, 3, dtype=torch.long), *even, torch.bfloat16)
     eight = quantize(torch.randn(128, 1031), "int8:1031+out1%").operands()
     check("linear_int8", 1, kbit.linear_int8, half, *eight, None)
     experts = quantize(torch.randn(3, 128, 512), "int3:64").operands()
