@@ -21,6 +21,7 @@ constexpr int STEP = 32;
 constexpr int STEPS = 8;
 constexpr int ROLLED_FROM = 7;  // bits from which a look-up is too long to repeat for every step
 constexpr int HALF_FROM = 8;  // bits from which assembling a float beats looking it up
+constexpr bool TAKES_BYTES = false;  // `pmaddubsw` would saturate
 constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
 constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
@@ -39,6 +40,8 @@ INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
 }
 INLINE VecF multiply(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
 INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }
+INLINE VecF repeat_float(float value) { return _mm256_set1_ps(value); }
 INLINE float sum_lanes(VecF v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -233,7 +236,8 @@ INLINE void round_scaled(const float* x, int64_t count, float by, int32_t* out) 
   }
 }
 
-INLINE float dot_floats(const float* a, const float* b, int64_t count) {
+// Sums of products, lane by lane.
+INLINE VecF dot_lanes(const float* a, const float* b, int64_t count) {
   VecF sum = zero_float(), more = zero_float();
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
@@ -241,10 +245,11 @@ INLINE float dot_floats(const float* a, const float* b, int64_t count) {
     more = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), more);
   }
   for (; i + 8 <= count; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
-  float total = sum_lanes(_mm256_add_ps(sum, more));
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return _mm256_add_ps(_mm256_add_ps(sum, more), _mm256_set_ps(0, 0, 0, 0, 0, 0, 0, rest));
 }
+INLINE float dot_floats(const float* a, const float* b, int64_t count) { return sum_lanes(dot_lanes(a, b, count)); }
 
 inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out) {
   int64_t i = 0;
@@ -267,22 +272,32 @@ INLINE VecF halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
+INLINE VecF dot_halves(const uint16_t* a, const float* b, int64_t count) {
   VecF sum = zero_float();
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) sum = _mm256_fmadd_ps(halves(a + i), _mm256_loadu_ps(b + i), sum);
-  float total = sum_lanes(sum);
-  for (; i < count; ++i) total += from_half(a[i]) * b[i];
-  return total;
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += from_half(a[i]) * b[i];
+  return _mm256_add_ps(sum, _mm256_set_ps(0, 0, 0, 0, 0, 0, 0, rest));
 }
 
-INLINE void scale_halves(const uint16_t* a, const float* b, int64_t count, float* out) {
+// out = a * b; returns the lanes of a . c if that is wanted.
+template <bool IS_SUMMED>
+INLINE VecF scale_halves(const uint16_t* a, const float* b, const float* c, int64_t count, float* out) {
+  VecF sum = zero_float();
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
+    const VecF value = halves(a + i);
     _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_loadu_ps(b + i)));
+    if (IS_SUMMED) sum = _mm256_fmadd_ps(value, _mm256_loadu_ps(c + i), sum);
   }
-  for (; i < count; ++i) out[i] = _cvtsh_ss(a[i]) * b[i];
+  float rest = 0.0f;
+  for (; i < count; ++i) {
+    const float value = _cvtsh_ss(a[i]);
+    out[i] = value * b[i];
+    if (IS_SUMMED) rest += value * c[i];
+  }
+  return _mm256_add_ps(sum, _mm256_set_ps(0, 0, 0, 0, 0, 0, 0, rest));
 }
 
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
@@ -387,6 +402,59 @@ struct Tail {
     for (int h = 0; h < 2; ++h) _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * h), parts[h]);
   }
 };
+
+// One row of x ---------------------------------------------------------------------------------
+
+template <int K>
+struct PackedCodes {
+  const uint8_t* at;
+  INLINE Vec operator()(int step) const { return codes<K>(at, step); }
+};
+template <int K>
+struct RolledCodes {
+  const uint8_t* at;
+  INLINE Vec operator()(int step) const { return codes_at<K>(at, step); }
+};
+template <int K, Mode MODE>
+using FullCodes = std::conditional_t<(K >= ROLLED_FROM && MODE == Mode::table), RolledCodes<K>, PackedCodes<K>>;
+
+template <int K, Mode>
+using Levels = Lut<K>;
+
+template <int K, Mode>
+constexpr int TOGETHER = 1;  // rows of the weight: more do not fit in sixteen registers
+
+// sum += scale of unit `u` * (levels of its codes times x), for R = 1 row of the weight.
+template <int K, Mode MODE, int G, int R, class Codes, class Unit>
+INLINE void multiply_unit(const Lut<K>& lut, const Codes* rows, Unit u, const int16_t* x, const float* const* scales,
+                          VecF* sums) {
+  static_assert(R == 1);
+  constexpr int COUNT = G == 64 ? 2 : 1;  // steps
+  const int first = u * COUNT;
+  const Codes& codes = *rows;
+  const VecF scale = unit_scale<K, G>(*scales, u);
+  if constexpr (MODE == Mode::half) {
+    VecF part = zero_float();
+    unroll<COUNT>([&](auto i) INLINE_LAMBDA {
+      part = multiply_halves<K>(lut, codes(first + i), reinterpret_cast<const float*>(x) + (first + i) * STEP, part);
+    });
+    *sums = multiply_add(part, scale, *sums);
+  } else if constexpr (MODE == Mode::affine) {
+    const Vec second = COUNT == 2 ? codes(first + COUNT - 1) : zero();
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(x + first * STEP);
+    *sums = add_scaled(*sums, affine_unit<K, COUNT>(codes(first), second, bytes), scale);
+  } else {
+    Vec acc = zero();
+    Vec c[COUNT], v[COUNT][2];
+    unroll<COUNT>([&](auto i) INLINE_LAMBDA { c[i] = codes(first + i); });
+    lookup_several<K, COUNT>(lut, c, v);
+    unroll<COUNT>([&](auto i) INLINE_LAMBDA {
+      acc = mul_add(acc, v[i][0], load(x + (first + i) * STEP));
+      acc = mul_add(acc, v[i][1], load(x + (first + i) * STEP + LANES));
+    });
+    *sums = add_scaled(*sums, acc, scale);
+  }
+}
 
 constexpr int BYTES = 32;
 constexpr bool MIDDLE_LATER = false;

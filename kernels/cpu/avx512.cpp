@@ -3,7 +3,8 @@
 // A step is a pair of groups of 32 codes, one in each half of the register, chosen so that both are
 // cut out of the packed bytes by the same shift. 16-bit table values come straight from `vpermw`
 // (up to 32 levels), `vpermi2w` (64) or `vpermi2b` (128, and twice for 256), and `vpdpwssd` multiplies
-// and adds; weights whose levels are evenly spaced need no table: `vpdpbusd` takes their codes.
+// and adds; weights whose levels are evenly spaced need no table: `vpdpbusd` takes their codes. It also
+// takes the bytes that four levels come close enough to being evenly spaced steps of.
 #include <immintrin.h>
 
 #include <cstdlib>
@@ -20,6 +21,7 @@ constexpr int STEP = 64;
 constexpr int STEPS = 4;
 constexpr int ROLLED_FROM = 9;  // never, nor halves: tables of 256 levels fit
 constexpr int HALF_FROM = 9;
+constexpr bool TAKES_BYTES = true;  // four levels as bytes
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
 
 using Vec = __m512i;
@@ -38,6 +40,8 @@ INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
 }
 INLINE VecF multiply(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
 INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
+INLINE VecF repeat_float(float value) { return _mm512_set1_ps(value); }
 INLINE float sum_lanes(VecF v) { return _mm512_reduce_add_ps(v); }
 INLINE void store_half(uint8_t* p, Vec v, int half) {
   const __m256i part = half == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
@@ -101,9 +105,6 @@ INLINE Vec codes(const uint8_t* p, int step) {
     }
   }
 }
-
-template <int K>
-Vec codes_at(const uint8_t* p, int step);  // not needed
 
 template <int K>
 INLINE Vec clean(Vec v) {
@@ -177,14 +178,6 @@ INLINE void lookup_lanes(const Lut<K>& lut, Vec c, Vec out[2]) {
   }
 }
 
-template <int K>
-VecF multiply_halves(const Lut<K>&, Vec, const float*, VecF);  // not needed
-
-template <int K, int N>
-INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
-  unroll<N>([&](auto i) INLINE_LAMBDA { lookup(lut, c[i], out[i]); });
-}
-
 // The scales of the two halves of unit `u`: of its blocks of 64, or (G = 32) of its groups.
 template <int K, int G>
 INLINE VecF unit_scale(const float* scales, int u) {
@@ -206,16 +199,6 @@ INLINE void split_bytes(const int32_t* q, const uint8_t* from, int8_t* out) {
       out[2 * s * STEP + STEP + i] = low;
     }
   }
-}
-
-template <int K, int COUNT>
-INLINE Vec affine_unit(Vec first, Vec second, const int8_t* x) {
-  Vec acc = _mm512_dpbusd_epi32(zero(), first, _mm512_load_si512(x));
-  if constexpr (COUNT == 2) acc = _mm512_dpbusd_epi32(acc, second, _mm512_load_si512(x + 2 * STEP));
-  acc = _mm512_slli_epi32(acc, 8);
-  acc = _mm512_dpbusd_epi32(acc, first, _mm512_load_si512(x + STEP));
-  if constexpr (COUNT == 2) acc = _mm512_dpbusd_epi32(acc, second, _mm512_load_si512(x + 3 * STEP));
-  return acc;
 }
 
 INLINE void find_peak(const float* x, int64_t count, float* peak, float* nan) {
@@ -241,7 +224,12 @@ INLINE void round_scaled(const float* x, int64_t count, float by, int32_t* out) 
   }
 }
 
-INLINE float dot_floats(const float* a, const float* b, int64_t count) {
+INLINE __mmask16 lanes(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Sums of products, lane by lane.
+INLINE VecF dot_lanes(const float* a, const float* b, int64_t count) {
   VecF sum = zero_float(), more = zero_float();
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
@@ -249,11 +237,12 @@ INLINE float dot_floats(const float* a, const float* b, int64_t count) {
     more = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), more);
   }
   for (; i < count; i += 16) {
-    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __mmask16 here = lanes(count - i);
     sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, a + i), _mm512_maskz_loadu_ps(here, b + i), sum);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
+  return _mm512_add_ps(sum, more);
 }
+INLINE float dot_floats(const float* a, const float* b, int64_t count) { return sum_lanes(dot_lanes(a, b, count)); }
 
 inline void read_numbers(const void* data, Type type, int64_t at, int64_t count, float* out) {
   int64_t i = 0;
@@ -277,25 +266,39 @@ inline void read_numbers(const void* data, Type type, int64_t at, int64_t count,
   }
 }
 
-INLINE __mmask16 lanes(int64_t count) {
-  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+INLINE VecF halves(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 INLINE VecF halves(__mmask16 here, const uint16_t* p) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, p)); }
 
-INLINE float dot_halves(const uint16_t* a, const float* b, int64_t count) {
+INLINE VecF dot_halves(const uint16_t* a, const float* b, int64_t count) {
   VecF sum = zero_float();
-  for (int64_t i = 0; i < count; i += 16) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) sum = _mm512_fmadd_ps(halves(a + i), _mm512_loadu_ps(b + i), sum);
+  if (i < count) {
     const __mmask16 here = lanes(count - i);
     sum = _mm512_fmadd_ps(halves(here, a + i), _mm512_maskz_loadu_ps(here, b + i), sum);
   }
-  return _mm512_reduce_add_ps(sum);
+  return sum;
 }
 
-INLINE void scale_halves(const uint16_t* a, const float* b, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 here = lanes(count - i);
-    _mm512_mask_storeu_ps(out + i, here, _mm512_mul_ps(halves(here, a + i), _mm512_maskz_loadu_ps(here, b + i)));
+// out = a * b; returns the lanes of a . c if that is wanted.
+template <bool IS_SUMMED>
+INLINE VecF scale_halves(const uint16_t* a, const float* b, const float* c, int64_t count, float* out) {
+  VecF sum = zero_float();
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const VecF value = halves(a + i);
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_loadu_ps(b + i)));
+    if (IS_SUMMED) sum = _mm512_fmadd_ps(value, _mm512_loadu_ps(c + i), sum);
   }
+  if (i < count) {
+    const __mmask16 here = lanes(count - i);
+    const VecF value = halves(here, a + i);
+    _mm512_mask_storeu_ps(out + i, here, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(here, b + i)));
+    if (IS_SUMMED) sum = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(here, c + i), sum);
+  }
+  return sum;
 }
 
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
@@ -434,6 +437,151 @@ struct Tail {
     return out;
   }
 };
+
+// One row of x ---------------------------------------------------------------------------------
+
+template <int K>
+struct PackedCodes {
+  const uint8_t* at;
+  INLINE Vec operator()(int step) const { return codes<K>(at, step); }
+};
+template <int K, Mode>
+using FullCodes = PackedCodes<K>;
+
+// Codes of 2 or 3 bits are looked up where they lie. `vpermw` reads the five low bits of a lane, `vpermb` the six
+// of a byte; tables that repeat over the bits around a code spare the shift that would bring it down to bit 0.
+constexpr int LOW_BITS_AT[] = {0, 2, 4, 3};  // places in an index: of the two low bits of a code,
+constexpr int HIGH_BIT_AT[] = {2, 1, 2, 0};  // and of the third one
+
+template <int K>
+constexpr int code_in(int index, int place) {
+  const int low = index >> LOW_BITS_AT[place] & 3;
+  return K == 2 ? low : low | (index >> HIGH_BIT_AT[place] & 1) << 2;
+}
+template <int K, bool IN_BYTES>
+constexpr int place_of(int step) {
+  return IN_BYTES ? (K == 2 && step == 3 ? 1 : step) : step & 1;
+}
+
+INLINE Vec pick_bits(Vec a, Vec b, int mask) {  // a's where the mask has ones, byte by byte
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), a, b, 0xca);
+}
+// The plane of high bits, both halves alike: bit `to` + s of each byte belongs to step s.
+INLINE Vec high_bits(const uint8_t* plane, int to) {
+  const int low = to & 63, high = (to - 4) & 63;
+  return _mm512_rolv_epi64(both(plane), _mm512_set_epi64(high, high, high, high, low, low, low, low));
+}
+
+template <int K, bool IN_BYTES>
+INLINE Vec index_of(const uint8_t* p, int step) {
+  const Vec low = load_once(p);
+  if constexpr (K == 2) return step < (IN_BYTES ? 3 : 2) ? low : shift(low, 4);
+  if (step == 0) return pick_bits(low, high_bits(p + 64, 2), 0x03);
+  if (step == 1) return pick_bits(low, high_bits(p + 64, 0), 0x0c);
+  if constexpr (IN_BYTES) {
+    if (step == 2) return pick_bits(low, high_bits(p + 64, 0), 0x30);
+    return shift(pick_bits(low, high_bits(p + 64, 0), 0xc0), 3);
+  }
+  if (step == 2) return pick_bits(shift(low, 4), high_bits(p + 64, 0), 0x03);
+  return pick_bits(shift(low, 4), high_bits(p + 64, -2), 0x0c);
+}
+
+// Levels of a step's codes: two vectors of 16-bit lanes, or one of bytes.
+template <int K, bool IN_BYTES>
+class FieldLevels {
+ public:
+  explicit FieldLevels(const Table& table) {
+    for (int place = 0; place < PLACES; ++place) {
+      alignas(64) int16_t words[32];
+      alignas(64) uint8_t bytes[64];
+      for (int i = 0; i < 32; ++i) words[i] = table.value[code_in<K>(i, place)];
+      for (int i = 0; i < 64; ++i) bytes[i] = table.byte[code_in<K>(i, place)];
+      part_[place] = IN_BYTES ? _mm512_load_si512(bytes) : _mm512_load_si512(words);
+    }
+  }
+  INLINE void read(const PackedCodes<K>& codes, int step, Vec* out) const {
+    look_up(index_of<K, IN_BYTES>(codes.at, step), place_of<K, IN_BYTES>(step), out);
+  }
+  INLINE void read(const typename Tail<K>::Codes& codes, int step, Vec* out) const { look_up(codes(step), 0, out); }
+
+ private:
+  static constexpr int PLACES = IN_BYTES ? 4 : 2;
+  INLINE void look_up(Vec index, int place, Vec* out) const {
+    if constexpr (IN_BYTES) {
+      out[0] = _mm512_permutexvar_epi8(index, part_[place]);
+    } else {
+      out[0] = _mm512_permutexvar_epi16(index, part_[place]);
+      out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 8), part_[place]);
+    }
+  }
+  Vec part_[PLACES];
+};
+
+template <int K>
+class TableLevels {
+ public:
+  explicit TableLevels(const Table& table) : lut_(table) {}
+  template <class Codes>
+  INLINE void read(const Codes& codes, int step, Vec* out) const {
+    lookup(lut_, codes(step), out);
+  }
+
+ private:
+  Lut<K> lut_;
+};
+
+template <int K>
+struct CodeLevels {
+  explicit CodeLevels(const Table&) {}
+  template <class Codes>
+  INLINE void read(const Codes& codes, int step, Vec* out) const {
+    out[0] = clean<K>(codes(step));
+  }
+};
+
+template <int K, Mode MODE>
+using Levels = std::conditional_t<(K <= 3), FieldLevels<K, MODE == Mode::affine>,
+                                  std::conditional_t<MODE == Mode::affine, CodeLevels<K>, TableLevels<K>>>;
+
+// Rows of the weight that share what is loaded of x. Measured: it pays where unpacking takes longer than reading
+// from memory, and costs up to 5 % where it does not.
+template <int K, Mode MODE>
+constexpr int TOGETHER = K <= 3 || (MODE == Mode::table && (K == 5 || K == 6)) ? 4 : 1;
+
+// sums += scale of unit `u` * (levels of its codes times x), for R rows of the weight.
+template <int K, Mode MODE, int G, int R, class Codes, class Unit>
+INLINE void multiply_unit(const Levels<K, MODE>& levels, const Codes* rows, Unit u, const int16_t* x,
+                          const float* const* scales, VecF* sums) {
+  constexpr int COUNT = G == 64 ? 2 : 1;  // steps
+  const int first = u * COUNT;
+  const auto load_x = [&](int at) INLINE_LAMBDA {
+    Vec v = load(x + first * STEP + at);
+    if (R > 1) asm("" : "+v"(v));  // gcc would load it again for every row
+    return v;
+  };
+  Vec level[R][COUNT][2], acc[R];
+  unroll<R>([&](auto r) INLINE_LAMBDA {
+    acc[r] = zero();
+    unroll<COUNT>([&](auto i) INLINE_LAMBDA { levels.read(rows[r], first + i, level[r][i]); });
+  });
+  unroll<2>([&](auto half) INLINE_LAMBDA {
+    if constexpr (MODE == Mode::affine) {  // first the high bytes of x
+      if (half == 1) unroll<R>([&](auto r) INLINE_LAMBDA { acc[r] = _mm512_slli_epi32(acc[r], 8); });
+      unroll<COUNT>([&](auto i) INLINE_LAMBDA {
+        const Vec q = load_x(i * STEP + half * LANES);
+        unroll<R>([&](auto r) INLINE_LAMBDA { acc[r] = _mm512_dpbusd_epi32(acc[r], level[r][i][0], q); });
+      });
+    } else if constexpr (half < COUNT) {
+      unroll<2>([&](auto part) INLINE_LAMBDA {
+        const Vec q = load_x(half * STEP + part * LANES);
+        unroll<R>([&](auto r) INLINE_LAMBDA { acc[r] = mul_add(acc[r], level[r][half][part], q); });
+      });
+    }
+  });
+  unroll<R>([&](auto r) INLINE_LAMBDA {
+    sums[r] = add_scaled(sums[r], acc[r], unit_scale<K, G>(scales[r], u));
+  });
+}
 
 constexpr int BYTES = 64;
 constexpr bool MIDDLE_LATER = true;

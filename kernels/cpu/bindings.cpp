@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -187,6 +188,12 @@ class Packed {
     for (int i = 0; i < base_.levels; ++i) {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
+    t.has_bytes = t.is_affine || (base_.bits == 2 && fit_bytes());
+    if (t.is_affine) {
+      t.byte_step = t.step;
+      t.byte_first = t.first;
+      for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
+    }
     t.exponent = 0;
     for (int exponent = 1; exponent <= 4 && t.exponent == 0; ++exponent) {
       if (is_small_float(exponent, largest)) t.exponent = exponent;
@@ -194,6 +201,50 @@ class Packed {
     for (int i = 0; i < 256; ++i) {
       t.value[i] = largest > 0.0f ? static_cast<int16_t>(std::lrint(levels_[i] / t.unit)) : int16_t{0};
     }
+  }
+
+  // Levels as bytes, times a step and from a first one on. Tried are all numbers of steps between the outermost
+  // levels; a level of 0 stays exactly 0. Returns whether the best is close enough.
+  bool fit_bytes() {
+    constexpr double MOST = 3e-4;  // root mean square of the error, over that of the levels
+    const int count = base_.levels;
+    const auto [low, high] = std::minmax_element(levels_, levels_ + count);
+    const double range = double{*high} - *low;
+    const int zero = static_cast<int>(std::find(levels_, levels_ + count, 0.0f) - levels_);
+    double size = 0.0, mean = 0.0;
+    for (int i = 0; i < count; ++i) {
+      size += double{levels_[i]} * levels_[i];
+      mean += levels_[i] / double(count);
+    }
+    double best = MOST * MOST;
+    bool is_found = false;
+    for (int steps = 1; steps <= 255 && range > 0.0; ++steps) {
+      double byte[4], mean_byte = 0.0;
+      for (int i = 0; i < count; ++i) {
+        byte[i] = std::nearbyint((levels_[i] - *low) / range * steps);
+        mean_byte += byte[i] / count;
+      }
+      const double byte_at = zero < count ? byte[zero] : mean_byte;  // a point of the line that fits best
+      const double level_at = zero < count ? 0.0 : mean;
+      double product = 0.0, square = 0.0, error = 0.0;
+      for (int i = 0; i < count; ++i) {
+        product += (byte[i] - byte_at) * (levels_[i] - level_at);
+        square += (byte[i] - byte_at) * (byte[i] - byte_at);
+      }
+      const double step = product / square;
+      const double first = level_at - step * byte_at;
+      for (int i = 0; i < count; ++i) {
+        const double off = first + step * byte[i] - levels_[i];
+        error += off * off / size;
+      }
+      if (!(error < best)) continue;
+      best = error;
+      is_found = true;
+      table_.byte_step = static_cast<float>(step);
+      table_.byte_first = static_cast<float>(first);
+      for (int i = 0; i < count; ++i) table_.byte[i] = static_cast<uint8_t>(byte[i]);
+    }
+    return is_found;
   }
 
   // Whether level `zero + r` is r, read as an unsigned float of so many exponent bits, up to one factor.

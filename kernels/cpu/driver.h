@@ -6,9 +6,14 @@
 //   Lut<K>            the 16-bit table of a k-bit weight in registers
 //   natural(K, s, b)  natural position, within a chunk, of byte b of step s
 //   place(K, i)       byte of a step that becomes 16-bit lane i of its two vectors
-//   codes<K, S>(p)    step S of a packed chunk, as bytes whose bits above k may be dirty
+//   codes<K>(p, s)    step s of a packed chunk, as bytes whose bits above k may be dirty
 //   lookup(lut, c, v) bytes to two vectors of 16-bit table values
-//   mul_add(acc, a, b), add_scaled(sum, acc, scales), sum_lanes, scale_pair...
+//   Levels<K, MODE>   what a product with one row of x reads levels from
+//   TOGETHER<K, MODE> how many rows of the weight such a product takes at once
+//   multiply_unit     levels of one unit of these rows (the codes that share a scale) times x
+//   FullCodes<K, M>   codes of a whole chunk of a row; Tail<K>: those of the last one, which is shorter
+//   TAKES_BYTES       whether 2-bit codebooks may be read as `Table::byte`
+//   add_scaled(sum, acc, scales), multiply_add, sum_lanes, dot_lanes, scale_halves, ...
 //
 // and after one of the headers matmul_*.h, which has `gemm` and says in what order several rows of x lie:
 //
@@ -100,103 +105,104 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
 
 // One row of x ---------------------------------------------------------------------------------
 
-// sum += scale of each unit * (its codes' values times x), over the first `steps` steps of a chunk.
-template <int K, Mode MODE, int G, class Codes>
-INLINE VecF multiply_codes(const Lut<K>& lut, const Codes& codes, int steps, const int16_t* x, const float* scales,
-                           VecF sum) {
+// sums += scale of each unit * (levels of its codes times x) over the first `steps` steps of a chunk of R rows.
+template <int K, Mode MODE, int G, int R, class Codes>
+INLINE void multiply_codes(const Levels<K, MODE>& levels, const Codes* rows, int steps, const int16_t* x,
+                           const float* const* scales, VecF* sums) {
   constexpr int PER_UNIT = G == 64 ? 2 : 1;
-  const auto multiply_unit = [&](auto u) INLINE_LAMBDA {
-    const int first = u * PER_UNIT;
-    if (first >= steps) return;
-    const VecF scale = unit_scale<K, G>(scales, u);
-    if constexpr (MODE == Mode::half) {
-      VecF part = zero_float();
-      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA {
-        part = multiply_halves<K>(lut, codes(first + i), reinterpret_cast<const float*>(x) + (first + i) * STEP, part);
-      });
-      sum = multiply_add(part, scale, sum);
-    } else if constexpr (MODE == Mode::affine) {
-      const Vec second = PER_UNIT == 2 ? clean<K>(codes(first + PER_UNIT - 1)) : zero();
-      const int8_t* bytes = reinterpret_cast<const int8_t*>(x + first * STEP);
-      sum = add_scaled(sum, affine_unit<K, PER_UNIT>(clean<K>(codes(first)), second, bytes), scale);
-    } else {
-      Vec acc = zero();
-      Vec c[PER_UNIT], v[PER_UNIT][2];
-      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA { c[i] = codes(first + i); });
-      lookup_several<K, PER_UNIT>(lut, c, v);
-      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA {
-        acc = mul_add(acc, v[i][0], load(x + (first + i) * STEP));
-        acc = mul_add(acc, v[i][1], load(x + (first + i) * STEP + LANES));
-      });
-      sum = add_scaled(sum, acc, scale);
-    }
+  const auto multiply = [&](auto u) INLINE_LAMBDA {
+    if (u * PER_UNIT < steps) multiply_unit<K, MODE, G, R>(levels, rows, u, x, scales, sums);
   };
   if constexpr (K >= ROLLED_FROM && MODE == Mode::table) {
-    for (int u = 0; u < STEPS / PER_UNIT; ++u) multiply_unit(u);
+    for (int u = 0; u < STEPS / PER_UNIT; ++u) multiply(u);
   } else {
-    unroll<STEPS / PER_UNIT>(multiply_unit);
+    unroll<STEPS / PER_UNIT>(multiply);
   }
-  return sum;
 }
 
-// One row of the weight: rows follow each other in memory, and one stream at a time is what its prefetchers like.
-template <int K, Mode MODE, int G>
-INLINE float gemv_row(const Weight& w, const Lut<K>& lut, const Tail<K>& tail, const Activation& x, int64_t row,
-                      const float* scales) {
+// R rows of the weight, of which `spread` has the scales; `sums` are by lanes.
+template <int K, Mode MODE, int G, int R>
+INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const Tail<K>& tail, const Activation& x,
+                          int64_t row, const float* spread, VecF* sums) {
   constexpr int WIDTH = MODE == Mode::half ? 2 : 1;  // of a value of x, in 16-bit words
-  using Codes = std::conditional_t<(K >= ROLLED_FROM && MODE == Mode::table), RolledCodes<K>, PackedCodes<K>>;
+  constexpr int64_t BYTES_A_CHUNK = K * (CHUNK / 8);
   const int64_t full = w.cols / CHUNK;
-  const uint8_t* packed = w.planes + row * w.row_bytes;
   const int16_t* values = x.values;
-  VecF sum = zero_float();
+  const uint8_t* packed[R];
+  const float* scales[R];
+  VecF sum[R];
+  unroll<R>([&](auto r) INLINE_LAMBDA {
+    packed[r] = w.planes + (row + r) * w.row_bytes;
+    scales[r] = spread + r * x.segments;
+    sum[r] = zero_float();
+  });
+  // In the order of memory, rows that come after these: one stream is what its own prefetchers like.
+  const int64_t own = R * w.row_bytes;
+  const uint8_t* next = packed[0] + (own > AHEAD ? own : AHEAD);
   for (int64_t c = 0; c < full; ++c) {
-    prefetch(packed + AHEAD, K * (CHUNK / 8));
-    sum = multiply_codes<K, MODE, G>(lut, Codes{packed}, STEPS, values, scales, sum);
-    packed += K * (CHUNK / 8);
+    FullCodes<K, MODE> codes[R];
+    unroll<R>([&](auto r) INLINE_LAMBDA { codes[r].at = packed[r]; });
+    prefetch(next, R * BYTES_A_CHUNK);
+    next += R * BYTES_A_CHUNK;
+    multiply_codes<K, MODE, G, R>(levels, codes, STEPS, values, scales, sum);
+    unroll<R>([&](auto r) INLINE_LAMBDA {
+      packed[r] += BYTES_A_CHUNK;
+      scales[r] += CHUNK / G;
+    });
     values += CHUNK * WIDTH;
-    scales += CHUNK / G;
   }
   if (w.cols % CHUNK != 0) {
-    prefetch(packed + AHEAD, K * (CHUNK / 8));
-    sum = multiply_codes<K, MODE, G>(lut, tail.read(packed), tail.steps, values, scales, sum);
+    typename Tail<K>::Codes codes[R];
+    unroll<R>([&](auto r) INLINE_LAMBDA { codes[r] = tail.read(packed[r]); });
+    prefetch(next, R * BYTES_A_CHUNK);
+    multiply_codes<K, MODE, G, R>(levels, codes, tail.steps, values, scales, sum);
   }
-  return sum_lanes(sum);
+  unroll<R>([&](auto r) INLINE_LAMBDA { sums[r] = sum[r]; });
 }
 
 template <int K, Mode MODE, int G>
 void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
+  constexpr int R = TOGETHER<K, MODE>;
   const int64_t fitting = 2048 / (w.blocks + x.segments);  // rows whose scales stay in the L1 cache
-  const int64_t batch = fitting < 1 ? 1 : (fitting > 32 ? 32 : fitting);
-  const Scratch scratch(sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + STEP));
-  float* spread = reinterpret_cast<float*>(scratch.data);  // (batch, segments)
+  const int64_t batch = fitting < R ? R : (fitting > 32 ? 32 : fitting / R * R);
+  const Scratch scratch(sizeof(VecF) * static_cast<size_t>(batch) +
+                        sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + STEP));
+  VecF* rest = reinterpret_cast<VecF*>(scratch.data);  // (batch): what is not a product of codes
+  float* spread = reinterpret_cast<float*>(rest + batch);  // (batch, segments)
   float* scales = spread + batch * x.segments;  // (batch, blocks) and a step
   const ScaleReader reader(w);
-  const Lut<K> lut(table);
+  const Levels<K, MODE> levels(table);
   const Tail<K> tail(w.cols % CHUNK);
-  const float unit = MODE == Mode::affine ? table.step : (MODE == Mode::half ? table.half_unit : table.unit);
+  constexpr bool HAS_FIRST = MODE == Mode::affine;
+  const float affine = TAKES_BYTES ? table.byte_step : table.step;
+  const VecF unit = repeat_float(HAS_FIRST ? affine : (MODE == Mode::half ? table.half_unit : table.unit));
+  const VecF level_0 = repeat_float(TAKES_BYTES ? table.byte_first : table.first);
+  const bool is_direct = has_direct_scales(w, G);
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;
-    float* here = out + row - begin;
-    const bool is_direct = has_direct_scales(w, G);
-    if (is_direct) {
-      for (int64_t r = 0; r < count; ++r) spread_halves(w, row + r, x.scales, x.segments, spread + r * x.segments);
-    } else {
-      reader.read(row, count, scales);
-      for (int64_t r = 0; r < count; ++r) {
-        spread_scales(w, scales + r * w.blocks, x.scales, G, x.segments, spread + r * x.segments);
-      }
-    }
+    if (!is_direct) reader.read(row, count, scales);
     for (int64_t r = 0; r < count; ++r) {
-      reader.fetch(row + batch + r, 1);  // of the next batch, so that none waits for them
-      here[r] = unit * gemv_row<K, MODE, G>(w, lut, tail, x, row + r, spread + r * x.segments);
-      if (MODE == Mode::affine) {
-        here[r] += table.first * (is_direct ? dot_numbers(w.scales, w.scale_type, (row + r) * w.blocks, x.sums, w.blocks)
-                                            : dot_floats(scales + r * w.blocks, x.sums, w.blocks));
+      if (is_direct) {
+        rest[r] = spread_halves<HAS_FIRST>(w, row + r, x, spread + r * x.segments);
+      } else {
+        const float* here = scales + r * w.blocks;
+        spread_scales(w, here, x.scales, G, x.segments, spread + r * x.segments);
+        rest[r] = HAS_FIRST ? dot_lanes(here, x.sums, w.blocks) : zero_float();
       }
+      if (HAS_FIRST) rest[r] = multiply(rest[r], level_0);
       if (w.zero_type != Type::none) {
-        here[r] += dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks);
+        rest[r] = add(rest[r], dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks));
       }
     }
+    const auto multiply_some = [&](int64_t r, auto some) INLINE_LAMBDA {
+      VecF sums[some];
+      reader.fetch(row + batch + r, some);  // of the next batch, so that none waits for them
+      multiply_rows<K, MODE, G, some>(w, levels, tail, x, row + r, spread + r * x.segments, sums);
+      for (int i = 0; i < some; ++i) out[row + r + i - begin] = sum_lanes(multiply_add(sums[i], unit, rest[r + i]));
+    };
+    int64_t r = 0;
+    for (; r + R <= count; r += R) multiply_some(r, Constant<R>{});
+    for (; r < count; ++r) multiply_some(r, Constant<1>{});
   }
   if (w.outliers > 0) add_outliers(w, x.outliers, begin, end, out);
 }
@@ -250,7 +256,7 @@ void prepare(const Weight& w, const float* x, int64_t begin, int64_t end, Activa
 }
 
 Mode mode(const Weight& w, const Table& table) {
-  if (table.is_affine) return Mode::affine;
+  if (table.is_affine || (TAKES_BYTES && table.has_bytes)) return Mode::affine;
   return w.bits >= HALF_FROM && table.exponent != 0 ? Mode::half : Mode::table;
 }
 

@@ -100,41 +100,32 @@ inline void spread_scales(const Weight& w, const float* scales, const float* x, 
 inline bool has_direct_scales(const Weight& w, int64_t granule) {
   return w.scale_type == Type::f16 && w.block == granule;
 }
-inline void spread_halves(const Weight& w, int64_t row, const float* x, int64_t segments, float* out) {
-  scale_halves(static_cast<const uint16_t*>(w.scales) + row * w.blocks, x, w.blocks, out);
-  for (int64_t j = w.blocks; j < segments; ++j) out[j] = 0.0f;
+// Returns, if that is wanted, the lanes of the scales times the sums of x.
+template <bool IS_SUMMED>
+inline VecF spread_halves(const Weight& w, int64_t row, const Activation& x, float* out) {
+  const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + row * w.blocks;
+  for (int64_t j = w.blocks; j < x.segments; ++j) out[j] = 0.0f;
+  return scale_halves<IS_SUMMED>(scales, x.scales, x.sums, w.blocks, out);
 }
 
-// Dot product of stored 16- or 32-bit numbers with floats.
-inline float dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
+// Products of stored 16- or 32-bit numbers with floats, summed lane by lane.
+inline VecF dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
   if (type == Type::f16) return dot_halves(static_cast<const uint16_t*>(data) + at, x, count);
   float values[256];
-  float total = 0.0f;
+  VecF total = zero_float();
   for (int64_t i = 0; i < count; i += 256) {
     const int64_t here = count - i < 256 ? count - i : 256;
     read_numbers(data, type, at + i, here, values);
-    total += dot_floats(values, x + i, here);
+    total = add(total, dot_lanes(values, x + i, here));
   }
   return total;
 }
 
 inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
   for (int64_t row = begin; row < end; ++row) {
-    out[row - begin] += dot_numbers(w.outlier_values, w.outlier_type, row * w.outliers, x, w.outliers);
+    out[row - begin] += sum_lanes(dot_numbers(w.outlier_values, w.outlier_type, row * w.outliers, x, w.outliers));
   }
 }
-
-// Steps of a chunk.
-template <int K>
-struct PackedCodes {
-  const uint8_t* at;
-  INLINE Vec operator()(int step) const { return codes<K>(at, step); }
-};
-template <int K>
-struct RolledCodes {
-  const uint8_t* at;
-  INLINE Vec operator()(int step) const { return codes_at<K>(at, step); }
-};
 
 }  // namespace
 }  // namespace kbit

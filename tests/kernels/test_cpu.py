@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kbitc import blockwise
+from kbitc import blockwise, packing
 from kbitc.kernels import ops, reference  # noqa: F401
 from kbitc.kernels.cpu import build
 from kbitc.tensor import KbitTensor, quantize
@@ -83,6 +84,37 @@ def test_linear_every_type(kernel_set, family, bits, block):
     for rows in (1, 2, 5, 33):
         x = torch.randn(rows, 584)
         assert_product(linear(x, weight), x, dense)
+
+
+@pytest.mark.parametrize("block", [64, 32, 128])
+@pytest.mark.parametrize(
+    "codebook",
+    [
+        pytest.param([-1.0, 0.0, 0.436, 1.0], id="nearly even steps"),
+        pytest.param([-0.452, -0.1225, 0.0, 0.451], id="far from even steps"),
+        pytest.param([0.3, -0.7, 1.0, 0.1], id="unsorted, no zero"),
+        pytest.param([-1.0, 0.31, 1.0], id="three levels"),
+        pytest.param([0.5, 0.5, 0.5, 0.5], id="all alike"),
+        pytest.param([0.0, 0.0, 0.0, 0.0], id="nothing but zeros"),
+    ],
+)
+def test_two_bits_any_codebook(kernel_set, codebook, block):
+    """Kernels that read four levels as bytes where these are close enough, against the levels themselves."""
+    generator = torch.Generator().manual_seed(7)
+    weight = packed(37, 712, f"quantile2:{block}+zp" if block == 128 else f"quantile2:{block}").packed
+    codes = torch.randint(len(codebook), (37, 712), generator=generator, dtype=torch.uint8)
+    zeros = 5 if 0.0 in codebook else 0
+    codes[:zeros] = codebook.index(0.0) if zeros else 0
+    weight = KbitTensor(
+        replace(weight, planes=packing.pack(codes, 2), codebook=torch.tensor(codebook)), torch.float32
+    )
+    dense = truth(weight)
+    for rows in (1, 3):
+        x = torch.randn(rows, 712, generator=generator) + 1.0  # a mean lets errors of levels add up
+        y = linear(x, weight)
+        assert_product(y[:, zeros:], x, dense[zeros:])
+        if block != 128:  # without zero points: nothing but what float32 rounds where sums cancel
+            assert y[:, :zeros].abs().sum() <= 5 * 1e-6 * x.abs().sum() * weight.packed.scales.max()
 
 
 @pytest.mark.parametrize("flags", ["+zp", "+dq", "+zp+dq", "+out2%", "+zp+dq+out2%"])
