@@ -136,8 +136,8 @@ INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const 
     scales[r] = spread + r * x.segments;
     sum[r] = zero_float();
   });
-  // In the order of memory, rows that come after these: one stream is what its own prefetchers like.
-  const int64_t own = R * w.row_bytes;
+  // In the order of memory, behind these rows: one stream is what the prefetchers of the machine like.
+  const int64_t own = R == 1 ? 0 : R * w.row_bytes;
   const uint8_t* next = packed[0] + (own > AHEAD ? own : AHEAD);
   for (int64_t c = 0; c < full; ++c) {
     FullCodes<K, MODE> codes[R];
