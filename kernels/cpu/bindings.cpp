@@ -9,10 +9,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -86,6 +89,66 @@ Type type_of(const Tensor& t, const char* name) {
     default:
       TORCH_CHECK(false, "kbit: ", name, " are ", t.scalar_type(), "; expected float16, bfloat16, float32 or codes");
   }
+}
+
+// Levels as bytes, times a step and from a first one on.
+struct ByteLevels {
+  bool is_close = false;
+  float step = 0.0f, first = 0.0f;
+  uint8_t byte[4] = {};
+};
+
+// Tried are all numbers of steps between the outermost of `count` levels; a level of 0 stays exactly 0.
+ByteLevels fit_bytes(const float* levels, int count) {
+  constexpr double MOST = 3e-4;  // root mean square of the error, over that of the levels
+  ByteLevels out;
+  const auto [low, high] = std::minmax_element(levels, levels + count);
+  const double range = double{*high} - *low;
+  const int zero = static_cast<int>(std::find(levels, levels + count, 0.0f) - levels);
+  double size = 0.0, mean = 0.0;
+  for (int i = 0; i < count; ++i) {
+    size += double{levels[i]} * levels[i];
+    mean += levels[i] / double(count);
+  }
+  double best = MOST * MOST;
+  for (int steps = 1; steps <= 255 && range > 0.0; ++steps) {
+    double byte[4], mean_byte = 0.0;
+    for (int i = 0; i < count; ++i) {
+      byte[i] = std::nearbyint((levels[i] - *low) / range * steps);
+      mean_byte += byte[i] / count;
+    }
+    const double byte_at = zero < count ? byte[zero] : mean_byte;  // a point of the line that fits best
+    const double level_at = zero < count ? 0.0 : mean;
+    double product = 0.0, square = 0.0, error = 0.0;
+    for (int i = 0; i < count; ++i) {
+      product += (byte[i] - byte_at) * (levels[i] - level_at);
+      square += (byte[i] - byte_at) * (byte[i] - byte_at);
+    }
+    const double step = product / square;
+    const double first = level_at - step * byte_at;
+    for (int i = 0; i < count; ++i) {
+      const double off = first + step * byte[i] - levels[i];
+      error += off * off / size;
+    }
+    if (!(error < best)) continue;
+    best = error;
+    out.is_close = true;
+    out.step = static_cast<float>(step);
+    out.first = static_cast<float>(first);
+    for (int i = 0; i < count; ++i) out.byte[i] = static_cast<uint8_t>(byte[i]);
+  }
+  return out;
+}
+
+// The same, remembered: a weight is checked anew at every call.
+const ByteLevels& byte_levels(const float* levels, int count) {
+  constexpr size_t MOST = 4096;  // codebooks
+  std::array<uint32_t, 5> key = {static_cast<uint32_t>(count)};
+  std::memcpy(&key[1], levels, sizeof(float) * static_cast<size_t>(count));
+  thread_local std::map<std::array<uint32_t, 5>, ByteLevels> known;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() >= MOST) known.clear();
+  return known[key] = fit_bytes(levels, count);
 }
 
 // A checked weight of any number of dimensions, seen as one matrix after another.
@@ -188,11 +251,16 @@ class Packed {
     for (int i = 0; i < base_.levels; ++i) {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
-    t.has_bytes = t.is_affine || (base_.bits == 2 && fit_bytes());
-    if (t.is_affine) {
-      t.byte_step = t.step;
-      t.byte_first = t.first;
-      for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
+    t.has_bytes = t.is_affine;
+    t.byte_step = t.step;
+    t.byte_first = t.first;
+    for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
+    if (!t.is_affine && base_.bits == 2) {
+      const ByteLevels& bytes = byte_levels(levels_, base_.levels);
+      t.has_bytes = bytes.is_close;
+      t.byte_step = bytes.step;
+      t.byte_first = bytes.first;
+      std::copy(bytes.byte, bytes.byte + 4, t.byte);
     }
     t.exponent = 0;
     for (int exponent = 1; exponent <= 4 && t.exponent == 0; ++exponent) {
@@ -201,50 +269,6 @@ class Packed {
     for (int i = 0; i < 256; ++i) {
       t.value[i] = largest > 0.0f ? static_cast<int16_t>(std::lrint(levels_[i] / t.unit)) : int16_t{0};
     }
-  }
-
-  // Levels as bytes, times a step and from a first one on. Tried are all numbers of steps between the outermost
-  // levels; a level of 0 stays exactly 0. Returns whether the best is close enough.
-  bool fit_bytes() {
-    constexpr double MOST = 3e-4;  // root mean square of the error, over that of the levels
-    const int count = base_.levels;
-    const auto [low, high] = std::minmax_element(levels_, levels_ + count);
-    const double range = double{*high} - *low;
-    const int zero = static_cast<int>(std::find(levels_, levels_ + count, 0.0f) - levels_);
-    double size = 0.0, mean = 0.0;
-    for (int i = 0; i < count; ++i) {
-      size += double{levels_[i]} * levels_[i];
-      mean += levels_[i] / double(count);
-    }
-    double best = MOST * MOST;
-    bool is_found = false;
-    for (int steps = 1; steps <= 255 && range > 0.0; ++steps) {
-      double byte[4], mean_byte = 0.0;
-      for (int i = 0; i < count; ++i) {
-        byte[i] = std::nearbyint((levels_[i] - *low) / range * steps);
-        mean_byte += byte[i] / count;
-      }
-      const double byte_at = zero < count ? byte[zero] : mean_byte;  // a point of the line that fits best
-      const double level_at = zero < count ? 0.0 : mean;
-      double product = 0.0, square = 0.0, error = 0.0;
-      for (int i = 0; i < count; ++i) {
-        product += (byte[i] - byte_at) * (levels_[i] - level_at);
-        square += (byte[i] - byte_at) * (byte[i] - byte_at);
-      }
-      const double step = product / square;
-      const double first = level_at - step * byte_at;
-      for (int i = 0; i < count; ++i) {
-        const double off = first + step * byte[i] - levels_[i];
-        error += off * off / size;
-      }
-      if (!(error < best)) continue;
-      best = error;
-      is_found = true;
-      table_.byte_step = static_cast<float>(step);
-      table_.byte_first = static_cast<float>(first);
-      for (int i = 0; i < count; ++i) table_.byte[i] = static_cast<uint8_t>(byte[i]);
-    }
-    return is_found;
   }
 
   // Whether level `zero + r` is r, read as an unsigned float of so many exponent bits, up to one factor.
