@@ -66,9 +66,10 @@ INLINE Vec both(const uint8_t* p) {
 INLINE Vec shift_high_half(Vec v, int by) {
   return _mm512_srlv_epi64(v, _mm512_set_epi64(by, by, by, by, 0, 0, 0, 0));
 }
-INLINE Vec merge(Vec low, Vec high, int low_bits) {  // low's low bits, high's others, byte by byte
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>((1 << low_bits) - 1)), low, high, 0xca);
+INLINE Vec pick_bits(Vec a, Vec b, int mask) {  // a's where the mask has ones, byte by byte
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), a, b, 0xca);
 }
+INLINE Vec merge(Vec low, Vec high, int low_bits) { return pick_bits(low, high, (1 << low_bits) - 1); }
 INLINE Vec shift(Vec v, int right) {  // bits that cross a byte's border land where nobody looks
   return right == 0 ? v : (right > 0 ? _mm512_srli_epi16(v, right) : _mm512_slli_epi16(v, -right));
 }
@@ -253,7 +254,7 @@ inline void read_numbers(const void* data, Type type, int64_t at, int64_t count,
     }
   }
   for (; i < count; i += 16) {
-    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __mmask16 here = lanes(count - i);
     if (type == Type::f32) {
       _mm512_mask_storeu_ps(out + i, here, _mm512_maskz_loadu_ps(here, static_cast<const float*>(data) + at + i));
       continue;
@@ -353,7 +354,7 @@ class ScaleTable {
 INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t count, float scale, float zero,
                         bool has_zero, float* out) {
   for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 here = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __mmask16 here = lanes(count - i);
     const Vec at = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes + i));
     VecF value = _mm512_mask_i32gather_ps(zero_float(), here, at, codebook, 4);
     value = _mm512_mul_ps(value, _mm512_set1_ps(scale));
@@ -463,9 +464,6 @@ constexpr int place_of(int step) {
   return IN_BYTES ? (K == 2 && step == 3 ? 1 : step) : step & 1;
 }
 
-INLINE Vec pick_bits(Vec a, Vec b, int mask) {  // a's where the mask has ones, byte by byte
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), a, b, 0xca);
-}
 // The plane of high bits, both halves alike: bit `to` + s of each byte belongs to step s.
 INLINE Vec high_bits(const uint8_t* plane, int to) {
   const int low = to & 63, high = (to - 4) & 63;

@@ -252,14 +252,12 @@ class Packed {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
     t.has_bytes = t.is_affine;
-    t.byte_step = t.step;
-    t.byte_first = t.first;
     for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
     if (!t.is_affine && base_.bits == 2) {
       const ByteLevels& bytes = byte_levels(levels_, base_.levels);
       t.has_bytes = bytes.is_close;
-      t.byte_step = bytes.step;
-      t.byte_first = bytes.first;
+      t.step = bytes.step;
+      t.first = bytes.first;
       std::copy(bytes.byte, bytes.byte + 4, t.byte);
     }
     t.exponent = 0;

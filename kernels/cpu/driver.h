@@ -174,9 +174,8 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
   const Levels<K, MODE> levels(table);
   const Tail<K> tail(w.cols % CHUNK);
   constexpr bool HAS_FIRST = MODE == Mode::affine;
-  const float affine = TAKES_BYTES ? table.byte_step : table.step;
-  const VecF unit = repeat_float(HAS_FIRST ? affine : (MODE == Mode::half ? table.half_unit : table.unit));
-  const VecF level_0 = repeat_float(TAKES_BYTES ? table.byte_first : table.first);
+  const VecF unit = repeat_float(HAS_FIRST ? table.step : (MODE == Mode::half ? table.half_unit : table.unit));
+  const VecF level_0 = repeat_float(table.first);
   const bool is_direct = has_direct_scales(w, G);
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;

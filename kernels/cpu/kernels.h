@@ -47,10 +47,9 @@ struct Table {
   alignas(64) int16_t value[256];  // codebook / unit, rounded
   float unit;
   bool is_affine;  // codebook[i] = step * i + first, up to rounding
+  bool has_bytes;  // codebook[i] is nearly step * byte[i] + first; so it is where codebooks are affine
   float step, first;
-  bool has_bytes;  // codebook[i] is nearly byte_step * byte[i] + byte_first; of affine ones byte[i] is i
-  float byte_step, byte_first;
-  uint8_t byte[8];  // of codebooks of at most 3 bits
+  uint8_t byte[8];  // of codebooks of at most 3 bits; i where they are affine
   int exponent;  // bits of it where levels are a small float's, so that float16 patterns hold them; or 0
   float half_unit;  // codebook[zero + r] = half_unit * float16(r << (11 - bits + exponent))
 };
