@@ -16,7 +16,7 @@ from kbitc.errors import BackendUnavailable, KbitcError, UsageError, did_you_mea
 if TYPE_CHECKING:
     from torch import nn
 
-    from kbitc.backends._decoder import Decoder
+    from kbitc.backends._decoding.decoder import Decoder
 
 AUTO = "auto"
 
@@ -78,7 +78,7 @@ def make_decoder(model: nn.Module, name: str = AUTO) -> Decoder:
 
 
 def _is_packed_on_cpu(model: nn.Module) -> bool:
-    from kbitc.tensor import KbitTensor
+    from kbitc.tensor.kbit_tensor import KbitTensor
 
     parameters = list(model.parameters())
     is_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)

@@ -30,6 +30,7 @@ from rich.console import Console
 from benchmarks.cpu_linear import cpu_name, kernel_set
 from benchmarks.peers import environment, last_line
 from benchmarks.tables import Section, markdown_table, print_section
+from kbitc.evaluation.opening import open_model
 
 Row = dict[str, Any]
 
@@ -51,10 +52,9 @@ COLUMNS = (
 
 def measure_here(source: str, kind: str, prompt: int, new: int, runs: int) -> Row:
     """One row in this process; kind is "packed" or the dtype of the dense model."""
-    from kbitc import loading
 
     dtype = None if kind == "packed" else getattr(torch, kind)
-    loaded = loading.open_model(source, dtype)
+    loaded = open_model(source, dtype)
     model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param
     if dtype is not None:
         if getattr(model, "hf_quantizer", None) is not None:
@@ -130,7 +130,7 @@ def llama_row(options: argparse.Namespace) -> Row:
 
 def compile_model(source: str, spec: str, folder: Path) -> str:
     """Compile, unless the source is an artifact."""
-    from kbitc.artifact import PLAN_FILE
+    from kbitc.artifact.folders import PLAN_FILE
 
     if (Path(source) / PLAN_FILE).exists():
         return source

@@ -39,6 +39,8 @@ from benchmarks.peers import (
     time_calls,
 )
 from benchmarks.tables import Section, markdown, print_section
+from kbitc.formats import datatypes
+from kbitc.kernels.cpu.build import load
 
 if "--isa" in sys.argv[:-1] and __name__ == "__main__":  # before the kernels load
     os.environ["KBITC_CPU"] = sys.argv[sys.argv.index("--isa") + 1]
@@ -49,10 +51,8 @@ from rich.console import Console
 from torch import Tensor
 
 import kbitc
-from kbitc import datatypes
 from kbitc.errors import UsageError
-from kbitc.kernels.cpu import build as native
-from kbitc.tensor import KbitTensor
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 DRAM_BYTES = 512 << 20
 READ_BYTES = 16 << 20  # of one read: a short one may pass undisturbed
@@ -613,7 +613,7 @@ def cpu_name() -> str:
 
 def kernel_set() -> str:
     """The kernel set that runs."""
-    if not native.load():
+    if not load():
         return "reference"
     return str(torch.ops.kbit.cpu_kernels())
 

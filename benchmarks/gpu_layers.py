@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kbitc
 from benchmarks.gpu import Clock
-from kbitc.tensor import KbitTensor
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 GROUP = 64
 PEER_PACKAGES = ("bitsandbytes", "gemlite", "torchao")

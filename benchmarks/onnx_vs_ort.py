@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 import kbitc
-from kbitc import evaluation, loading
-from kbitc.backends._onnx_runtime import REPORT, OnnxModel
-from kbitc.backends._onnx_trace import describe, trace
-from kbitc.spec import parse
+from kbitc.backends.onnx_export.runtime import REPORT, OnnxModel
+from kbitc.backends.onnx_export.trace import describe, trace
+from kbitc.evaluation.opening import need_tokenizer, open_model
+from kbitc.evaluation.perplexity import perplexity, read_text, windows
+from kbitc.formats.spec import parse
 
 LEVELS = {"fp32": 1, "int8": 4}  # accuracy levels of MatMulNBits
 PROMPT = 32  # tokens
@@ -68,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(given: argparse.Namespace, folder: Path) -> list[Row]:
     """One row for each way and accuracy level."""
-    loaded = loading.open_model(given.model, torch.float32)
-    tokenizer = loading.need_tokenizer(loaded, given.model)
-    text = evaluation.read_text(given.text)
-    windows = evaluation.windows(loaded.model, tokenizer, text, given.context, given.limit_tokens)
+    loaded = open_model(given.model, torch.float32)
+    tokenizer = need_tokenizer(loaded, given.model)
+    text = read_text(given.text)
+    ids = windows(loaded.model, tokenizer, text, given.context, given.limit_tokens)
     dense = export_dense(loaded.model, folder / "dense")
     packed = folder / "packed"
     kbitc.compile(given.model, spec=given.spec, out=packed)
@@ -87,7 +88,7 @@ def compare(given: argparse.Namespace, folder: Path) -> list[Row]:
     speeds = decode_speeds(models, windows[0][:PROMPT], given.new, given.rounds)
     rows = []
     for name, path in folders.items():
-        score = evaluation.perplexity(models[name], windows)
+        score = perplexity(models[name], windows)
         size = sum(file.stat().st_size for file in path.glob("model.onnx*"))
         rows.append(
             {

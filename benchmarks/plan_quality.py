@@ -27,17 +27,19 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.tables import Section, markdown, print_section
-from kbitc import evaluation, loading, pack
-from kbitc.capture import capture
+from kbitc.artifact import pack
 from kbitc.checkpoint import open_checkpoint
+from kbitc.compiler.request import Request, calibrator_of, equipped, pipeline_of
+from kbitc.evaluation.opening import need_tokenizer, open_model
+from kbitc.evaluation.perplexity import perplexity, read_text, windows
+from kbitc.formats.spec import Spec, parse
+from kbitc.graph.capture import capture
+from kbitc.graph.plan import Choice, Plan
+from kbitc.graph.program import Program
 from kbitc.kernels import ops
-from kbitc.passes.allocate_bits import allocate
-from kbitc.pipeline import PassManager
-from kbitc.plan import Choice, Plan
-from kbitc.program import Program
-from kbitc.request import Request, calibrator_of, equipped, pipeline_of
-from kbitc.scores import Option, Scores
-from kbitc.spec import Spec, parse
+from kbitc.pipeline.manager import PassManager
+from kbitc.planning.allocation import allocate
+from kbitc.sensitivity.score_table import Option, ScoreTable
 
 Row = dict[str, Any]
 
@@ -97,17 +99,17 @@ class Bench:
             packed = ops.quantize(oriented, spec, name=name, **pack.quantizer_of(program, name, spec))
             back = torch.ops.kbit.dequantize(*packed.operands(), torch.float32)
             parameters[name].data.copy_(back.mT if weight.is_transposed else back)
-        return evaluation.perplexity(self.model, self.ids).loss - self.before
+        return perplexity(self.model, self.ids).loss - self.before
 
 
-def scored(source: str, calibrate: str) -> tuple[Program, Scores]:
+def scored(source: str, calibrate: str) -> tuple[Program, ScoreTable]:
     """The program of a model with its moments and the table that plans are made from."""
     request = Request(bits=4.0, calibrate=calibrate)
     with open_checkpoint(source) as checkpoint:
         program = capture(checkpoint.skeleton(), read=checkpoint.read)
         calibrator = calibrator_of(request, checkpoint, _say)
         program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
-    return program, cast("Scores", program.facts["scores"])
+    return program, cast("ScoreTable", program.facts["scores"])
 
 
 def _say(what: str, done: int, total: int) -> None:
@@ -121,14 +123,14 @@ def bits_of(program: Program, specs: Mapping[str, Spec]) -> float:
     return 8 * pack.payload_bytes(planned) / program.parameter_count
 
 
-def predicted(scores: Scores, specs: Mapping[str, Spec]) -> float:
+def predicted(scores: ScoreTable, specs: Mapping[str, Spec]) -> float:
     """Sum of the costs of a plan, in the table's unit."""
     costs = {name: {option.spec: option.cost for option in found} for name, found in scores.options.items()}
     return sum(costs[name][spec] for name, spec in specs.items())
 
 
 def plan_rows(
-    bench: Bench, label: str, program: Program, scores: Scores, budgets: Sequence[float]
+    bench: Bench, label: str, program: Program, scores: ScoreTable, budgets: Sequence[float]
 ) -> Iterator[Row]:
     """The plan of each budget beside the best uniform spec that fits."""
     bits = {spec: bits_of(program, dict.fromkeys(program.weights, spec)) for spec in map(parse, UNIFORM)}
@@ -163,7 +165,7 @@ def _row(bench: Bench, label: str, plan: str, bits: float, loss: float) -> Row:
     return row
 
 
-def random_plans(scores: Scores, count: int, seed: int, size: float | None) -> Iterator[dict[str, Spec]]:
+def random_plans(scores: ScoreTable, count: int, seed: int, size: float | None) -> Iterator[dict[str, Spec]]:
     """Plans that draw each weight's option from those within one bit of the plan's own level.
 
     Args:
@@ -186,7 +188,7 @@ def random_plans(scores: Scores, count: int, seed: int, size: float | None) -> I
 
 
 def rank_row(
-    bench: Bench, label: str, program: Program, scores: Scores, plans: Sequence[dict[str, Spec]]
+    bench: Bench, label: str, program: Program, scores: ScoreTable, plans: Sequence[dict[str, Spec]]
 ) -> Row:
     """How well predicted losses rank measured ones."""
     costs = [predicted(scores, specs) for specs in plans]
@@ -224,10 +226,10 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print."""
     options = parse_options()
-    loaded = loading.open_model(options.model, torch.float32)
-    tokenizer = loading.need_tokenizer(loaded, options.model)
-    text = evaluation.read_text(options.text)
-    ids = evaluation.windows(loaded.model, tokenizer, text, options.context, options.limit_tokens)
+    loaded = open_model(options.model, torch.float32)
+    tokenizer = need_tokenizer(loaded, options.model)
+    text = read_text(options.text)
+    ids = windows(loaded.model, tokenizer, text, options.context, options.limit_tokens)
     budgets = [float(budget) for budget in options.budgets.split(",") if budget]
     bench: Bench | None = None
     plans: list[Row] = []
@@ -242,7 +244,7 @@ def main() -> None:
                 if name in program.weights
             }
             bench = Bench(loaded.model, ids, dense)
-            bench.before = evaluation.perplexity(loaded.model, ids).loss
+            bench.before = perplexity(loaded.model, ids).loss
         plans += plan_rows(bench, label, program, scores, budgets)
         if options.plans:
             drawn = list(random_plans(scores, options.plans, options.seed, options.size))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kbitc
+from kbitc.backends.dynamo.backend import kbit, models_of
 
 PROMPT = "The capital of France is"
 
@@ -50,14 +51,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if options.child == "plain":
             tokens = greedy(kbitc.compile(model, bits=options.bits), ids, options.tokens)
         else:
-            from kbitc.backends import dynamo
-
             found["source"] = stored_bytes(list(model.parameters()))
             given = {"bits": options.bits, "inner": options.inner, "free_source": True}
             tokens = greedy(
-                torch.compile(model, backend=dynamo.kbit, options=given, fullgraph=True), ids, options.tokens
+                torch.compile(model, backend=kbit, options=given, fullgraph=True), ids, options.tokens
             )
-            (kept,) = dynamo.models_of(model)
+            (kept,) = models_of(model)
             parameters = dict(model.named_parameters())
             found["packed"] = sum(tensor.nbytes for tensor in kept.operands.values())
             found["rest"] = sum(p.nbytes for name, p in parameters.items() if name not in kept.packed_names)

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kbitc.capture import capture
+from kbitc.artifact.pack import payload_bytes
 from kbitc.checkpoint import open_checkpoint
-from kbitc.pack import payload_bytes
+from kbitc.formats.spec import parse
+from kbitc.graph.capture import capture
+from kbitc.graph.plan import Choice, Plan
+from kbitc.graph.program import Program, Stage
 from kbitc.passes import PassManager, default_pipeline
-from kbitc.plan import Choice, Plan
-from kbitc.program import Program, Stage
-from kbitc.spec import parse
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,21 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from kbitc import demo, evaluation, loading
 from kbitc.backends import make_decoder
-from kbitc.driver import compile_to
-from kbitc.request import Request
+from kbitc.checkpoint import demo
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
+from kbitc.evaluation.generation import generate
+from kbitc.evaluation.opening import Loaded, open_model
+from kbitc.evaluation.perplexity import perplexity, read_text, windows
 
 PROMPT = "Python is a programming language that"
 
 
-def describe(name: str, loaded: loading.Loaded, text: str) -> str:
+def describe(name: str, loaded: Loaded, text: str) -> str:
     """One row of the table: size, bits, perplexity."""
-    ids = evaluation.windows(loaded.model, loaded.tokenizer, text, demo.CONTEXT, None)
-    score = evaluation.perplexity(loaded.model, ids)
+    ids = windows(loaded.model, loaded.tokenizer, text, demo.CONTEXT, None)
+    score = perplexity(loaded.model, ids)
     return (
         f"{name:>12}  {loaded.nbytes / 1e6:8.2f} MB  {loaded.bits_per_param:8.4f}  "
         f"{score.perplexity:10.3f}   ({score.tokens:,} held-out tokens)"
@@ -32,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=float, default=4.0)
     bits = parser.parse_args().bits
-    text = evaluation.read_text(demo.heldout())
+    text = read_text(demo.heldout())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
         result = compile_to("demo", out, Request(bits=bits))
@@ -40,13 +43,13 @@ def main() -> None:
         print(
             f"kbitc compile demo --bits {bits:g}: {len(result.program.weights)} weights in {seconds:.1f} s\n"
         )
-        dense, packed = loading.open_model("demo"), loading.open_model(str(out))
+        dense, packed = open_model("demo"), open_model(str(out))
         print(f"{'':>12}  {'tensors':>11}  {'bits/par':>8}  {'perplexity':>10}")
         print(describe("16-bit", dense, text))
         print(describe("compiled", packed, text))
         print(f"\nThe compiled model continues {PROMPT!r}:\n")
         decoder = make_decoder(packed.model, "eager")  # "cpu" compiles the decode step first
-        print("  " + PROMPT + "".join(evaluation.generate(decoder, packed.tokenizer, PROMPT, 48)))
+        print("  " + PROMPT + "".join(generate(decoder, packed.tokenizer, PROMPT, 48)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kbitc import huggingface as _huggingface
+from kbitc.transformers_hook import register_when_imported
 from kbitc.version import VERSION
 
 __version__ = VERSION
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from kbitc.artifact import Artifact
-    from kbitc.loading import load, load_into, save
-    from kbitc.pipeline import Pass
-    from kbitc.spec import Spec
-    from kbitc.spec import parse as parse_spec
-    from kbitc.tensor import KbitTensor, quantize
+    from kbitc.artifact.loading import load, load_into
+    from kbitc.artifact.reader import Artifact
+    from kbitc.compiler.saving import save
+    from kbitc.formats.spec import Spec
+    from kbitc.formats.spec import parse as parse_spec
+    from kbitc.pipeline.registry import Pass
+    from kbitc.quantizers import quantize
+    from kbitc.tensor.kbit_tensor import KbitTensor
 
 __all__ = [
     "Artifact",
@@ -45,14 +47,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Artifact": ("kbitc.artifact", "Artifact"),
-    "KbitTensor": ("kbitc.tensor", "KbitTensor"),
-    "Spec": ("kbitc.spec", "Spec"),
-    "load": ("kbitc.loading", "load"),
-    "load_into": ("kbitc.loading", "load_into"),
-    "parse_spec": ("kbitc.spec", "parse"),
-    "quantize": ("kbitc.tensor", "quantize"),
-    "save": ("kbitc.loading", "save"),
+    "Artifact": ("kbitc.artifact.reader", "Artifact"),
+    "KbitTensor": ("kbitc.tensor.kbit_tensor", "KbitTensor"),
+    "Spec": ("kbitc.formats.spec", "Spec"),
+    "load": ("kbitc.artifact.loading", "load"),
+    "load_into": ("kbitc.artifact.loading", "load_into"),
+    "parse_spec": ("kbitc.formats.spec", "parse"),
+    "quantize": ("kbitc.quantizers", "quantize"),
+    "save": ("kbitc.compiler.saving", "save"),
 }
 
 
@@ -81,6 +83,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     force: bool = False,
     calibrate: str | Path | Tensor = "auto",
     agree: str = "",
+    quantizer: str = "auto",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Compile a model to k-bit weights.
@@ -101,6 +104,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
             (windows, length).
         agree: weights that a budget's plan gives one spec: "input" for those that read one value (queries,
             keys and values; gate and up), "role" for those at one place of every layer.
+        quantizer: what chooses scales and codes: a name (``kbitc.quantizers``), or "auto": what the plan says, and
+            "weighted" where something was measured, "absmax" elsewhere.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know.
 
@@ -108,32 +113,37 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         The model with packed weights. A module in memory is copied, never changed.
 
     Raises:
-        kbitc.errors.KbitcError: see ``kbitc.driver.compile_to``.
+        kbitc.errors.KbitcError: see ``kbitc.compiler.driver.compile_to``.
     """
     import tempfile
     from pathlib import Path as LocalPath
 
     from torch import nn as torch_nn
 
-    from kbitc import driver, loading
-    from kbitc.request import Request
+    from kbitc.artifact.loading import load as load_artifact
+    from kbitc.compiler.driver import compile_module, compile_to
+    from kbitc.compiler.request import Request
 
-    budget = 4.0 if bits is None and spec is None and plan is None else bits
-    request = Request(budget, spec, plan, is_strict=strict, passes=passes, calibrate=calibrate, agree=agree)
+    request = Request.of(
+        bits,
+        spec,
+        plan,
+        is_strict=strict,
+        passes=passes,
+        calibrate=calibrate,
+        agree=agree,
+        quantizer=quantizer,
+    )
+    target = None if out is None else LocalPath(out)
     if isinstance(model, torch_nn.Module):
-        if out is None:
-            return driver.compile_module(model, request, example_inputs)
-        done = driver.compile_to(
-            model, LocalPath(out), request, is_forced=force, example_inputs=example_inputs
-        )
-        return driver.pack_module(model, done.program)
-    if out is not None:
-        driver.compile_to(model, LocalPath(out), request, is_forced=force)
-        return loading.load(out, verify=False)
+        return compile_module(model, request, example_inputs, out=target, is_forced=force)
+    if target is not None:
+        compile_to(model, target, request, is_forced=force)
+        return load_artifact(target, verify=False)
     with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
-        target = LocalPath(folder) / "model"
-        driver.compile_to(model, target, request)
-        return loading.load(target, verify=False)
+        scratch = LocalPath(folder) / "model"
+        compile_to(model, scratch, request)
+        return load_artifact(scratch, verify=False)
 
 
 def export_onnx(
@@ -145,7 +155,7 @@ def export_onnx(
     example_inputs: tuple[Any, ...] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a packed model as ONNX; see ``kbitc.backends.onnx_export.export_onnx``.
+    """Write a packed model as ONNX; see ``kbitc.backends.onnx_export.backend.export_onnx``.
 
     Raises:
         kbitc.errors.BackendUnavailable: onnx, onnxscript or onnxruntime is not installed.
@@ -164,4 +174,4 @@ def export_onnx(
     return report
 
 
-_huggingface.register_when_imported()
+register_when_imported()

@@ -19,10 +19,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kbitc.checkpoint import demo
+from kbitc.compiler import inspection
+from kbitc.compiler.driver import compile_to
 from kbitc.errors import KbitcError, SourceError, UsageError
+from kbitc.evaluation import benchmark, onnx_verify
+from kbitc.evaluation.generation import generate
+from kbitc.evaluation.opening import need_tokenizer, open_model
+from kbitc.evaluation.perplexity import perplexity, read_text, windows
+from kbitc.kernels.cpu.build import build
+from kbitc.planning.replanning import replan
+from kbitc.report.measured_losses import keep_record
 
 if TYPE_CHECKING:
-    from kbitc.driver import Result
+    from kbitc.compiler.driver import Result
 
 app = typer.Typer(
     name="kbitc",
@@ -132,19 +142,16 @@ def compile(  # noqa: A001  # the command's name, and its options
     """Compile MODEL into a folder of k-bit weights."""
     from functools import partial
 
-    from kbitc import driver
-    from kbitc.pipeline import PassManager
-    from kbitc.request import Request
+    from kbitc.compiler.request import Request
+    from kbitc.pipeline.manager import PassManager
 
-    if bits is None and spec is None and plan is None:
-        bits = 4.0
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
-    request = Request(
+    request = Request.of(
         bits, spec, plan, is_strict=strict, passes=chosen, disabled=disable, calibrate=calibrate, agree=agree
     )
     page = None
     if passes_html is not None:
-        from kbitc.passes_page import PassesPage
+        from kbitc.report.passes_page import PassesPage
 
         page = PassesPage(model)
     manage = partial(
@@ -158,14 +165,14 @@ def compile(  # noqa: A001  # the command's name, and its options
     target = out or Path(_default_out(model, bits, spec))
     try:
         with _progress("compiling") as update:
-            result = driver.compile_to(
+            result = compile_to(
                 model,
                 target,
                 request,
                 is_forced=force,
                 is_resumed=resume,
                 is_dry=dry_run,
-                on_event=update,
+                on_progress=update,
                 manage=manage,
             )
     except KeyboardInterrupt:
@@ -248,10 +255,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Solve another budget from an artifact's score table, without the model."""
-    from kbitc import driver, inspection
-    from kbitc.scores import Scores
+    from kbitc.sensitivity.score_table import ScoreTable
 
-    found = driver.replan(artifact, bits, agree)
+    found = replan(artifact, bits, agree)
     if out is not None:
         _write(out, json.dumps(found, indent=1) + "\n")
     if as_json:
@@ -271,7 +277,7 @@ def plan(
         f"predicted cost {predicted['cost']:.4g} ({predicted['unit']}); no plan of this size costs "
         f"{100 * predicted['gap']:.2g} % less"
     )
-    out_console.print(inspection.trade_off_table(Scores.open(artifact), found["bits_per_param"]))
+    out_console.print(inspection.trade_off_table(ScoreTable.open(artifact), found["bits_per_param"]))
 
 
 @app.command(
@@ -295,7 +301,6 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
-    from kbitc import inspection
 
     with _progress("reading") as update:
         # An artifact of a model that transformers does not know has no config to draw its graph from.
@@ -322,7 +327,8 @@ def list_passes(as_json: Json = False) -> None:
     'compile --passes' takes those that run in compile. Those that run in lowering rewrite the graph of a
     packed model, in that order, before code is made of it.
     """
-    from kbitc.pipeline import LOWERING, describe, pass_names
+    from kbitc.pipeline import describe, pass_names
+    from kbitc.pipeline.defaults import LOWERING
 
     lowering = {name: f"lowering {i}" for i, name in enumerate(LOWERING, start=1)}
     found = [{**describe(name), "runs": lowering.get(name, "compile")} for name in pass_names()]
@@ -354,15 +360,14 @@ def run(
     """Continue a prompt, greedily."""
     import time
 
-    from kbitc import evaluation, loading
     from kbitc.backends import make_decoder
 
     _check_backend(backend)
     with _progress("loading"):
-        loaded = loading.open_model(model)
-        tokenizer = loading.need_tokenizer(loaded, model)
+        loaded = open_model(model)
+        tokenizer = need_tokenizer(loaded, model)
     decoder = make_decoder(loaded.model, backend)
-    pieces = evaluation.generate(decoder, tokenizer, prompt, new_tokens)
+    pieces = generate(decoder, tokenizer, prompt, new_tokens)
     made: list[str] = []
     started = first = time.perf_counter()
     for piece in pieces:
@@ -433,21 +438,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
-    from kbitc import demo, evaluation, loading, measured
-    from kbitc.activations import use_activations
-    from kbitc.artifact import PLAN_FILE
+    from kbitc.artifact.folders import PLAN_FILE
+    from kbitc.tensor.activations import use_activations
 
     if record and not (Path(model) / PLAN_FILE).exists():
         raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
-    body = evaluation.read_text(demo.heldout() if text is None else text)
+    body = read_text(demo.heldout() if text is None else text)
     with _progress("loading") as update:
-        loaded = loading.open_model(model)
-        tokenizer = loading.need_tokenizer(loaded, model)
+        loaded = open_model(model)
+        tokenizer = need_tokenizer(loaded, model)
         left = use_activations(loaded.model, activations) if activations != "float" else {}
-        reference = loading.open_model(against).model if against else None
+        reference = open_model(against).model if against else None
         context = min(context, demo.CONTEXT) if text is None else context
-        ids = evaluation.windows(loaded.model, tokenizer, body, context, limit_tokens)
-        score = evaluation.perplexity(
+        ids = windows(loaded.model, tokenizer, body, context, limit_tokens)
+        score = perplexity(
             loaded.model, ids, reference=reference, on_window=lambda i, n: update("scoring", i, n)
         )
     data = {
@@ -466,7 +470,7 @@ def evaluate(
         data["kl_divergence"] = score.divergence
         data["reference_loss"] = score.reference_loss
     if record:
-        measured.record(Path(model), data)
+        keep_record(Path(model), data)
     if as_json:
         _print_json(data)
         return
@@ -494,7 +498,6 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Prefill and decode speed and peak memory, against the 16-bit model."""
-    from kbitc import benchmark
 
     _check_backend(backend)
     with _progress("measuring"):
@@ -624,7 +627,6 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an exported folder in ONNX Runtime with the model in PyTorch."""
-    from kbitc import onnx_verify
 
     with _progress("comparing"):
         checks = onnx_verify.verify(folder, against)
@@ -655,9 +657,8 @@ def build_kernels(
     import torch
 
     from kbitc.kernels import ops  # noqa: F401  # the ops that the library's kernels belong to
-    from kbitc.kernels.cpu import build
 
-    library = build.build(force=force)
+    library = build(force=force)
     torch.ops.load_library(str(library))
     chosen = torch.ops.kbit.cpu_kernels()
     if as_json:

@@ -30,6 +30,16 @@ class BackendUnavailable(KbitcError):
     """A backend or an optional package is missing; the message says what to install."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without a full stop; its class where it says nothing.
+
+    >>> first_line(ValueError("bad size.\\nmore"))
+    'bad size'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".")
+
+
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name: the nearest known one, and all of them.
 

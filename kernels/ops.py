@@ -1,7 +1,7 @@
 """``torch.ops.kbit.*``: schemas, fake kernels, gradients, and the reference implementations.
 
 The one thing to know: an op takes a weight as plain tensors (planes, scales, codebook, ...), in the
-order of ``kbitc.blockwise.Operands``, and never a data type's name. A backend registers its kernel
+order of `kbitc.formats.packed.Operands`, and never a data type's name. A backend registers its kernel
 for its device against the same op; where it has none, the reference here runs.
 
 ``linear``          x (..., in)             -> (..., rows)            x @ W.T + bias
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from kbitc import blockwise, scale_search
-from kbitc.blockwise import Operands, Packed, encode_rows
+from kbitc.formats import scale_search
+from kbitc.formats.bit_planes import row_bytes
+from kbitc.formats.encode import encode_rows
+from kbitc.formats.packed import Operands
 from kbitc.kernels import reference
 from kbitc.kernels.cpu import build as native
-from kbitc.packing import row_bytes
-from kbitc.spec import Spec
 
 WEIGHT = (
     "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
@@ -268,18 +268,6 @@ def _fake_search(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor
 def _search_scales(*given: Any) -> tuple[Tensor, Tensor]:
     scales, zeros = scale_search.search_scales(*given)
     return scales, scales.new_empty(0) if zeros is None else zeros
-
-
-def quantize(weight: Tensor, spec: Spec | str, **options: Any) -> Packed:
-    """:func:`kbitc.blockwise.quantize` on the ops: the same, with the fastest kernels that there are."""
-    return blockwise.quantize(weight, spec, encode=torch.ops.kbit.encode, search=_search_with_op, **options)
-
-
-def _search_with_op(
-    rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor | None]:
-    found, middles = torch.ops.kbit.search_scales(rows, importance, scales, zeros, *rest)
-    return found, None if zeros is None else middles
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

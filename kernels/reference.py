@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from kbitc.blockwise import Operands, dequantize_operands, effective_scales
-from kbitc.packing import unpack
+from kbitc.formats.bit_planes import unpack
+from kbitc.formats.dequantize import dequantize_operands
+from kbitc.formats.packed import Operands
+from kbitc.formats.scales import effective_scales
 
 INT8_BITS = 8
 INT8_MOST = 127  # of the integers that `int8` rounds to

@@ -1,13 +1,11 @@
-"""The passes, one a file; the file's name is the pass's name.
-
-The one thing to know: names are imported when they are first used, so that importing this package
-loads no pass.
-"""
+"""The passes, one a file; the file's name is the pass's name. Names are imported when they are first used, so that
+importing this package loads no pass."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kbitc.lazy import exports
 
 if TYPE_CHECKING:
     from kbitc.passes.canonicalize import Canonicalize
@@ -15,21 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Canonicalize", "Pass", "PassManager", "Step", "default_pipeline", "edit_pipeline"]
 
-_HOME = {
-    "Canonicalize": "kbitc.passes.canonicalize",
-    "Pass": "kbitc.pipeline",
-    "PassManager": "kbitc.pipeline",
-    "Step": "kbitc.pipeline",
-    "default_pipeline": "kbitc.pipeline",
-    "edit_pipeline": "kbitc.pipeline",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kbitc.passes' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__, {**dict.fromkeys(__all__, "kbitc.pipeline"), "Canonicalize": "kbitc.passes.canonicalize"}
+)

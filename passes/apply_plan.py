@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kbitc import outliers
 from kbitc.errors import UsageError
-from kbitc.plan import Choice, Plan
-from kbitc.program import Program, Stage
+from kbitc.graph.plan import Choice, Plan
+from kbitc.graph.program import Program, Stage
+from kbitc.sensitivity.outliers import OUTLIERS
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class ApplyPlan:
     Attributes:
         rules: parsed plan file, or ``{"weights": {"*": "nf4:64"}}`` for a uniform spec.
         label: how errors call the plan.
+        quantizer: of every weight, whatever the plan says; "" leaves it to the plan.
     """
 
     rules: Mapping[str, object] = field(default_factory=dict)
     label: str = "plan"
+    quantizer: str = ""
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.PLANNED
@@ -34,7 +36,10 @@ class ApplyPlan:
     def run(self, program: Program) -> Program:
         """Raises UsageError on a key that names no weight, and on a weight that no key names."""
         plan = Plan.from_json(self.rules, program.weights, label=self.label)
-        chosen = {name: _resolved(program, name, choice) for name, choice in plan.weights.items()}
+        chosen = {
+            name: replace(_resolved(program, name, choice), quantizer=self.quantizer or choice.quantizer)
+            for name, choice in plan.weights.items()
+        }
         plan = replace(plan, weights=chosen)
         return replace(program, plan=plan, stage=Stage.PLANNED)
 
@@ -42,12 +47,12 @@ class ApplyPlan:
 def _resolved(program: Program, name: str, choice: Choice) -> Choice:
     if not choice.spec.wants_found:
         return choice
-    found = outliers.of_weight(program.facts, name)
-    if found is None:
+    features = (program.get(OUTLIERS) or {}).get(name)
+    if features is None:
         raise UsageError(
             f"{name}: {choice.spec}: +out needs the outlier features; run the pass 'find_outliers' first"
         )
-    return replace(choice, spec=found.resolved(choice.spec), reason=f"{choice.reason}; {found.reason}")
+    return replace(choice, spec=features.resolved(choice.spec), reason=f"{choice.reason}; {features.reason}")
 
 
 PASS = ApplyPlan

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import fx
 
-from kbitc.matching import Match, Miss, match
-from kbitc.program import Program, Rest, Stage, Use, Weight
-from kbitc.reads import CHECKS, Read, is_move, op_name, reads
-from kbitc.rewriting import build
+from kbitc.graph.matching import Match, Miss, match
+from kbitc.graph.program import Program, Rest, Stage, Use, Weight
+from kbitc.graph.rewriting import build
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Canonicalize:
         return replace(program, graph=module, weights=weights, rest=rest, stage=Stage.CANONICAL)
 
 
-Outcomes = list[tuple[Read, Match | Miss]]
+Outcomes = list[tuple[WeightRead, Match | Miss]]
 
 
 def _decide(program: Program) -> dict[str, Outcomes]:

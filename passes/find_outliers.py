@@ -1,7 +1,7 @@
 """Find the input features whose values, or whose makers' weights, stand out from all others.
 
 before:  stage CANONICAL, fact "moments" if there was text to measure on
-after:   stage CANONICAL, fact "outliers": `kbitc.outliers.Found` by weight name
+after:   stage CANONICAL, fact "outliers": `kbitc.sensitivity.outliers.OutlierFeatures` by weight name
 
 With text, LLM.int8()'s criterion (2208.07339, section 4.1): |x| >= 6 somewhere in at least 25 % of the
 layers, and at 6 % of all their positions. A weight's layers are the weights at the same place of every layer,
@@ -12,19 +12,19 @@ ranks the next weight's input features; those more than four standard deviations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError
-from kbitc.graphs import previous_weights, same_roles
-from kbitc.moments import Moments, Reach
-from kbitc.outliers import FACT, Found
-from kbitc.passes import measure_moments
-from kbitc.program import Program, Stage, Weight
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage, Weight
+from kbitc.graph.queries import previous_weights, same_roles
+from kbitc.sensitivity.moments import MOMENTS, Reach
+from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,27 @@ class FindOutliers:
             ``measure_moments`` was told another).
         positions: least share of the positions of all layers.
         deviations: without text, standard deviations above the mean.
-        on_weight: progress, ``(name, done, all)``.
     """
 
     layers: float = 0.25
     positions: float = 0.06
     deviations: float = 4.0
-    on_weight: Callable[[str, int, int], None] = lambda *_: None
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (OUTLIERS,)
 
     def run(self, program: Program) -> Program:
         """Raises UsageError for a program with neither moments nor a source of weights."""
-        moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
+        moments = program.get(MOMENTS) or {}
         reaches = {name: own.reach for name, own in moments.items() if own.reach is not None}
         found = self._on_text(program, reaches) if moments else self._on_weights(program)
-        return program.with_fact(FACT, {name: found.get(name, _EMBEDDING) for name in program.weights})
+        return program.with_fact(OUTLIERS, {name: found.get(name, _EMBEDDING) for name in program.weights})
 
-    def _on_text(self, program: Program, reaches: Mapping[str, Reach]) -> dict[str, Found]:
+    def _on_text(self, program: Program, reaches: Mapping[str, Reach]) -> dict[str, OutlierFeatures]:
         roles = same_roles(program)
         alone = set(program.weights).difference(*roles)
-        found: dict[str, Found] = {}
+        found: dict[str, OutlierFeatures] = {}
         for names in [*roles, *((name,) for name in program.weights if name in alone)]:
             group = [reaches[name] for name in names if name in reaches]
             if not group:
@@ -75,7 +73,7 @@ class FindOutliers:
 
     def _of_reach(
         self, own: Reach, is_outlier: Tensor, layers: Tensor, positions: Tensor, count: int
-    ) -> Found:
+    ) -> OutlierFeatures:
         picked = is_outlier & (own.peaks >= own.magnitude)
         index = picked.nonzero().flatten()
         figures = {
@@ -99,9 +97,9 @@ class FindOutliers:
                     f"{_range(positions[[top]])} of positions (needed: {self.layers:.0%} and "
                     f"{self.positions:.0%})"
                 )
-        return Found(tuple(index.tolist()), figures, reason, ranking)
+        return OutlierFeatures(tuple(index.tolist()), figures, reason, ranking)
 
-    def _on_weights(self, program: Program) -> dict[str, Found]:
+    def _on_weights(self, program: Program) -> dict[str, OutlierFeatures]:
         if program.read is None:
             raise UsageError(
                 "the pass 'find_outliers' has neither text nor weights to look at; give the program a source "
@@ -117,10 +115,10 @@ class FindOutliers:
             if key not in known:
                 known[key] = _deviation(program.weights[key[0]], program.read(key[0]), key[1])
             found[weight.name] = self._of_deviation(known[key], source)
-            self.on_weight(weight.name, i, len(wanted))
+            program.context.on_progress(weight.name, i, len(wanted))
         return found
 
-    def _of_deviation(self, deviation: Tensor, source: tuple[str, str] | None) -> Found:
+    def _of_deviation(self, deviation: Tensor, source: tuple[str, str] | None) -> OutlierFeatures:
         spread = deviation.std(correction=0).clamp_min(1e-30)
         score = (deviation - deviation.mean()) / spread
         picked = score > self.deviations
@@ -135,12 +133,12 @@ class FindOutliers:
         reason += f"up to {top:.1f} sigma more than the mean"
         if not len(index):
             reason = f"none: {reason} (needed: {self.deviations:g})"
-        return Found(
+        return OutlierFeatures(
             tuple(index.tolist()), {"deviation": _floats(score[index])}, reason, _ranked(picked, score)
         )
 
 
-_EMBEDDING = Found(reason="none: read as an embedding, which has no input features")
+_EMBEDDING = OutlierFeatures(reason="none: read as an embedding, which has no input features")
 
 
 def _deviation(weight: Weight, data: Tensor, side: str) -> Tensor:

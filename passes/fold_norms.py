@@ -18,19 +18,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from kbitc import reads as reading
 from kbitc.errors import UsageError
-from kbitc.fusions import Fired
-from kbitc.program import CANONICAL, Program, Read, Stage
-from kbitc.reads import keeps_features, op_name, reads, value_of
+from kbitc.graph import weight_reads
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import CANONICAL, Program, ReadTensor, Stage
+from kbitc.graph.weight_reads import keeps_features, op_name, reads, value_of
+from kbitc.pipeline.records import Fired
+from kbitc.sensitivity.moments import MOMENTS
 
-FACT = "fold_norms"
-MEASURED = "moments"  # says what the inputs of weights are, which changes here
+FACT: Fact[Fired] = Fact("fold_norms")
 SCALES = {"aten.mul": (0, 1), "aten.layer_norm": (2,), "aten.rms_norm": (2,)}
 """Calls that multiply by a parameter, and which of their arguments that is."""
 SHIFT = 3  # the argument of aten.layer_norm that is added
@@ -42,7 +43,7 @@ class FoldNorms:
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same function of other tensors; candidates are the 1-D parameters that scale a value.
@@ -50,11 +51,11 @@ class FoldNorms:
         Raises:
             UsageError: the inputs of weights were measured before.
         """
-        if MEASURED in program.facts:
+        if program.get(MOMENTS) is not None:
             raise UsageError(
                 "the pass 'fold_norms' changes the inputs that 'measure_moments' measures: put it before that"
             )
-        changes: dict[str, Callable[[Tensor, Read], Tensor]] = {}
+        changes: dict[str, Callable[[Tensor, ReadTensor], Tensor]] = {}
         groups: list[tuple[str, ...]] = []
         left: dict[str, str] = {}
         for scale in program.graph.graph.nodes:
@@ -78,7 +79,7 @@ class _Norm:
     calls: tuple[fx.Node, ...]
 
 
-def _is_scale(read: reading.Read) -> bool:
+def _is_scale(read: weight_reads.Read) -> bool:
     """Whether a call multiplies the features of a value by a 1-D parameter."""
     places = SCALES.get(op_name(read.node), ())
     scale, value = value_of(read.view), read.node.meta.get("val")
@@ -149,7 +150,7 @@ def _obstacle(program: Program, value: fx.Node, user: fx.Node, shift: object) ->
 
 def _changes(
     program: Program, name: str, norm: _Norm
-) -> Iterator[tuple[str, Callable[[Tensor, Read], Tensor]]]:
+) -> Iterator[tuple[str, Callable[[Tensor, ReadTensor], Tensor]]]:
     yield name, lambda scale, _: torch.ones_like(scale)
     if norm.shift is not None:
         yield program.parameters[norm.shift.name], lambda shift, _: torch.zeros_like(shift)
@@ -163,13 +164,13 @@ def _changes(
             yield program.parameters[bias.name], moved
 
 
-def _scaled(scale: str, is_transposed: bool, weight: Tensor, read: Read) -> Tensor:
+def _scaled(scale: str, is_transposed: bool, weight: Tensor, read: ReadTensor) -> Tensor:
     """``W * g``: (..., rows, in) or, transposed, (..., in, rows)."""
     factor = _wide(read(scale))
     return (_wide(weight) * (factor[:, None] if is_transposed else factor)).to(weight.dtype)
 
 
-def _moved(weight: str, shift: str, is_transposed: bool, bias: Tensor, read: Read) -> Tensor:
+def _moved(weight: str, shift: str, is_transposed: bool, bias: Tensor, read: ReadTensor) -> Tensor:
     """``c + W @ b``: (rows,)."""
     dense = _wide(read(weight))
     return (_wide(bias) + (dense.mT if is_transposed else dense) @ _wide(read(shift))).to(bias.dtype)

@@ -19,15 +19,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from kbitc import program as forms
-from kbitc.fusions import Fired
+from kbitc.graph import program
+from kbitc.graph.facts import Fact
+from kbitc.graph.matching import Miss, match
+from kbitc.graph.program import CANONICAL, Program, Stage
+from kbitc.graph.rewriting import build, copy_of
+from kbitc.graph.weight_reads import WeightRead, op_name, reads, value_of
 from kbitc.kernels import ops
-from kbitc.matching import Miss, match
-from kbitc.program import CANONICAL, Program, Stage
-from kbitc.reads import Read, op_name, reads, value_of
-from kbitc.rewriting import build, copy_of
+from kbitc.pipeline.records import Fired
 
-FACT = "fuse_dequantize"
+FACT: Fact[Fired] = Fact("fuse_dequantize")
 kbit = torch.ops.kbit
 TURNED = "multiplies along the rows of the packed weight, whose blocks run along the other dimension"
 
@@ -38,7 +39,7 @@ class FuseDequantize:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same computation; candidates are all dequantizations."""
@@ -72,7 +73,7 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
     yield from (read.view for read in reads(node))
 
 
-def _fuse(graph: fx.Graph, dequantize: fx.Node, read: Read, views: set[fx.Node]) -> str | None:
+def _fuse(graph: fx.Graph, dequantize: fx.Node, read: WeightRead, views: set[fx.Node]) -> str | None:
     """Replace one read by a packed call; the reason if that cannot be."""
     reader = read.node
     if reader.target not in CANONICAL:
@@ -103,12 +104,12 @@ def _replace(graph: fx.Graph, node: fx.Node, by: fx.Node) -> None:
 def _packed_call(graph: fx.Graph, canonical: fx.Node, dequantize: fx.Node) -> fx.Node:
     """The ``kbit`` op that a canonical call of a dequantized weight is."""
     target: Any = {
-        forms.linear: kbit.linear.default,
-        forms.embedding: kbit.embedding.default,
-        forms.grouped_linear: kbit.grouped_linear.default,
+        program.linear: kbit.linear.default,
+        program.embedding: kbit.embedding.default,
+        program.grouped_linear: kbit.grouped_linear.default,
     }[canonical.target]  # type: ignore[index]
     x, _, *rest = canonical.args
-    if canonical.target is forms.embedding:
+    if canonical.target is program.embedding:
         rest = [value_of(dequantize).dtype]
     packed = graph.call_function(target, (x, *dequantize.args[: ops.OPERANDS], *rest))
     packed.meta = dict(canonical.meta)

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from kbitc.fusions import Fired
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage
+from kbitc.graph.rewriting import changed_between, copy_of
+from kbitc.graph.weight_reads import is_move, keeps_features, op_name, value_of
 from kbitc.kernels import ops
-from kbitc.program import Program, Stage
-from kbitc.reads import is_move, keeps_features, op_name, value_of
-from kbitc.rewriting import changed_between, copy_of
+from kbitc.pipeline.records import Fired
 
-FACT = "fuse_epilogues"
+FACT: Fact[Fired] = Fact("fuse_epilogues")
 kbit = torch.ops.kbit
 GENERATED = "pointwise: generated code fuses it with its neighbours, the kernel would save next to nothing"
 RESIDUAL = f"adds an activation, not a bias; {GENERATED}"
@@ -37,7 +38,7 @@ class FuseEpilogues:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same computation; candidates are pointwise ops that read a packed linear or a view of it."""

@@ -19,12 +19,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kbitc.blockwise import TENSOR_FIELDS
-from kbitc.program import CANONICAL, Program, Stage, Weight
-from kbitc.reads import value_of
-from kbitc.rewriting import call, copy_of
-from kbitc.slots import Slot, operand_slots
-from kbitc.spec import Spec
+from kbitc.formats.layout import Slot, operand_slots
+from kbitc.formats.packed import TENSOR_FIELDS
+from kbitc.formats.spec import Spec
+from kbitc.graph.program import CANONICAL, Program, Stage, Weight
+from kbitc.graph.rewriting import call, copy_of
+from kbitc.graph.weight_reads import value_of
 
 
 @dataclass(frozen=True)

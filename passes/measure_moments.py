@@ -3,83 +3,72 @@
 before:  stage CANONICAL
 after:   stage CANONICAL, fact "moments": `Moments` by weight name
 
-One forward and one backward pass a window (`kbitc.fisher` has the losses). A gradient g of an output and
+One forward and one backward pass a window (`kbitc.sensitivity.losses` has the losses). A gradient g of an output and
 the input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and
 a column part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError
-from kbitc.fisher import positions
-from kbitc.moments import Factor, Moments, Reach
-from kbitc.program import Program, Stage
-from kbitc.streaming import Streamed, expert_slices
+from kbitc.graph.context import Calibration
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage
+from kbitc.sensitivity.losses import positions
+from kbitc.sensitivity.moments import (
+    CALIBRATION,
+    MOMENTS,
+    Factor,
+    Moments,
+    Reach,
+    from_tensors,
+    to_tensors,
+)
+from kbitc.sensitivity.streaming import Streamed, expert_slices
 
-FACT = "moments"
-TEXT_FACT = "calibration"
 MAGNITUDE = 6.0
-
-
-class Source(Protocol):
-    """Inputs, and the model to run them through: `kbitc.calibration.Calibrator`."""
-
-    @property
-    def label(self) -> str: ...  # noqa: D102
-    @property
-    def on_event(self) -> Callable[[str, int, int], None]: ...  # noqa: D102
-    @property
-    def is_text(self) -> bool: ...  # noqa: D102
-    def feeds(self) -> list[dict[str, Tensor]]: ...  # noqa: D102
-    def trace(self, feed: Mapping[str, Tensor]) -> Program: ...  # noqa: D102
-    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor: ...  # noqa: D102
-    def read(self, name: str) -> Tensor: ...  # noqa: D102
-    def remembered(  # noqa: D102
-        self, measure: Callable[[], Mapping[str, Moments]], options: str = ""
-    ) -> Mapping[str, Moments]: ...
 
 
 @dataclass(frozen=True)
 class MeasureMoments:
-    """Needs a model of transformers.
+    """Needs a program whose context has something to measure on.
 
     Attributes:
-        calibrator: gives inputs and losses; see `kbitc.calibration.Calibrator`.
         magnitude: from where on an input counts as an outlier; 6 is LLM.int8()'s threshold.
     """
 
-    calibrator: Source | None = None
     magnitude: float = MAGNITUDE
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
-    provides: ClassVar[tuple[str, ...]] = (FACT, TEXT_FACT)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS, CALIBRATION)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError without a calibrator."""
-        if self.calibrator is None:
+        """Raises UsageError where there is nothing to measure on."""
+        source = program.context.calibration
+        if source is None:
             raise UsageError(
                 "the pass 'measure_moments' has nothing to measure on; 'kbitc compile --calibrate' gives it "
                 "text or random inputs, and leaves the pass out where there are none"
             )
-        source = self.calibrator
         # What is remembered is of the source's own weights.
-        found = (
-            self._measure(program, source)
-            if program.changes
-            else source.remembered(lambda: self._measure(program, source), f"magnitude {self.magnitude:g}")
-        )
-        return program.with_fact(FACT, found).with_fact(TEXT_FACT, source.label)
+        if program.changes:
+            moments = self._measure(program, source)
+        else:
+            kept = source.remembered(
+                lambda: to_tensors(self._measure(program, source)), f"magnitude {self.magnitude:g}"
+            )
+            moments = from_tensors(kept)
+        return program.with_fact(MOMENTS, moments).with_fact(CALIBRATION, source.label)
 
-    def _measure(self, program: Program, source: Source) -> dict[str, Moments]:
+    def _measure(self, program: Program, source: Calibration) -> dict[str, Moments]:
         feeds = source.feeds()
         traced = source.trace(feeds[0])
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
@@ -93,7 +82,7 @@ class MeasureMoments:
                 source.loss(feed, outputs, i).backward()
             tokens += positions(outputs)
             del outputs
-            source.on_event("measuring what errors cost", i + 1, len(feeds))
+            program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
         return {
             name: replace(
                 _moments(own, tokens, is_text=source.is_text),

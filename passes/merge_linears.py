@@ -18,14 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from kbitc.fusions import Fired
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage
+from kbitc.graph.rewriting import call, changed_between, copy_of
 from kbitc.kernels import ops
-from kbitc.program import Program, Stage
-from kbitc.rewriting import call, changed_between, copy_of
+from kbitc.pipeline.records import Fired
 
 aten = torch.ops.aten
 kbit = torch.ops.kbit
-FACT = "merge_linears"
+FACT: Fact[Fired] = Fact("merge_linears")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class MergeLinears:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same computation with fewer calls; candidates are all packed linears."""

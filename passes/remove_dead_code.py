@@ -10,16 +10,17 @@ them: those that nothing reads are named, stored tensors among them, as bytes th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from kbitc.fusions import Fired
-from kbitc.program import Program, Stage
-from kbitc.reads import CHECKS, is_idle_dropout, op_name
-from kbitc.rewriting import copy_of
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage
+from kbitc.graph.rewriting import copy_of
+from kbitc.graph.weight_reads import CHECKS, is_idle_dropout, op_name
+from kbitc.pipeline.records import Fired
 
-FACT = "remove_dead_code"
+FACT: Fact[Fired] = Fact("remove_dead_code")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RemoveDeadCode:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:
         """The same computation; candidates are nodes without a reader, and dropouts."""

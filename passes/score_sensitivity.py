@@ -1,10 +1,10 @@
 """Price every option of every weight: bytes, and what the loss pays for them.
 
 before:  stage CANONICAL, facts "moments" and "outliers" if there was text to measure them on
-after:   stage CANONICAL, fact "scores": `Scores`
+after:   stage CANONICAL, fact "scores": `ScoreTable`
 
 Each spec is tried on a sample of the weight's own rows. With moments the price of an error dW is
-1/2 sum(rows * columns * dW²), in nats per token (`kbitc.moments`), and scales are searched with the
+1/2 sum(rows * columns * dW²), in nats per token (`kbitc.sensitivity.moments`), and scales are searched with the
 columns' weights, as packing will. Without, it is the relative squared error times the number of
 parameters (HIGGS' linear model of the loss, 2411.17525, with equal layer factors), more for the output
 head, whose error nothing damps.
@@ -12,25 +12,30 @@ head, whose error nothing damps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kbitc import outliers, scoring
 from kbitc.errors import UsageError
-from kbitc.graphs import KINDS, Groups, agreeing_groups
-from kbitc.moments import Moments
-from kbitc.outliers import Found, share_of
-from kbitc.passes import measure_moments
-from kbitc.program import Program, Stage, Weight
-from kbitc.scores import Option, Scores, monotone
-from kbitc.spec import LEFT_ALONE, Spec, parse
+from kbitc.formats import datatypes
+from kbitc.formats.layout import weight_bytes
+from kbitc.formats.packed import Packed
+from kbitc.formats.spec import LEFT_ALONE, Spec, parse
+from kbitc.graph.facts import Fact
+from kbitc.graph.program import Program, Stage, Weight
+from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
+from kbitc.graph.stored import rest_bytes
+from kbitc.quantizers import choose_quantizer
+from kbitc.sensitivity.evidence import Evidence
+from kbitc.sensitivity.moments import MOMENTS, Moments
+from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
+from kbitc.sensitivity.sampled_error import Sample
+from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable, monotone
 
-FACT = "scores"
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
 HEAD_IMPORTANCE = 8.0
@@ -45,29 +50,24 @@ def outlier_candidates(in_features: int, count: int) -> tuple[Spec, ...]:
 
 
 def default_candidates() -> tuple[Spec, ...]:
-    """Every data type that leads somewhere at some k, in blocks of 32 to 256 (PAPERS sections 7 and 8).
+    """Every data type at the bits and blocks that its definition names (`kbitc.formats.datatypes.Family`).
 
     Double quantization stores the same scales in half the bits; its error is part of what is measured.
     """
-    families = {
-        2: ("nf", "bof", "int", "learned"),
-        3: ("nf", "bof", "int", "fp", "learned"),
-        4: ("nf", "bof", "int", "fp", "dynamic", "learned"),
-        5: ("nf", "bof", "int", "fp"),
-        6: ("nf", "int", "fp"),
-        7: ("int", "fp"),
-        8: ("int",),
-    }
+    every = datatypes.families().values()
     plain = [
-        f"{family}{bits}:{block}+dq"
-        for bits, names in families.items()
-        for family in names
-        for block in (32, 64, 128, 256)
+        f"{family.name}{bits}:{block}+dq"
+        for bits in range(datatypes.MIN_BITS, datatypes.MAX_BITS + 1)
+        for family in every
+        for block in family.candidates.get(bits, ())
     ]
-    # Between 3.25 and 4.25 bits there is little else, and a small model's embedding is one choice.
-    plain += [f"{family}{bits}:16+dq" for bits in (2, 3) for family in ("nf", "bof", "learned")]
-    with_zero = [f"int{bits}:{block}+zp+dq" for bits in (2, 3, 4) for block in (32, 64, 128)]
-    return tuple(parse(text) for text in plain + with_zero)
+    centered = [
+        f"{family.name}{bits}:{block}+zp+dq"
+        for family in every
+        for bits, blocks in family.centered_candidates.items()
+        for block in blocks
+    ]
+    return tuple(parse(text) for text in plain + centered)
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,23 @@ class ScoreSensitivity:
         candidates: specs to try; by default `default_candidates`, and for a weight with outlier features
             `outlier_candidates`; leaving a weight at 16 bits is always one more.
         head_importance: without moments, a factor on the cost of a weight that gives the logits.
-        on_weight: progress, ``(name, done, all)``.
+        quantizer: that will pack the weights; "" for the strongest one that there is evidence for.
     """
 
     candidates: Sequence[Spec] = ()
     head_importance: float = HEAD_IMPORTANCE
-    on_weight: Callable[[str, int, int], None] = lambda *_: None
+    quantizer: str = ""
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
-    provides: ClassVar[tuple[str, ...]] = (FACT,)
+    provides: ClassVar[tuple[Fact[Any], ...]] = (SCORES,)
 
     def run(self, program: Program) -> Program:
         """Raises UsageError for a program without a source of weights."""
         if program.read is None:
             raise UsageError("scoring needs the weights; this program has no source")
         read = program.read
-        moments = cast("Mapping[str, Moments]", program.facts.get(measure_moments.FACT, {}))
+        moments, outliers = program.get(MOMENTS) or {}, program.get(OUTLIERS) or {}
         # Samples are small, so weights run side by side, one thread each.
         workers = torch.get_num_threads()
         options = {}
@@ -104,52 +104,46 @@ class ScoreSensitivity:
                     weight,
                     read(weight.name),
                     moments.get(weight.name),
-                    outliers.of_weight(program.facts, weight.name) or Found(),
+                    outliers.get(weight.name, OutlierFeatures()),
                 ),
                 program.weights.values(),
             )
             for i, (name, own) in enumerate(zip(program.weights, found, strict=True), start=1):
                 options[name] = own
-                self.on_weight(name, i, len(program.weights))
-        scores = Scores(
+                program.context.on_progress(name, i, len(program.weights))
+        scores = ScoreTable(
             options,
             {name: weight.numel for name, weight in program.weights.items()},
-            fixed_bytes(program),
+            rest_bytes(program),
             program.parameter_count,
             source="fisher" if moments else "error",
             unit="nats per token" if moments else "relative",
             groups={kind: _joined(agreeing_groups(program, kind)) for kind in KINDS},
         )
-        return program.with_fact(FACT, scores)
+        return program.with_fact(SCORES, scores)
 
     def _options(
-        self, weight: Weight, data: Tensor, moments: Moments | None, outlying: Found
+        self, weight: Weight, data: Tensor, moments: Moments | None, outlying: OutlierFeatures
     ) -> tuple[Option, ...]:
-        sample = scoring.Sample.of(data.mT if weight.is_transposed else data, moments)
+        sample = Sample.of(data.mT if weight.is_transposed else data, moments)
         importance = self.head_importance if weight.is_head else 1.0
         found = []
         count = len(outlying.index)
         more = outlier_candidates(weight.in_features, count) if 0 < count < weight.in_features else ()
         for spec in (*(self.candidates or (*default_candidates(), *more)), LEFT_ALONE):
-            price, error = sample.price(spec, outlying.picked(spec))
+            price, error = sample.price(spec, outlying.picked(spec), self._quantize)
             if price is None:  # a tied head counts as a head: the same numbers give the logits
                 price = importance * weight.numel * error**2
-            nbytes = spec.packed_bytes(weight.rows, weight.in_features)
+            nbytes = weight_bytes(spec, weight.oriented_shape[:-1], weight.in_features)
             found.append(Option(spec, nbytes, price, error))
         return monotone(tuple(found))
 
+    def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:
+        return choose_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)
 
-def _joined(groups: Groups) -> Groups:
+
+def _joined(groups: NameGroups) -> NameGroups:
     return [names for names in groups if len(names) > 1]
-
-
-def fixed_bytes(program: Program) -> int:
-    """Bytes that no choice changes: everything that stays unpacked, floats at 16 bits."""
-    sizes = (
-        rest.numel * (min(2, rest.dtype.itemsize) if rest.dtype.is_floating_point else rest.dtype.itemsize)
-        for rest in program.rest.values()
-    )
-    return sum(sizes)
 
 
 PASS = ScoreSensitivity

@@ -184,8 +184,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens say what a model of random weights has to say."""
-    monkeypatch.setattr("kbitc.calibration.COUNT", 2)
-    monkeypatch.setattr("kbitc.calibration.LENGTH", 16)
+    monkeypatch.setattr("kbitc.compiler.calibrator.COUNT", 2)
+    monkeypatch.setattr("kbitc.compiler.calibrator.LENGTH", 16)
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import kbitc
-from kbitc import pack
-from kbitc.artifact import Artifact
-from kbitc.driver import compile_to, replan
+from kbitc.artifact import pack
+from kbitc.artifact.reader import Artifact
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
 from kbitc.errors import BudgetError, KbitcError, SourceError, UsageError
-from kbitc.request import Request
-from kbitc.tensor import KbitTensor
+from kbitc.evaluation.opening import open_model
+from kbitc.planning.replanning import replan
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_interrupt_then_resume_gives_the_same_bytes(llama, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"), on_event=stop)
+        compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"), on_progress=stop)
     assert not (tmp_path / "out").exists()
     packed = []
     real = pack._convert
@@ -187,7 +189,7 @@ def test_kill_9_leaves_no_half_artifact_and_resume_finishes(llama, tmp_path):
         "def event(name, done, total):\n"
         "    seen.append(name)\n"
         "    if len(seen) == 14: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"compile_to({str(llama)!r}, Path({str(tmp_path / 'out')!r}), Request(spec='nf4:64'), on_event=event)\n"
+        f"compile_to({str(llama)!r}, Path({str(tmp_path / 'out')!r}), Request(spec='nf4:64'), on_progress=event)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -252,7 +254,7 @@ FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "llama", "mixtral", "roberta", "
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_compiles_from_a_folder_and_in_memory(family, tiny_model, tmp_path):
-    from kbitc.example_inputs import example_inputs
+    from kbitc.graph.example_inputs import example_inputs
 
     model = tiny_model(family)
     inputs = {
@@ -358,7 +360,7 @@ def test_ctrl_c_of_the_command_line(llama, tmp_path):
 
 def test_a_sharded_artifact_loads(llama, tmp_path, monkeypatch):
     compile_to(str(llama), tmp_path / "whole", Request(spec="nf4:64"))
-    monkeypatch.setattr("kbitc.artifact.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("kbitc.artifact.writer.SHARD_BYTES", 30_000)
     compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     with torch.no_grad():
@@ -368,11 +370,10 @@ def test_a_sharded_artifact_loads(llama, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_the_dense_model_of_a_source_opens_for_comparison(family, tiny_model, tmp_path):
-    from kbitc import loading
 
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "source")
-    loaded = loading.open_model(str(tmp_path / "source"))
+    loaded = open_model(str(tmp_path / "source"))
     assert loaded.bits_per_param == pytest.approx(32, rel=0.02)
     with torch.no_grad():
         assert torch.allclose(loaded.model(IDS % 20).logits, model(IDS % 20).logits, atol=1e-5)

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import fx
 
-from kbitc.capture import capture
-from kbitc.example_inputs import example_inputs
-from kbitc.fusions import records
+from kbitc.formats.layout import operand_slots
+from kbitc.graph.capture import capture
+from kbitc.graph.example_inputs import example_inputs
+from kbitc.graph.program import CANONICAL
+from kbitc.graph.weight_reads import is_move, op_name
 from kbitc.kernels import ops, reference
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.fold_norms import FoldNorms
-from kbitc.pipeline import LOWERING, PassManager
-from kbitc.program import CANONICAL
-from kbitc.reads import is_move, op_name
-from kbitc.slots import operand_slots
+from kbitc.pipeline.defaults import LOWERING
+from kbitc.pipeline.manager import PassManager
+from kbitc.pipeline.records import records
 
 kbit = torch.ops.kbit
 FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "llama", "mixtral", "roberta", "bart", "t5", "clip"]
@@ -86,7 +87,7 @@ def packed_state(program, state):
         spec = program.plan.weights[name].spec
         if spec.is_left_alone:
             continue
-        found = ops.quantize(state[name].mT if weight.is_transposed else state[name], spec)
+        found = quantize_weight(state[name].mT if weight.is_transposed else state[name], spec)
         read = reference.dequantize(*found.operands(), dtype=torch.float32)
         dense[name] = read.mT if weight.is_transposed else read
         slots = operand_slots(name, spec, weight.oriented_shape[:-1], weight.in_features)

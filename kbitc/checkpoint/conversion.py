@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.checkpoint.skeletons import first_line
-from kbitc.errors import SourceError
+from kbitc.errors import SourceError, first_line
 
 ReadSource = Callable[[str], Tensor]
 """Reads one tensor by the source's name."""
@@ -80,7 +79,7 @@ def recipes_for(
         except Exception as error:
             raise SourceError(
                 f"{label}: '{anchor}' cannot be made from {len(found)} tensors of the checkpoint, "
-                f"the first '{found[0][1]}': {first_line(error)} Some may be missing, or "
+                f"the first '{found[0][1]}': {first_line(error)}. Some may be missing, or "
                 "config.json is of another model"
             ) from error
         for target, tensor in results.items():

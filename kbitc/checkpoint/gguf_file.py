@@ -22,8 +22,8 @@ from kbitc.checkpoint.gguf_header import Block, Header
 from kbitc.checkpoint.gguf_processors import Processed
 from kbitc.checkpoint.hf_folder import fingerprint_of
 from kbitc.checkpoint.linked import Linked, link
-from kbitc.checkpoint.skeletons import build, first_line, load_config, model_classes
-from kbitc.errors import BackendUnavailable, SourceError
+from kbitc.checkpoint.skeletons import build, load_config, model_classes
+from kbitc.errors import BackendUnavailable, SourceError, first_line
 
 ROPE_FREQS = "rope_freqs.weight"
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kbitc.checkpoint.base import TensorInfo, tensor_of
+from kbitc.checkpoint.base import TensorInfo
 from kbitc.checkpoint.conversion import ReadSource
-from kbitc.checkpoint.skeletons import first_line
-from kbitc.errors import SourceError
+from kbitc.checkpoint.names import tensor_of
+from kbitc.errors import SourceError, first_line
 
 
 class _Outline:
@@ -90,7 +90,7 @@ class Processed:
         try:
             names: dict[str, str] = name_map(_Outline(model), processor)
         except NotImplementedError as error:
-            raise SourceError(f"{label}: {first_line(error)}") from error
+            raise SourceError(f"{label}: {first_line(error)}.") from error
         parts: dict[str, tuple[str, ...]] = {}
         for block in blocks:
             # Merged experts are mapped without the suffix.

@@ -13,8 +13,7 @@ from typing import Any
 from kbitc.checkpoint import companions
 from kbitc.checkpoint.folder_checks import check_folder, pickle_message, read_json
 from kbitc.checkpoint.hf_folder import HfFolder
-from kbitc.checkpoint.skeletons import first_line
-from kbitc.errors import SourceError
+from kbitc.errors import SourceError, first_line
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
 SMALL = [companions.CONFIG, *companions.PATTERNS, "model.safetensors.index.json"]
@@ -82,11 +81,11 @@ def _reason(error: Exception, revision: str | None) -> str:
             "the spelling and the network (HF_HUB_OFFLINE, HF_ENDPOINT), or download it elsewhere "
             "and give the folder"
         ),
-        errors.HFValidationError: f"is neither a local path nor a hub id: {first_line(error)}",
+        errors.HFValidationError: f"is neither a local path nor a hub id: {first_line(error)}.",
     }
     for kind, reason in reasons.items():
         if isinstance(error, kind):
             return reason
     return (
-        f"downloading it failed: {first_line(error)} Try again, or download it elsewhere and give the folder"
+        f"downloading it failed: {first_line(error)}. Try again, or download it elsewhere and give the folder"
     )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.checkpoint.base import TensorInfo, stored_names, tensor_of
+from kbitc.checkpoint.base import TensorInfo
 from kbitc.checkpoint.conversion import ReadSource, Recipe, recipes_for
+from kbitc.checkpoint.names import stored_names, tensor_of
 from kbitc.checkpoint.skeletons import default_buffer, untie
 from kbitc.errors import SourceError
 

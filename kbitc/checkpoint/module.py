@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.checkpoint import companions
-from kbitc.checkpoint.base import Checkpoint, TensorInfo, stored_names, tensor_of
+from kbitc.checkpoint.base import Checkpoint, TensorInfo
+from kbitc.checkpoint.names import stored_names, tensor_of
 from kbitc.errors import SourceError, UsageError
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)

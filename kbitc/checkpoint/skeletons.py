@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.checkpoint.base import tensor_of
-from kbitc.errors import SourceError
+from kbitc.checkpoint.names import tensor_of
+from kbitc.errors import SourceError, first_line
 
 
 def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> Any:
@@ -31,7 +31,7 @@ def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> An
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise SourceError(
-            f"{label}: transformers cannot read the model's config: {first_line(error)} "
+            f"{label}: transformers cannot read the model's config: {first_line(error)}. "
             f"This is transformers {transformers.__version__}: install the version that the model "
             "was made with (code that comes with a model is not run)"
         ) from error
@@ -96,7 +96,7 @@ def build(model_class: Any, config: Any, label: str, dtype: torch.dtype | None =
             model.tie_weights()
     except Exception as error:
         raise SourceError(
-            f"{label}: {model_class.__name__} cannot be built from the config: {first_line(error)}"
+            f"{label}: {model_class.__name__} cannot be built from the config: {first_line(error)}."
         ) from error
     skeleton: nn.Module = model.eval()
     return skeleton
@@ -138,9 +138,3 @@ def _filled(tensor: Tensor | None, content: int) -> Any:
         return None
     full = torch.full(tensor.shape, content, dtype=tensor.dtype, device="cpu")
     return nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0].rstrip(".") + "."

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from kbitc.cache import cache_folder
 from kbitc.errors import BackendUnavailable
 
 FOLDER = Path(__file__).parent
@@ -120,13 +121,6 @@ def find_compiler() -> str:
         f"no C++ compiler was found ({looked}); install one (Debian: apt install g++) to get kbitc's fast "
         "CPU kernels"
     )
-
-
-def cache_folder() -> Path:
-    """``$KBITC_CACHE``, or ``~/.cache/kbitc``."""
-    given = os.environ.get("KBITC_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else base / "kbitc"
 
 
 def build(recipe: Recipe | None = None, *, force: bool = False) -> Path:

@@ -18,8 +18,11 @@ import triton
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from kbitc import packing
-from kbitc.blockwise import Operands, inverse_scales
+from kbitc.formats import bit_planes
+from kbitc.formats.bit_planes import CHUNK
+from kbitc.formats.blocks import inverse_scales
+from kbitc.formats.encoder import Encoder
+from kbitc.formats.packed import Operands
 from kbitc.kernels import reference
 from kbitc.kernels.gpu.dequantize import columns_kernel, rows_kernel
 from kbitc.kernels.gpu.encode import encode_kernel
@@ -27,8 +30,6 @@ from kbitc.kernels.gpu.gemv import gemv_kernel
 from kbitc.kernels.gpu.int8 import int8_kernel
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE
-from kbitc.nearest import Encoder
-from kbitc.packing import CHUNK
 
 MANY = 64
 SLAB = 2**25
@@ -356,7 +357,7 @@ def encode(
     values = (rows if outlier_index is None else rows.index_fill(1, outlier_index.long(), 0)).contiguous()
     inverse = inverse_scales(scales.float())
     encoder = Encoder(codebook)
-    width = packing.row_bytes(features, bits)
+    width = bit_planes.row_bytes(features, bits)
     out = torch.empty(count, width, dtype=torch.uint8, device=rows.device)
     first = features // CHUNK * CHUNK if width % 4 == 0 else 0
     if first and count:
@@ -372,7 +373,7 @@ def encode(
         rest = values[:, first:].float()
         rest = rest if zeros is None else rest - zeros.float()[:, at]
         codes = torch.bucketize(rest * inverse[:, at], encoder.bounds, out_int32=True)
-        out[:, first * bits // 8 :] = packing.pack(codes.to(torch.uint8), bits)
+        out[:, first * bits // 8 :] = bit_planes.pack(codes.to(torch.uint8), bits)
     return out
 
 

@@ -12,14 +12,16 @@ import torch
 
 import kbitc
 from kbitc import backends
-from kbitc.backends import cpu, find_backend, make_decoder
-from kbitc.backends._decode_step import export_step
-from kbitc.backends._decoder import Decoder, GrowingCache, GrowingLayer
+from kbitc.backends import find_backend, make_decoder
+from kbitc.backends._decoding.decode_step import export_step
+from kbitc.backends._decoding.decoder import Decoder, GrowingCache, GrowingLayer
+from kbitc.backends.cpu.backend import Cpu
+from kbitc.backends.cpu.step_package import PACKAGE
 from kbitc.errors import BackendUnavailable, UsageError
-from kbitc.kernels.cpu import build
-from kbitc.pipeline import LOWERING, lowering_pipeline
+from kbitc.kernels.cpu.build import load
+from kbitc.pipeline.defaults import LOWERING, lowering_pipeline
 
-MISSING = cpu.Cpu().missing()
+MISSING = Cpu().missing()
 needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9]])
 NO_END = {"eos_token_id": None, "pad_token_id": 0}
@@ -32,7 +34,7 @@ def packed(tiny_model, family="llama", spec="nf4:32"):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """One cache folder for all tests, so that a step is compiled once."""
-    build.load()  # the kernels, from their usual folder
+    load()  # the kernels, from their usual folder
     return tmp_path_factory.mktemp("cache")
 
 
@@ -85,9 +87,9 @@ def test_lowering_passes_are_edited_by_name(tiny_model):
     _, fewer = export_step(model, lowering_pipeline(disabled=["merge_linears"]))
     assert list(fewer) == [name for name in LOWERING if name != "merge_linears"]
     with pytest.raises(UsageError, match="did you mean 'merge_linears'"):
-        cpu.Cpu(disabled=("merge_linear",)).decoder(model)
+        Cpu(disabled=("merge_linear",)).decoder(model)
     with pytest.raises(UsageError, match="needs stage CAPTURED"):
-        cpu.Cpu(passes=("canonicalize",)).decoder(model)
+        Cpu(passes=("canonicalize",)).decoder(model)
 
 
 def test_what_cannot_be_compiled(tiny_model):
@@ -148,7 +150,7 @@ def test_logits_tokens_and_reuse(tiny_model, cached):
     assert list(again.generate(PROMPT, 20)) == list(Decoder(other).generate(PROMPT, 20))
     assert list(again.generate(PROMPT, 20)) != list(eager.generate(PROMPT, 20))
     # The package holds no weights, and the folder nothing unfinished.
-    assert (compiled.package / cpu.PACKAGE).stat().st_size < 10e6
+    assert (compiled.package / PACKAGE).stat().st_size < 10e6
     assert [path.name for path in (cached / "decode").iterdir() if path.name.startswith(".")] == []
 
 

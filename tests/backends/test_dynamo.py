@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 import kbitc
-from kbitc.backends import dynamo, find_backend, make_decoder
-from kbitc.backends.dynamo import kbit
+from kbitc.backends import find_backend, make_decoder
+from kbitc.backends.dynamo.backend import Dynamo, kbit, models_of
+from kbitc.backends.dynamo.options import Options
 from kbitc.errors import UsageError
-from kbitc.example_inputs import example_inputs
+from kbitc.graph.example_inputs import example_inputs
 
 ROOT = Path(__file__).parent.parent.parent
 SPEC = {"spec": "nf4:32", "inner": "eager"}
@@ -171,7 +172,7 @@ def test_a_budget_counts_over_the_whole_model():
     wanted = kbitc.compile(block(), bits=5.5, example_inputs=(X,))
     options = {"bits": 5.5, "example_inputs": (X,), "inner": "eager"}
     assert error(torch.compile(model, backend=kbit, options=options)(X), wanted(X)) <= 1e-6
-    (kept,) = dynamo.models_of(model)
+    (kept,) = models_of(model)
     packed = {name: p.spec for name, p in wanted.named_parameters() if isinstance(p, kbitc.KbitTensor)}
     assert {name: kept.program.plan.weights[name].spec for name in kept.packed_names} == packed
     assert len(set(packed.values())) > 1
@@ -202,7 +203,7 @@ def test_freed_weights():
     for length in (9, 4, 7, 1):
         assert error(compiled(ids[:, :length]), wanted(ids[:, :length])) <= 1e-3
     assert graphs() == 3  # a length, any length, one token
-    (kept,) = dynamo.models_of(model)
+    (kept,) = models_of(model)
     assert kept.packed_names == ["embed.weight", "body.up.weight", "body.down.weight"]
     resident = stored_bytes([*model.parameters(), *kept.operands.values()])
     packed = {id(p): p for p in wanted.parameters() if isinstance(p, kbitc.KbitTensor)}
@@ -249,7 +250,7 @@ def test_parts_of_a_model_read_one_plan():
     broken = block(Broken)
     assert error(torch.compile(broken, backend=kbit, options=options)(X), wanted) <= 1e-6
     assert graphs() == 2
-    assert len(dynamo.models_of(broken)) == 1
+    assert len(models_of(broken)) == 1
     plain = block()
     assert error(torch.compile(plain.forward, backend=kbit, options=SPEC)(X), wanted) <= 1e-6
     assert error(torch.compile(lambda x: plain(x) * 2, backend=kbit, options=SPEC)(X), 2 * wanted) <= 1e-6
@@ -264,7 +265,7 @@ def test_parts_of_a_model_read_one_plan():
 
     outer = Outer().eval()
     assert error(outer(X), wanted) <= 1e-6
-    assert not dynamo.models_of(outer)
+    assert not models_of(outer)
 
 
 def test_what_a_graph_does_not_show_is_told():
@@ -375,18 +376,18 @@ def test_what_it_refuses():
         ({"spec": "nf4:64", "plan": "plan.json"}, "exactly one of"),
     ):
         with pytest.raises(UsageError, match=message):
-            dynamo.Options.of(options)
+            Options.of(options)
         with pytest.raises(Exception, match=message):  # torch wraps it
             torch.compile(block(), backend=kbit, options=options)(X)
-    assert dynamo.Options.of({"calibration": "none"}).calibrate == "none"
-    assert dynamo.Options.of({}).request().bits == 4
+    assert Options.of({"calibration": "none"}).calibrate == "none"
+    assert Options.of({}).request().bits == 4
     two = [block(), block()]
     with pytest.warns(
         RuntimeWarning, match="a function stays unquantized: its parameters are not of one module"
     ):
         torch.compile(lambda x: two[0](x) + two[1](x), backend=kbit, options=SPEC)(X)
-    assert find_backend("dynamo") is dynamo.Dynamo
-    assert dynamo.Dynamo().missing() is None
+    assert find_backend("dynamo") is Dynamo
+    assert Dynamo().missing() is None
     with pytest.raises(UsageError, match="does not decode"):
         make_decoder(block(), "dynamo")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kbitc
-from kbitc.backends.eager import BACKEND
-from kbitc.capture import capture
+from kbitc.backends.eager.backend import BACKEND
 from kbitc.errors import UsageError
-from kbitc.example_inputs import example_inputs
+from kbitc.graph.capture import capture
+from kbitc.graph.example_inputs import example_inputs
 from kbitc.passes.canonicalize import Canonicalize
 
 

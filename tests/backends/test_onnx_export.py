@@ -13,21 +13,26 @@ from torch import nn
 from typer.testing import CliRunner
 
 import kbitc
-from kbitc import datatypes, errors, evaluation, loading, onnx_verify
+from kbitc import errors
 from kbitc.backends import find_backend, make_decoder
-from kbitc.backends._onnx_blocks import make_blocks
+from kbitc.backends.onnx_export.blocks import make_blocks
+from kbitc.checkpoint import demo
 from kbitc.cli import app
 from kbitc.errors import SourceError, UsageError
+from kbitc.evaluation import onnx_verify
+from kbitc.evaluation.opening import open_model
+from kbitc.evaluation.perplexity import perplexity, read_text, windows
+from kbitc.formats import datatypes
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [onnx]")
 ir = pytest.importorskip("onnx_ir", reason="needs the extra [onnx]")
 pytest.importorskip("onnxscript", reason="needs the extra [onnx]")
 
-from kbitc.backends._onnx_container import ACTIVATIONS, choose_container  # noqa: E402  # it needs the packages
-from kbitc.backends._onnx_emit import Emitter  # noqa: E402  # it needs the packages
-from kbitc.backends._onnx_stored import Options  # noqa: E402  # it needs the packages
-from kbitc.backends._onnx_weight import LoweredWeight  # noqa: E402  # it needs the packages
-from kbitc.backends.onnx_export import export_onnx  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.backend import export_onnx  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.container import ACTIVATIONS, choose_container  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.emit import Emitter  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.stored import Options  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.weight import LoweredWeight  # noqa: E402  # it needs the packages
 
 KINDS = ("linear", "embedding", "tied")
 # What the activations' rounding costs beside the container's, relative to the result.
@@ -189,13 +194,13 @@ def demo(tmp_path_factory):
 
 def test_demo_decodes_and_scores_as_in_torch(demo):
     folder, report = demo
-    ours, theirs = (loading.open_model(str(folder / name), torch.float32) for name in ("onnx", "packed"))
+    ours, theirs = (open_model(str(folder / name), torch.float32) for name in ("onnx", "packed"))
     ids = theirs.tokenizer("The function returns", return_tensors="pt")["input_ids"]
     wanted = list(make_decoder(theirs.model, "eager").generate(ids, 64))
     assert list(make_decoder(ours.model).generate(ids, 64)) == wanted
-    text = evaluation.read_text(kbitc_heldout())
-    windows = evaluation.windows(ours.model, ours.tokenizer, text, 128, 1280)
-    scores = [evaluation.perplexity(found.model, windows).perplexity for found in (ours, theirs)]
+    text = read_text(kbitc_heldout())
+    ids = windows(ours.model, ours.tokenizer, text, 128, 1280)
+    scores = [perplexity(found.model, windows).perplexity for found in (ours, theirs)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     payload = kbitc.Artifact.open(folder / "packed").payload_bytes
     assert report["files"]["model.onnx.data"] <= 1.03 * payload
@@ -205,7 +210,6 @@ def test_demo_decodes_and_scores_as_in_torch(demo):
 
 
 def kbitc_heldout():
-    from kbitc import demo
 
     return demo.heldout()
 
@@ -225,7 +229,7 @@ def test_command_line(demo):
 def test_genai_config_runs(demo):
     genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
     folder, _ = demo
-    theirs = loading.open_model(str(folder / "packed"), torch.float32)
+    theirs = open_model(str(folder / "packed"), torch.float32)
     ids = theirs.tokenizer("The function returns", return_tensors="pt")["input_ids"]
     model = genai.Model(str(folder / "onnx"))
     options = genai.GeneratorParams(model)
@@ -299,7 +303,7 @@ def test_refusals_leave_nothing_behind(demo, tmp_path):
     with pytest.raises(UsageError, match="nothing in this model is packed"):
         export_onnx(TwoUses().eval(), tmp_path / "x", example_inputs=(torch.ones(1, 45),))
     with pytest.raises(UsageError, match="exported model does not run on the backend 'cpu'"):
-        make_decoder(loading.open_model(str(folder / "onnx")).model, "cpu")
+        make_decoder(open_model(str(folder / "onnx")).model, "cpu")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kbitc.errors import BackendUnavailable
-from kbitc.kernels.cpu import build
+from kbitc.kernels.cpu.build import Recipe, build, find_compiler
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
@@ -21,7 +21,7 @@ ANSWER = 'extern "C" int answer() { return 42; }\n'
 @pytest.fixture
 def compiler():
     try:
-        return build.find_compiler()
+        return find_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
 
@@ -32,11 +32,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "kernels"
 
 
-def recipe(folder: Path, text: str = ANSWER, **more) -> build.Recipe:
+def recipe(folder: Path, text: str = ANSWER, **more) -> Recipe:
     folder.mkdir(exist_ok=True)
     source = folder / "answer.cpp"
     source.write_text(text)
-    return build.Recipe(sources=((source, ()),), flags=("-fPIC", "-O0"), **more)
+    return Recipe(sources=((source, ()),), flags=("-fPIC", "-O0"), **more)
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
@@ -50,11 +50,11 @@ def run(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_compiles_once(compiler, cache, tmp_path):
-    first = build.build(recipe(tmp_path))
+    first = build(recipe(tmp_path))
     written = first.stat().st_mtime_ns
-    assert build.build(recipe(tmp_path)) == first
+    assert build(recipe(tmp_path)) == first
     assert first.stat().st_mtime_ns == written
-    assert build.build(recipe(tmp_path), force=True) == first
+    assert build(recipe(tmp_path), force=True) == first
     assert first.stat().st_mtime_ns > written
     assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
 
@@ -91,7 +91,7 @@ def test_processes_side_by_side_compile_once(compiler, cache, tmp_path):
 
 def test_compiler_error_leaves_nothing(compiler, cache, tmp_path):
     with pytest.raises(BackendUnavailable, match=r"failed: .*answer\.cpp:1.*error"):
-        build.build(recipe(tmp_path, text="int answer( {\n"))
+        build(recipe(tmp_path, text="int answer( {\n"))
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -99,13 +99,13 @@ def test_cache_that_cannot_be_written(compiler, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KBITC_CACHE", str(tmp_path / "file"))
     with pytest.raises(BackendUnavailable, match="set KBITC_CACHE to another folder"):
-        build.build(recipe(tmp_path))
+        build(recipe(tmp_path))
 
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler was found \(\$CXX = no-such-compiler\)"):
-        build.find_compiler()
+        find_compiler()
 
 
 def test_without_a_compiler_one_warning_and_the_right_answer(cache):

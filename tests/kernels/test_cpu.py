@@ -11,13 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kbitc import blockwise, packing
+from kbitc.formats import bit_planes
+from kbitc.formats.dequantize import dequantize_operands
+from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.kernels import ops, reference  # noqa: F401
-from kbitc.kernels.cpu import build
-from kbitc.tensor import KbitTensor, quantize
+from kbitc.kernels.cpu.build import find_compiler, load
+from kbitc.quantizers import quantize
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 try:
-    build.find_compiler()
+    find_compiler()
 except Exception as error:  # noqa: BLE001
     pytest.skip(f"the native kernels cannot be built: {error}", allow_module_level=True)
 
@@ -26,7 +29,7 @@ BOUND = 5e-4  # relative to |x| |row of W|, per output: what 14-bit integers of 
 
 
 def runnable_sets():
-    assert build.load(), "there is a compiler, so the kernels must load"
+    assert load(), "there is a compiler, so the kernels must load"
     found = []
     for name in ("avx512", "avx2", "portable"):
         try:
@@ -54,7 +57,7 @@ def packed(rows, features, spec, seed=0, experts=None, dtype=torch.float32):
 
 
 def truth(weight: KbitTensor) -> torch.Tensor:
-    return blockwise.dequantize_operands(*weight.operands(), dtype=torch.float32).double()
+    return dequantize_operands(*weight.operands(), dtype=torch.float32).double()
 
 
 def assert_product(y, x, dense, bias=None, bound=BOUND):
@@ -106,7 +109,7 @@ def test_two_bits_any_codebook(kernel_set, codebook, block):
     zeros = 5 if 0.0 in codebook else 0
     codes[:zeros] = codebook.index(0.0) if zeros else 0
     weight = KbitTensor(
-        replace(weight, planes=packing.pack(codes, 2), codebook=torch.tensor(codebook)), torch.float32
+        replace(weight, planes=bit_planes.pack(codes, 2), codebook=torch.tensor(codebook)), torch.float32
     )
     dense = truth(weight)
     for rows in (1, 3):
@@ -378,8 +381,8 @@ def test_encode_gives_the_same_bytes(kernel_set, datatype, flags, features, bloc
     weight[4, :3] = 1e-39
     spec = f"{datatype}:{block}{flags}"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        plain = blockwise.quantize(weight.to(dtype), spec)
-        fast = blockwise.quantize(weight.to(dtype), spec, encode=torch.ops.kbit.encode)
+        plain = quantize(weight.to(dtype), spec)
+        fast = quantize(weight.to(dtype), spec, encode=torch.ops.kbit.encode)
         assert torch.equal(plain.planes, fast.planes)
 
 
@@ -397,7 +400,7 @@ def test_encode_refuses_what_does_not_fit(kernel_set):
 
 
 def changed(weight, **fields):
-    names = (*blockwise.TENSOR_FIELDS, "in_features", "bits", "block")
+    names = (*TENSOR_FIELDS, "in_features", "bits", "block")
     values = dict(zip(names, weight.operands(), strict=True)) | fields
     return tuple(values[name] for name in names)
 
@@ -482,7 +485,7 @@ def test_opcheck(kernel_set, op):
 
 
 def test_every_op_is_checked():
-    assert build.load()
+    assert load()
     names = torch._C._dispatch_get_all_op_names()
     defined = {name.split("::")[1].split(".")[0] for name in names if name.startswith("kbit::")}
     # test_reference.py, test_scale_search.py, test_int8.py

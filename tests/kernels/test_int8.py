@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from kbitc.activations import use_activations
 from kbitc.errors import UsageError
 from kbitc.kernels import ops, reference  # noqa: F401
-from kbitc.kernels.cpu import build
-from kbitc.tensor import quantize
+from kbitc.kernels.cpu.build import load
+from kbitc.quantizers import quantize
+from kbitc.tensor.activations import use_activations
 
 SETS = ["reference", "portable", "avx2", "avx512"]
 
@@ -27,7 +27,7 @@ def multiply(request):
     if request.param == "reference":
         yield lambda x, weight, bias=None: reference.linear_int8(x, weight.operands(), bias)
         return
-    if not build.load():
+    if not load():
         pytest.skip("there is no compiler here for the native kernels")
     try:
         torch.ops.kbit.use_cpu_kernels(request.param)

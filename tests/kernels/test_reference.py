@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 from kbitc.kernels import reference
-from kbitc.tensor import quantize
+from kbitc.quantizers import quantize
 
 ops = torch.ops.kbit
 SPECS = ["nf4:64", "int3:16+zp", "fp5:32+dq", "bof2:50+zp+dq", "int8:7", "nf3:64+out3%+dq"]

@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import fx, nn
 
-from kbitc import blockwise, pack
+from kbitc.artifact import pack
 from kbitc.errors import BudgetError, UsageError
-from kbitc.moments import Factor, Moments
-from kbitc.passes import allocate_bits
+from kbitc.formats.dequantize import dequantize
+from kbitc.formats.spec import parse
+from kbitc.graph.program import Program, Rest, Stage, Weight
 from kbitc.passes.allocate_bits import AllocateBits
-from kbitc.passes.score_sensitivity import FACT, ScoreSensitivity, default_candidates
-from kbitc.program import Program, Rest, Stage, Weight
-from kbitc.scores import Option, Scores, monotone
-from kbitc.scoring import Sample
-from kbitc.spec import parse
+from kbitc.passes.score_sensitivity import ScoreSensitivity, default_candidates
+from kbitc.planning.allocation import allocate
+from kbitc.quantizers import quantize_weight
+from kbitc.sensitivity.moments import Factor, Moments
+from kbitc.sensitivity.sampled_error import Sample
+from kbitc.sensitivity.score_table import Option, ScoreTable, monotone
 
 
 def make_program(shapes, rest=64, scale=None):
@@ -102,7 +104,7 @@ def test_candidates_span_all_bits():
 
 def test_the_solution_is_told():
     program = AllocateBits(budget=3.5).run(scored())
-    solution = program.facts[allocate_bits.FACT]
+    solution = program.facts[FACT]
     assert solution.is_proved
     assert solution.gap < 1e-3
     assert solution.lagrangian <= solution.cost
@@ -110,19 +112,19 @@ def test_the_solution_is_told():
 
 def test_scores_give_another_budget_without_the_model():
     scores = scored().facts[FACT]
-    again = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+    again = ScoreTable.from_json(json.loads(json.dumps(scores.to_json())))
     assert again.unit == "relative"
     for budget in (2.7, 4, 6):
-        plan, _ = allocate_bits.allocate(again, budget)
+        plan, _ = allocate(again, budget)
         expected = AllocateBits(budget=budget).run(scored()).plan
         assert {n: c.spec for n, c in plan.weights.items()} == {
             n: c.spec for n, c in expected.weights.items()
         }
     for bad in ({}, {"format": 1}, {"format": 1, "weights": {"a": {}}}, []):
         with pytest.raises(UsageError, match="not a table of scores"):
-            Scores.from_json(bad)
+            ScoreTable.from_json(bad)
     with pytest.raises(UsageError, match="upgrade kbitc"):
-        Scores.from_json(scores.to_json() | {"format": 99})
+        ScoreTable.from_json(scores.to_json() | {"format": 99})
 
 
 def test_more_bits_never_cost_more():
@@ -138,7 +140,7 @@ def test_moments_turn_errors_into_nats():
         f"w{i}": Moments((Factor(torch.full((256,), gradient), torch.ones(256)),))
         for i, gradient in enumerate((1.0, 100.0, 0.0))
     }
-    program = ScoreSensitivity().run(program.with_fact("moments", moments))
+    program = ScoreSensitivity().run(program.with_fact(MOMENTS, moments))
     scores = program.facts[FACT]
     assert (scores.source, scores.unit) == ("fisher", "nats per token")
     first, second = ({o.spec: o.cost for o in scores.options[name]} for name in ("w0", "w1"))
@@ -155,8 +157,8 @@ def test_price_is_half_the_weighted_squared_error():
     factor = Factor(torch.rand(40, generator=torch.Generator().manual_seed(6)), torch.rand(96))
     sample = Sample.of(weight, Moments((factor,)))
     price, error = sample.price(parse("int3:32"))
-    packed = blockwise.quantize(weight, "int3:32", quantizer="weighted", importance=factor.columns)
-    wrong = weight - blockwise.dequantize(packed)
+    packed = quantize_weight(weight, "int3:32", quantizer="weighted", importance=factor.columns)
+    wrong = weight - dequantize(packed)
     expected = float((factor.rows[:, None] * factor.columns * wrong**2).sum()) / 2
     assert price == pytest.approx(expected, rel=1e-2)
     assert error == pytest.approx(float(wrong.norm() / weight.norm()), rel=1e-2)
@@ -168,8 +170,8 @@ def grouped(*names):
 
 
 def test_weights_that_must_agree_do():
-    free = allocate_bits.allocate(grouped("w0", "w1"), 4)
-    bound = allocate_bits.allocate(grouped("w0", "w1"), 4, "input")
+    free = allocate(grouped("w0", "w1"), 4)
+    bound = allocate(grouped("w0", "w1"), 4, "input")
     assert free[0].weights["w0"].spec != free[0].weights["w1"].spec
     assert bound[0].weights["w0"].spec == bound[0].weights["w1"].spec
     assert free[1].cost < bound[1].cost  # a constraint costs something
@@ -177,11 +179,11 @@ def test_weights_that_must_agree_do():
 
 def test_agreement_survives_the_score_table():
     scores = grouped("w1", "w3")
-    again = Scores.from_json(json.loads(json.dumps(scores.to_json())))
-    plan, _ = allocate_bits.allocate(again, 3.5, "input")
+    again = ScoreTable.from_json(json.loads(json.dumps(scores.to_json())))
+    plan, _ = allocate(again, 3.5, "input")
     assert plan.weights["w1"].spec == plan.weights["w3"].spec
 
 
 def test_an_unknown_agreement_names_those_there_are():
     with pytest.raises(UsageError, match="did you mean 'input'"):
-        allocate_bits.allocate(grouped("w0", "w1"), 4, "inputs")
+        allocate(grouped("w0", "w1"), 4, "inputs")

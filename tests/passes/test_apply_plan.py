@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from kbitc.errors import UsageError
+from kbitc.graph.program import Program, Stage, Weight
 from kbitc.passes.apply_plan import ApplyPlan
-from kbitc.program import Program, Stage, Weight
 
 
 @pytest.fixture

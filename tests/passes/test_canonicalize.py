@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from kbitc.capture import capture
-from kbitc.example_inputs import example_inputs
+from kbitc.graph.capture import capture
+from kbitc.graph.example_inputs import example_inputs
+from kbitc.graph.program import CANONICAL, Stage
+from kbitc.graph.weight_reads import op_name
 from kbitc.passes.canonicalize import Canonicalize
-from kbitc.pipeline import PassManager
-from kbitc.program import CANONICAL, Stage
-from kbitc.reads import op_name
+from kbitc.pipeline.manager import PassManager
 
 # family: packable weights and the rest, of the two-layer models in conftest.py
 COUNTS = {

@@ -11,25 +11,27 @@ import pytest
 import torch
 
 import kbitc
-from kbitc import demo, evaluation, loading, outliers
-from kbitc.activations import use_activations
-from kbitc.calibration import Calibrator, text_windows
-from kbitc.capture import capture
-from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import compile_to
+from kbitc.checkpoint import demo, open_checkpoint
+from kbitc.compiler.calibrator import Calibrator, text_windows
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.inspection import inspect
+from kbitc.compiler.request import Request, equipped, pipeline_of
 from kbitc.errors import UsageError
-from kbitc.graphs import previous_weights
-from kbitc.inspection import inspect
-from kbitc.moments import Moments, Reach
-from kbitc.outlier_map import outlier_map, summary
-from kbitc.outliers import FACT, Found, share_of
+from kbitc.evaluation.opening import open_model
+from kbitc.evaluation.perplexity import perplexity
+from kbitc.formats.spec import Spec, parse
+from kbitc.graph.capture import capture
+from kbitc.graph.queries import previous_weights
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
-from kbitc.pipeline import PassManager
-from kbitc.request import Request, equipped, pipeline_of
-from kbitc.spec import Spec, parse
+from kbitc.pipeline.manager import PassManager
+from kbitc.report.outlier_map import outlier_map, summary
+from kbitc.sensitivity import outliers
+from kbitc.sensitivity.moments import Moments, Reach
+from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
+from kbitc.tensor.activations import use_activations
 
 PLANTED = [11, 100, 201]
 MAGNITUDE = 20.0
@@ -38,7 +40,7 @@ READS_PLANTED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("kbitc.calibration.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kbitc.compiler.calibrator.cache_folder", lambda: tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def planted():
 
     A feature after a norm is scaled by the norm's gain, and its column of the next weights by the inverse.
     """
-    loaded = loading.open_model(str(demo.folder()), torch.float32)
+    loaded = open_model(str(demo.folder()), torch.float32)
     model = loaded.model
     tokens = text_windows(loaded.tokenizer, demo.heldout().read_text(), 64, 8)
     for layer in model.model.layers:
@@ -73,20 +75,20 @@ def planted():
 
 def found_on_text(model, tokens, **options):
     with open_checkpoint(model) as checkpoint:
-        program = capture(checkpoint.skeleton(), read=checkpoint.read)
+        program = capture(checkpoint.skeleton(), context=Context(checkpoint.read))
         measure = MeasureMoments(Calibrator(checkpoint, tokens))
         return PassManager([Canonicalize(), measure, FindOutliers(**options)]).run(program)
 
 
 def found_on_weights(model, **options):
     with open_checkpoint(model) as checkpoint:
-        program = capture(checkpoint.skeleton(), read=checkpoint.read)
+        program = capture(checkpoint.skeleton(), context=Context(checkpoint.read))
         return PassManager([Canonicalize(), FindOutliers(**options)]).run(program)
 
 
 def test_planted_features_are_found_exactly(planted):
     model, tokens = planted
-    found = found_on_text(model, tokens[:2]).facts[FACT]
+    found = found_on_text(model, tokens[:2]).facts[OUTLIERS]
     for name, own in found.items():
         if any(reader in name for reader in READS_PLANTED):
             assert list(own.index) == PLANTED, name
@@ -106,11 +108,11 @@ def test_kept_outliers_recover_the_loss_that_int8_adds(planted):
         plan = {"weights": {"model.embed_tokens.weight": "fp16", "*": spec}}
         compiled = kbitc.compile(model, plan=plan, calibrate=tokens[:2])
         assert use_activations(compiled, "int8") == {}
-        return evaluation.perplexity(compiled, text, reference=model), compiled
+        return perplexity(compiled, text, reference=model), compiled
 
     plain, _ = score("int8:384")
     kept, compiled = score("int8:384+out")
-    dense = evaluation.perplexity(model, text).loss
+    dense = perplexity(model, text).loss
     assert compiled.model.layers[2].mlp.up_proj.weight.packed.outlier_index.tolist() == PLANTED
     assert plain.loss - dense > 0.02
     assert kept.divergence < 0.01 * plain.divergence
@@ -151,7 +153,7 @@ def test_without_text_the_output_units_before_tell(tiny_model):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[[5, 31]] *= 20
-    found = found_on_weights(model).facts[FACT]
+    found = found_on_weights(model).facts[OUTLIERS]
     for reader in ("q_proj", "k_proj", "v_proj"):
         own = found[f"model.layers.1.self_attn.{reader}.weight"]
         assert own.index == (5, 31)
@@ -180,10 +182,10 @@ def test_criterion_counts_layers_and_positions(tiny_model):
     ]:
         peaks[:, feature], positions[:, feature] = torch.tensor(peak), torch.tensor(share)
     moments = {name: Moments((), None, Reach(peaks[i], positions[i], 6.0)) for i, name in enumerate(names)}
-    program = program.with_fact("moments", moments)
+    program = program.with_fact(MOMENTS, moments)
 
     def index(**options):
-        facts = FindOutliers(**options).run(program).facts[FACT]
+        facts = FindOutliers(**options).run(program).facts[OUTLIERS]
         return [list(facts[name].index) for name in names]
 
     # What does not reach 6 in a layer is not kept there.
@@ -191,7 +193,7 @@ def test_criterion_counts_layers_and_positions(tiny_model):
     assert index(layers=0.51) == [[3, 9], [3, 9]]
     assert index(positions=0.05) == [[3, 4, 7, 9], [3, 4, 9]]
     assert index(positions=1.0) == [[9], [9]]
-    found = FindOutliers(positions=0.9, layers=0.6).run(program).facts[FACT]
+    found = FindOutliers(positions=0.9, layers=0.6).run(program).facts[OUTLIERS]
     assert found[names[0]].ranking[0] == 9
     assert found["model.layers.0.mlp.down_proj.weight"].index == ()
 
@@ -211,8 +213,8 @@ def test_found_features_are_candidates_and_are_packed(planted, tmp_path):
     with open_checkpoint(model) as checkpoint:
         names = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight")
         few = {name: program.weights[name] for name in names}
-        program = replace(program, weights=few, read=checkpoint.read)
-        scores = ScoreSensitivity().run(program).facts["scores"]
+        program = replace(program, weights=few, context=Context(checkpoint.read))
+        scores = ScoreSensitivity().run(program).facts[SCORES]
     options = {str(o.spec): o for o in scores.options["model.layers.0.mlp.up_proj.weight"]}
     share = f"+out{share_of(3, 256):g}%"
     assert options["nf4:64+dq" + share].cost <= options["nf4:64+dq"].cost
@@ -235,10 +237,10 @@ def test_found_features_are_candidates_and_are_packed(planted, tmp_path):
 
 def test_plus_out_means_what_was_found():
     assert str(parse("int8:64+dq+out")) == "int8:64+dq+out"
-    found = Found((1, 5), {}, "two", torch.tensor([5, 1, 0, 2, 3, 4]))
+    found = OutlierFeatures((1, 5), {}, "two", torch.tensor([5, 1, 0, 2, 3, 4]))
     spec = found.resolved(parse("nf4:32+out"))
     assert found.picked(spec).tolist() == [1, 5]
-    assert str(Found(ranking=torch.arange(4)).resolved(parse("nf4:32+out"))) == "nf4:32"
+    assert str(OutlierFeatures(ranking=torch.arange(4)).resolved(parse("nf4:32+out"))) == "nf4:32"
     with pytest.raises(UsageError, match="name a share"):
         kbitc.quantize(torch.ones(2, 8), "int8:8+out")
     with pytest.raises(UsageError, match="twice|with a share"):
@@ -264,7 +266,7 @@ def test_pipelines(tiny_model):
 def test_two_runs_agree_also_from_the_cache(tiny_model):
     tokens = torch.randint(101, (2, 16), generator=torch.Generator().manual_seed(0))
     model = copy.deepcopy(tiny_model("mixtral"))
-    first, second = (found_on_text(model, tokens).facts[FACT] for _ in range(2))
+    first, second = (found_on_text(model, tokens).facts[OUTLIERS] for _ in range(2))
     assert first.keys() == second.keys()
     for name, own in first.items():
         assert own.to_json() == second[name].to_json()
@@ -287,5 +289,5 @@ def test_shown_as_a_table_and_a_map(tiny_model):
     assert expected <= set(cells)
     assert page.count("q_proj") == 1
     assert "http" not in page
-    assert "No weight" in outlier_map({"w": Found().to_json()})
+    assert "No weight" in outlier_map({"w": OutlierFeatures().to_json()})
     assert outliers.of_weight({}, "w") is None

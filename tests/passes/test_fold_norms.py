@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 import kbitc
-from kbitc.artifact import PLAN_FILE, Artifact
-from kbitc.calibration import Calibrator
-from kbitc.capture import capture
+from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint import open_checkpoint
-from kbitc.driver import compile_to
+from kbitc.compiler.calibrator import Calibrator
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
 from kbitc.errors import UsageError
+from kbitc.graph.capture import capture
 from kbitc.passes.fold_norms import FACT, FoldNorms
 from kbitc.passes.measure_moments import MeasureMoments
-from kbitc.pipeline import PassManager
-from kbitc.request import Request
-from kbitc.tensor import KbitTensor
+from kbitc.pipeline.manager import PassManager
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 FOLDED = ["canonicalize", "fold_norms", "apply_plan"]
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
@@ -60,24 +61,26 @@ def test_a_resumed_run_does_not_mix_folded_and_plain(tiny_model, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compile_to(tiny_model("llama"), tmp_path / "out", Request(spec="nf4:32"), on_event=stop)
+        compile_to(tiny_model("llama"), tmp_path / "out", Request(spec="nf4:32"), on_progress=stop)
     folded = Request(spec="nf4:32", passes=FOLDED)
     with pytest.raises(UsageError, match="another source, plan or kbitc version"):
         compile_to(tiny_model("llama"), tmp_path / "out", folded, is_resumed=True)
 
 
 def test_inputs_are_measured_as_they_are_after_folding(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("kbitc.calibration.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kbitc.compiler.calibrator.cache_folder", lambda: tmp_path)
     model = tiny_model("llama")
     tokens = torch.randint(101, (2, 16), generator=torch.Generator().manual_seed(0))
     with open_checkpoint(model) as checkpoint:
-        program = PassManager(["canonicalize"]).run(capture(checkpoint.skeleton(), read=checkpoint.read))
+        program = PassManager(["canonicalize"]).run(
+            capture(checkpoint.skeleton(), context=Context(checkpoint.read))
+        )
         measure = MeasureMoments(Calibrator(checkpoint, tokens))
         plain = PassManager([measure]).run(program)
         folded = PassManager([FoldNorms(), measure]).run(program)
         name, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
         scale = model.get_parameter(norm)
-        found, wanted = folded.facts["moments"][name], plain.facts["moments"][name]
+        found, wanted = folded.facts[MOMENTS][name], plain.facts[MOMENTS][name]
         torch.testing.assert_close(found.inputs, wanted.inputs / scale.square(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found.factors[0].rows, wanted.factors[0].rows, rtol=1e-3, atol=1e-9)
         torch.testing.assert_close(folded.read(name), model.get_parameter(name) * scale)

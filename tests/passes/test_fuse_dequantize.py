@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kbitc.graph.program import Program, Stage
 from kbitc.kernels import ops
 from kbitc.passes.fuse_dequantize import FACT, TURNED
-from kbitc.pipeline import PassManager
-from kbitc.program import Program, Stage
-from kbitc.tensor import quantize
+from kbitc.pipeline.manager import PassManager
+from kbitc.quantizers import quantize
 
 kbit = torch.ops.kbit
 FIELDS = ops.TENSORS

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kbitc.graph.program import Program, Stage
 from kbitc.kernels import ops
 from kbitc.passes.fuse_epilogues import FACT, GENERATED, RESIDUAL
-from kbitc.pipeline import PassManager
-from kbitc.program import Program, Stage
-from kbitc.tensor import quantize
+from kbitc.pipeline.manager import PassManager
+from kbitc.quantizers import quantize
 
 linear = torch.ops.kbit.linear.default
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from kbitc.artifact import Artifact
-from kbitc.capture import capture
-from kbitc.driver import compile_to
+from kbitc.artifact.reader import Artifact
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
+from kbitc.graph.capture import capture
+from kbitc.graph.program import Stage, linear
 from kbitc.passes.apply_plan import ApplyPlan
-from kbitc.pipeline import PassManager
-from kbitc.program import Stage, linear
-from kbitc.request import Request
+from kbitc.pipeline.manager import PassManager
 
 dequantize = torch.ops.kbit.dequantize.default
 

@@ -8,27 +8,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kbitc.calibration import RANDOM, Calibrator
-from kbitc.capture import capture
 from kbitc.checkpoint import open_checkpoint
+from kbitc.compiler.calibrator import RANDOM, Calibrator
 from kbitc.errors import UsageError
-from kbitc.moments import from_tensors, to_tensors
+from kbitc.graph.capture import capture
 from kbitc.passes.canonicalize import Canonicalize
-from kbitc.passes.measure_moments import FACT, TEXT_FACT, MeasureMoments
-from kbitc.pipeline import PassManager
+from kbitc.passes.measure_moments import MeasureMoments
+from kbitc.pipeline.manager import PassManager
+from kbitc.sensitivity.moments import CALIBRATION, MOMENTS, from_tensors, to_tensors
 
 TOKENS = torch.randint(101, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("kbitc.calibration.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kbitc.compiler.calibrator.cache_folder", lambda: tmp_path)
     return tmp_path
 
 
 def measured(model, tokens=TOKENS):
     with open_checkpoint(model) as checkpoint:
-        program = PassManager([Canonicalize()]).run(capture(checkpoint.skeleton(), read=checkpoint.read))
+        program = PassManager([Canonicalize()]).run(
+            capture(checkpoint.skeleton(), context=Context(checkpoint.read))
+        )
         return PassManager([MeasureMoments(Calibrator(checkpoint, tokens))]).run(program)
 
 
@@ -73,16 +75,16 @@ def in_memory(model, name, tokens=TOKENS):
 def test_equals_the_model_in_memory(family, name, tiny_model):
     model = tiny_model(family)
     program = measured(model)
-    (factor,) = program.facts[FACT][name].factors
+    (factor,) = program.facts[MOMENTS][name].factors
     rows, columns, inputs = in_memory(copy.deepcopy(model), name)
     torch.testing.assert_close(factor.rows.double(), rows, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(factor.columns.double(), columns, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(program.facts[FACT][name].inputs.double(), inputs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(program.facts[MOMENTS][name].inputs.double(), inputs, rtol=1e-4, atol=1e-7)
 
 
 def test_every_weight_of_a_mixture_of_experts(tiny_model):
     program = measured(tiny_model("mixtral"))
-    moments = program.facts[FACT]
+    moments = program.facts[MOMENTS]
     assert set(moments) == set(program.weights)
     for name, weight in program.weights.items():
         lead = weight.shape[:1] if len(weight.shape) == 3 else ()
@@ -93,7 +95,7 @@ def test_every_weight_of_a_mixture_of_experts(tiny_model):
 
 
 def test_tied_weights_have_both_uses(tiny_model):
-    moments = measured(tiny_model("gpt2")).facts[FACT]["transformer.wte.weight"]
+    moments = measured(tiny_model("gpt2")).facts[MOMENTS]["transformer.wte.weight"]
     assert len(moments.factors) == 2
 
 
@@ -109,7 +111,7 @@ def test_prices_predict_the_loss(tiny_model):
             tokens[:, i] = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(i))[
                 :, 0
             ]
-    moments = measured(model, tokens).facts[FACT]
+    moments = measured(model, tokens).facts[MOMENTS]
 
     def log_probs():
         with torch.no_grad():
@@ -134,13 +136,13 @@ def test_kept_in_the_cache_and_no_seed_is_touched(tiny_model, cache, monkeypatch
     state = torch.get_rng_state()
     first = measured(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.facts[TEXT_FACT] == "3 windows of 16 given tokens"
+    assert first.facts[CALIBRATION] == "3 windows of 16 given tokens"
     assert len(list(cache.rglob("*.safetensors"))) == 1
     assert not list(cache.rglob("*.part"))
     monkeypatch.setattr(Calibrator, "trace", lambda *_: pytest.fail("measured again"))
     again = measured(model)
-    for name, moments in first.facts[FACT].items():
-        assert torch.equal(again.facts[FACT][name].importance(), moments.importance())
+    for name, moments in first.facts[MOMENTS].items():
+        assert torch.equal(again.facts[MOMENTS][name].importance(), moments.importance())
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         measured(model, TOKENS.flip(0))
 
@@ -152,7 +154,7 @@ def test_random_inputs_know_every_weight(family, tiny_model):
     state = torch.get_rng_state()
     program = measured(model, RANDOM)
     assert torch.equal(torch.get_rng_state(), state)
-    moments = program.facts[FACT]
+    moments = program.facts[MOMENTS]
     assert set(moments) == set(program.weights)
     for name, found in moments.items():
         assert bool(found.importance().isfinite().all()), name
@@ -167,7 +169,7 @@ def test_random_inputs_predict_the_change_of_an_output(tiny_model):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(101, (40, 16), generator=generator)
     name = "encoder.layer.1.output.dense.weight"
-    weight, (factor,) = model.get_parameter(name), program.facts[FACT][name].factors
+    weight, (factor,) = model.get_parameter(name), program.facts[MOMENTS][name].factors
 
     def output():
         with torch.no_grad():
@@ -185,7 +187,7 @@ def test_random_inputs_predict_the_change_of_an_output(tiny_model):
 
 
 def test_flat_form_is_exact(tiny_model):
-    moments = measured(tiny_model("mixtral")).facts[FACT]
+    moments = measured(tiny_model("mixtral")).facts[MOMENTS]
     flat = to_tensors(moments)
     again = to_tensors(from_tensors(flat))
     assert flat.keys() == again.keys()

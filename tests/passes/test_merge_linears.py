@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import kbitc
+from kbitc.graph.program import Program, Stage
 from kbitc.passes.merge_linears import FACT, MergeLinears
-from kbitc.pipeline import PassManager, load_pass
-from kbitc.program import Program, Stage
-from kbitc.tensor import quantize
+from kbitc.pipeline import load_pass
+from kbitc.pipeline.manager import PassManager
+from kbitc.quantizers import quantize
 
 linear = torch.ops.kbit.linear.default
 linears = torch.ops.kbit.linears.default

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kbitc.fusions import Fired
+from kbitc.graph.program import Program, Stage
 from kbitc.passes.remove_dead_code import FACT
-from kbitc.pipeline import PassManager
-from kbitc.program import Program, Stage
+from kbitc.pipeline.manager import PassManager
+from kbitc.pipeline.records import Fired
 
 
 def program_of(function, *inputs, parameters=None):

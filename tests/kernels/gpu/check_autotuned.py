@@ -4,10 +4,10 @@ import sys
 
 import torch
 
-from kbitc.blockwise import quantize
 from kbitc.kernels import reference
 from kbitc.kernels.gpu import launch
 from kbitc.kernels.gpu.tiles import TABLE
+from kbitc.quantizers import quantize_weight
 
 KERNELS = {
     "gemv": launch.gemv_kernel,
@@ -32,8 +32,8 @@ def slowest_first(name):
 
 def run_all(features):
     weight = torch.randn(37, features)
-    packed = quantize(weight, "nf3:64+zp", encode=launch.encode)
-    assert torch.equal(packed.planes, quantize(weight, "nf3:64+zp").planes)
+    packed = quantize_weight(weight, "nf3:64+zp", encode=launch.encode)
+    assert torch.equal(packed.planes, quantize_weight(weight, "nf3:64+zp").planes)
     operands = packed.operands()
     exact = reference.dequantize(*operands, dtype=torch.float32)
     assert torch.equal(launch.dequantize(*operands, torch.float32), exact)

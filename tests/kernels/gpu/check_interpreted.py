@@ -1,3 +1,5 @@
+from kbitc.formats import datatypes
+
 """Run with TRITON_INTERPRET=1 and numbers i, n: ops of kernels/gpu against the reference, on CPU tensors.
 
 Every n-th format from the i-th on.
@@ -8,10 +10,9 @@ import sys
 
 import torch
 
-from kbitc import datatypes
-from kbitc.blockwise import quantize
 from kbitc.kernels import reference
 from kbitc.kernels.gpu import launch
+from kbitc.quantizers import quantize_weight
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -31,7 +32,7 @@ def close(got, want, dtype, what):
 
 def check_weight(spec, rows, features, dtype):
     what = f"{spec} {rows} x {features} {dtype}"
-    operands = quantize(torch.randn(rows, features), spec).operands()
+    operands = quantize_weight(torch.randn(rows, features), spec).operands()
     exact = reference.dequantize(*operands, dtype=torch.float32)
     close(launch.dequantize(*operands, dtype), exact.double(), dtype, f"{what} dequantize")
     ids = torch.randint(rows, (3, 2))
@@ -47,7 +48,7 @@ def check_weight(spec, rows, features, dtype):
 
 
 def check_experts(spec, dtype):
-    operands = quantize(torch.randn(5, 9, 300), spec).operands()
+    operands = quantize_weight(torch.randn(5, 9, 300), spec).operands()
     exact = reference.dequantize(*operands, dtype=torch.float32)
     close(launch.dequantize(*operands, torch.float32), exact.double(), torch.float32, f"{spec} experts")
     offsets = torch.tensor([3, 3, 23, 24, 30], dtype=torch.int32)
@@ -58,14 +59,14 @@ def check_experts(spec, dtype):
 
 def check_codes(spec, rows, features, dtype):
     weight = torch.randn(rows, features).to(dtype)
-    wanted = quantize(weight, spec)
-    found = quantize(weight, spec, encode=launch.encode)
+    wanted = quantize_weight(weight, spec)
+    found = quantize_weight(weight, spec, encode=launch.encode)
     for name, tensor in wanted.tensors().items():
         assert torch.equal(getattr(found, name), tensor), f"{spec} {rows} x {features}: {name}"
 
 
 def check_int8():
-    operands = quantize(torch.randn(11, 200), "int8:200+out3%").operands()
+    operands = quantize_weight(torch.randn(11, 200), "int8:200+out3%").operands()
     x = torch.randn(2, 9, 200)
     x[0, 3] = 0
     bias = torch.randn(11)

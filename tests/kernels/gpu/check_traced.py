@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from triton.backends.compiler import GPUTarget
 
-from kbitc.blockwise import quantize
 from kbitc.kernels import ops  # noqa: F401  # registers torch.ops.kbit
+from kbitc.quantizers import quantize_weight
 
 kbit = torch.ops.kbit
 WRAPPER = "triton_kernel_wrapper_functional"
@@ -70,7 +70,7 @@ def check(name, kernels, function, *given):
 
 def main():
     triton.runtime.driver.set_active(Driver())
-    operands = quantize(torch.randn(128, 1031), "nf4:64+zp+dq+out1%").operands()
+    operands = quantize_weight(torch.randn(128, 1031), "nf4:64+zp+dq+out1%").operands()
     half = torch.randn(70, 1031).half()
     bias = torch.randn(128)
     check("linear", 1, kbit.linear, half[:1], *operands, bias)
@@ -80,12 +80,12 @@ def main():
     check("input_grad", 1, kbit.input_grad, half[:, :128], *operands)
     check("embedding", 1, kbit.embedding, torch.zeros(2, 3, dtype=torch.long), *operands, torch.float16)
     check("dequantize", 2, lambda _, *rest: kbit.dequantize(*rest, torch.float32), half, *operands)
-    even = quantize(torch.randn(128, 1024), "nf4:64").operands()  # written four numbers at a time
+    even = quantize_weight(torch.randn(128, 1024), "nf4:64").operands()  # written four numbers at a time
     check("linear", 1, kbit.linear, torch.randn(70, 1024).half(), *even, bias)
     check("embedding", 1, kbit.embedding, torch.zeros(2, 3, dtype=torch.long), *even, torch.bfloat16)
-    eight = quantize(torch.randn(128, 1031), "int8:1031+out1%").operands()
+    eight = quantize_weight(torch.randn(128, 1031), "int8:1031+out1%").operands()
     check("linear_int8", 1, kbit.linear_int8, half, *eight, None)
-    experts = quantize(torch.randn(3, 128, 512), "int3:64").operands()
+    experts = quantize_weight(torch.randn(3, 128, 512), "int3:64").operands()
     offsets = torch.tensor([20, 50, 70], dtype=torch.int32)
     check("grouped_linear", 1, kbit.grouped_linear, half[:, :512], *experts, offsets)
     check("grouped_input_grad", 3, kbit.grouped_input_grad, half[:, :128], *experts, offsets)

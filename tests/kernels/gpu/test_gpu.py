@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kbitc.blockwise import quantize
-from kbitc.kernels import ops, reference
+from kbitc.kernels import reference
+from kbitc.quantizers import quantize_weight
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -81,7 +81,7 @@ def error(got, want):
 
 def packed_pair(spec, *shape):
     """Operands on the device, and W in float64."""
-    packed = quantize(torch.randn(*shape), spec)
+    packed = quantize_weight(torch.randn(*shape), spec)
     exact = reference.dequantize(*packed.operands(), dtype=torch.float32).double()
     return packed.map(lambda part: part.to("cuda")).operands(), exact
 
@@ -125,9 +125,9 @@ def test_experts_on_a_gpu(dtype):
 def test_codes_and_int8_on_a_gpu():
     weight = torch.randn(33, 780)
     for spec in ("nf3:64", "int8:128+zp+out2%"):
-        wanted, found = quantize(weight, spec), ops.quantize(weight.to("cuda"), spec)
+        wanted, found = quantize_weight(weight, spec), quantize_weight(weight.to("cuda"), spec)
         assert torch.equal(found.planes.cpu(), wanted.planes), spec
-    packed = quantize(weight, "int8:780+out1%")
+    packed = quantize_weight(weight, "int8:780+out1%")
     operands = packed.map(lambda part: part.to("cuda")).operands()
     x = torch.randn(70, 780)
     wanted = reference.linear_int8(x, packed.operands(), None)

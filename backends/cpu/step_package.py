@@ -1,0 +1,179 @@
+"""A decode step compiled by AOTInductor, as a package that is kept and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitc import cache
+from kbitc.backends._decoding import decode_step, decoder
+from kbitc.backends._decoding.decode_step import TracedStep, export_step
+from kbitc.backends.cpu.backend import Cpu
+from kbitc.errors import BackendUnavailable, UsageError, first_line
+from kbitc.graph import matching, rewriting, weight_reads
+from kbitc.pipeline import Pass
+from kbitc.version import VERSION
+
+PACKAGE = "step.pt2"
+CONSTANTS = "constants.safetensors"
+FUSIONS = "fusions.json"
+
+OPTIONS: dict[str, Any] = {
+    "aot_inductor.package_constants_in_so": False,
+    # What surrounds the matmuls of one token is too little work to share between threads.
+    "cpp.threads": 1,
+}
+
+
+def package_folder() -> Path:
+    """Where packages are kept."""
+    return cache.cache_folder() / "decode"
+
+
+def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequence[Pass]) -> str:
+    """A name for everything that a package depends on."""
+    import transformers
+
+    config = model.config.to_dict()
+    # What says where a model came from; its tensors' dtypes and formats are listed below.
+    for name in ("quantization_config", "_name_or_path", "architectures", "dtype", "transformers_version"):
+        config.pop(name, None)
+    paths = {id(module): path for path, module in model.named_modules()}
+    places = [
+        (
+            *(paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.activations),
+            weight.operands()[9:],
+        )
+        for module, leaf, weight, names in step.places
+    ]
+    modules = [decode_step, decoder, matching, weight_reads, rewriting]
+    modules += [sys.modules[type(pass_).__module__] for pass_ in passes]
+    # A pass that was typed in has no file.
+    sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    facts = {
+        "versions": [VERSION, torch.__version__, transformers.__version__, sys.version],
+        "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, Path(__file__))],
+        "ops": [str(torch.ops.kbit.linears.default._schema), str(torch.ops.kbit.linear.default._schema)],
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()],
+        "options": OPTIONS,
+        "passes": [repr(pass_) for pass_ in passes],
+        "model": [type(model).__name__, config, model.config._attn_implementation],
+        "tensors": [(name, str(t.dtype), tuple(t.shape)) for name, t in state.items()],
+        "places": places,
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return f"{model.config.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def _cpu_flags() -> str:
+    """The instruction sets that -march=native compiles for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def compile_package(
+    model: nn.Module, root: Path, target: Path, state: dict[str, Tensor], passes: Sequence[Pass]
+) -> None:
+    """Export, compile, and put the package in place at once, complete or not at all."""
+    missing = Cpu().missing()
+    if missing is not None:
+        raise BackendUnavailable(f"the decode step cannot be compiled: {missing}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
+    except OSError as error:
+        raise BackendUnavailable(
+            f"{root}: compiled code cannot be written there: {error.strerror}; name a folder in KBITC_CACHE"
+        ) from error
+    try:
+        with _shown("compiling the decode step, once"):
+            _build(model, made, state, passes)
+        try:
+            made.rename(target)
+        except OSError:
+            if not (target / PACKAGE).exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _build(model: nn.Module, folder: Path, state: dict[str, Tensor], passes: Sequence[Pass]) -> None:
+    from safetensors.torch import save_file
+
+    options = dict(OPTIONS)
+    if getattr(model, "dtype", torch.float32) != torch.float32:
+        options["emulate_precision_casts"] = True  # round between fused steps as the eager model does
+    name = type(model).__name__
+    # Inductor calls ops on fake tensors, and kbit::linears has no gradient.
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            exported, fusions = export_step(model, passes)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{name}: torch.export cannot trace the decode step: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        try:
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(folder / PACKAGE), inductor_configs=options
+            )
+        except Exception as error:
+            raise BackendUnavailable(
+                f"{name}: AOTInductor cannot compile it: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    made = {
+        name: value.contiguous()
+        for name, value in exported.constants.items()
+        if isinstance(value, Tensor) and name not in state
+    }
+    save_file(made, folder / CONSTANTS)
+    record = {name: fired.to_json() for name, fired in fusions.items()}
+    (folder / FUSIONS).write_text(json.dumps(record), encoding="utf-8")
+
+
+def load_package(folder: Path, state: dict[str, Tensor]) -> Any:
+    """The function ``[ids, rows, ...] -> [logits]`` of a package, on these weights."""
+    from safetensors.torch import load_file
+
+    runner = torch._inductor.aoti_load_package(str(folder / PACKAGE))
+    known = {**load_file(folder / CONSTANTS), **state}
+    needed = runner.get_constant_fqns()
+    runner.load_constants({name: known[name] for name in needed}, check_full_update=True, user_managed=True)
+    run = runner.loader.boxed_run  # type: ignore[attr-defined]
+
+    def call(inputs: list[Tensor], _kept: Any = (runner, known)) -> Any:
+        return run(inputs)
+
+    return call
+
+
+@contextmanager
+def _shown(what: str) -> Iterator[None]:
+    """A line on standard error with the seconds so far; a plain one where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{what} (about a minute; kept for the next start)", highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(what, total=None)
+        yield

@@ -1,0 +1,148 @@
+"""Pack: the source's tensors, one at a time, through the plan into an artifact.
+
+The one thing to know: three things overlap (reading the next tensor, quantizing this one, hashing and
+writing the last), so memory holds about three tensors, and the order of work never changes the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from kbitc.artifact.stored import checksum, stored_tensors
+from kbitc.artifact.writer import Writer
+from kbitc.errors import UsageError
+from kbitc.formats.layout import shared_codebooks, stored_plain
+from kbitc.formats.packed import Packed
+from kbitc.graph.context import Progress, ReadTensor
+from kbitc.graph.program import Program, Rest, Weight
+from kbitc.graph.stored import CODEBOOKS
+from kbitc.quantizers import Evidence, choose_quantizer
+from kbitc.sensitivity.sampled_error import packed_error, relative_error
+
+
+def pack_to(program: Program, writer: Writer) -> None:
+    """Quantize and write every tensor that the writer has not done yet.
+
+    Args:
+        program: planned, with a source; its context hears of each tensor, also of those done by an earlier,
+            interrupted run, in bytes of the source.
+        writer: opened with ``stored_slots(program)``.
+
+    Raises:
+        UsageError: a weight that is not finite.
+    """
+    read = program.context.read
+    assert read is not None
+    if CODEBOOKS in writer.slots and CODEBOOKS not in writer.done:
+        assert program.plan is not None
+        shared = shared_codebooks(choice.spec for choice in program.plan.weights.values())
+        writer.put(CODEBOOKS, shared, {})
+    tensors: dict[str, Weight | Rest] = {**program.weights, **program.rest}
+    waiting = [name for name in tensors if name not in writer.done]
+    progress = _Counted(program.context.on_progress, {name: _source_bytes(t) for name, t in tensors.items()})
+    for name in tensors:
+        if name in writer.done:
+            progress.add(name)
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+        ahead = _submit_read(program, reading, read, waiting, 0)
+        written: Future[None] | None = None
+        for i, name in enumerate(waiting):
+            source, digest = ahead.result()
+            ahead = _submit_read(program, reading, read, waiting, i + 1)
+            stored, note = _convert(program, tensors[name], source)
+            del source
+            if written is not None:
+                written.result()
+            written = writing.submit(writer.put, name, stored, {**note, "source": digest})
+            progress.add(name)
+        if written is not None:
+            written.result()
+
+
+class _Counted:
+    """Bytes of the tensors that are done, told to a `Progress`."""
+
+    def __init__(self, tell: Progress, sizes: Mapping[str, int]) -> None:
+        self.tell, self.sizes, self.done = tell, sizes, 0
+
+    def add(self, name: str) -> None:
+        self.done += self.sizes[name]
+        self.tell(name, self.done, sum(self.sizes.values()))
+
+
+def _submit_read(
+    program: Program, pool: ThreadPoolExecutor, read: ReadTensor, names: list[str], i: int
+) -> Future[tuple[Tensor, str]]:
+    """The next tensor as it is to be stored, and the checksum of what the source holds."""
+
+    def job() -> tuple[Tensor, str]:
+        tensor = read(names[i])
+        digest = checksum(tensor)
+        return program.as_stored(read)(names[i]) if program.is_changed(names[i]) else tensor, digest
+
+    return pool.submit(job) if i < len(names) else Future()
+
+
+def _convert(
+    program: Program, entry: Weight | Rest, source: Tensor
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """One source tensor as it is stored, and what to note about it."""
+    assert program.plan is not None
+    if isinstance(entry, Rest):
+        # Whole numbers take the model's width: a source may hold its index buffers in another.
+        source = source if source.is_floating_point() else source.to(entry.dtype)
+        return {entry.name: checked_plain(entry.name, source, must_be_finite=entry.is_parameter)}, {}
+    if program.plan.weights[entry.name].spec.is_left_alone:
+        kept = checked_plain(entry.name, source, must_be_finite=True)
+        return {entry.name: kept}, {"error": relative_error(source, kept), "quantizer": ""}
+    oriented = source.mT if entry.is_transposed else source
+    quantizer, packed = packed_weight(program, entry.name, oriented)
+    stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
+    return stored, {"error": packed_error(oriented, packed), "quantizer": quantizer}
+
+
+def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, Packed]:
+    """A weight as the plan wants it, and the name of the quantizer that made it.
+
+    Args:
+        program: planned; what a pass has packed already is taken as it is.
+        name: of the weight.
+        oriented: its data, ``(*lead, rows, in_features)``.
+
+    Raises:
+        UsageError: a weight that is not finite, or a quantizer without the evidence that it needs.
+    """
+    assert program.plan is not None
+    choice = program.plan.weights[name]
+    if name in program.packed:
+        return choice.quantizer, program.packed[name]
+    evidence = Evidence.of(program, name, choice.spec)
+    used, quantizer = choose_quantizer(choice.quantizer, evidence)
+    return used, quantizer.quantize(oriented, choice.spec, evidence)
+
+
+def checked_plain(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:
+    """A tensor as it is stored unpacked, see `kbitc.formats.layout.stored_plain`.
+
+    Raises:
+        UsageError: a parameter that is not finite.
+    """
+    if must_be_finite and tensor.is_floating_point() and not tensor.isfinite().all():
+        raise UsageError(
+            f"{name}: holds a NaN or infinite value; a parameter must be finite. Repair the checkpoint"
+        )
+    return stored_plain(tensor)
+
+
+def _source_bytes(entry: Weight | Rest) -> int:
+    return entry.numel * entry.dtype.itemsize
+
+
+def source_hash(done: Mapping[str, Mapping[str, object]]) -> str:
+    """One SHA-256 over the source's tensors, from the writer's notes."""
+    lines = sorted(f"{unit} {note['source']}" for unit, note in done.items() if "source" in note)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

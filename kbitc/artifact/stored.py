@@ -1,0 +1,54 @@
+"""A packed weight as the tensors that stand in a file, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.formats.layout import SCALE_MAP, SHARED
+from kbitc.formats.packed import TENSOR_FIELDS, Packed
+from kbitc.formats.spec import Spec
+from kbitc.tensor.kbit_tensor import KbitTensor
+
+
+def stored_tensors(packed: Packed) -> dict[str, Tensor]:
+    """The tensors of a packed weight that stand in the file under its own name, by field."""
+    own = packed.tensors()
+    own.pop("scale_codebook", None)
+    if not packed.spec.is_fitted:
+        own.pop("codebook")
+    return own
+
+
+def assemble(
+    parts: Mapping[str, Tensor],
+    spec: Spec,
+    shape: tuple[int, ...],
+    shared: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    is_transposed: bool,
+) -> KbitTensor:
+    """Inverse of :func:`stored_tensors`: a tensor of the logical ``shape`` and ``dtype``."""
+    fields: dict[str, Tensor | None] = {name: parts.get(name) for name in TENSOR_FIELDS}
+    if fields["codebook"] is None:
+        fields["codebook"] = shared[SHARED + spec.codebook_name]
+    if spec.has_double_quant:
+        fields["scale_codebook"] = shared[SCALE_MAP]
+    in_features = shape[-2] if is_transposed else shape[-1]
+    packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
+    return KbitTensor(packed, dtype, is_transposed=is_transposed)
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)

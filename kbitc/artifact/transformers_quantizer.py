@@ -1,0 +1,170 @@
+"""The ``kbit`` quantizer of transformers: it reads artifacts through ``from_pretrained``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbitc.artifact.plan_file import PlanFile
+
+if TYPE_CHECKING:
+    import torch
+
+METHOD = "kbit"
+
+
+def register() -> None:
+    """Make transformers know the method ``kbit``. Calling it again does nothing."""
+    from transformers.quantizers import auto
+
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    configs[METHOD], quantizers[METHOD] = _classes()
+
+
+def quantization_config(plan: PlanFile) -> dict[str, Any]:
+    """The ``quantization_config`` entry of an artifact's ``config.json``."""
+    return {
+        "quant_method": METHOD,
+        "format": plan.format,
+        "bits_per_param": plan.bits_per_param,
+        "weights": {name: str(entry.spec) for name, entry in plan.packed.items()},
+        "transposed": [name for name, entry in plan.packed.items() if entry.is_transposed],
+    }
+
+
+def _classes() -> tuple[type, type]:
+    """The config and quantizer classes; made here because their bases need transformers."""
+    import torch
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from kbitc.artifact.folders import FORMAT
+    from kbitc.artifact.reader import read_shared
+    from kbitc.artifact.stored import assemble
+    from kbitc.errors import SourceError
+    from kbitc.formats.layout import SHARED
+    from kbitc.formats.packed import TENSOR_FIELDS
+    from kbitc.formats.spec import parse
+
+    class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+        """Which weights are packed, and how."""
+
+        def __init__(
+            self,
+            weights: dict[str, str] | None = None,
+            transposed: Sequence[str] = (),
+            bits_per_param: float | None = None,
+            **kwargs: Any,
+        ) -> None:
+            self.quant_method = METHOD  # type: ignore[assignment]  # any string will do
+            self.format = kwargs.get("format", FORMAT)
+            self.weights = dict(weights or {})
+            self.transposed = list(transposed)
+            self.bits_per_param = bits_per_param
+
+    class KbitDeserialize(ConversionOps):  # type: ignore[misc]
+        """The stored tensors of one weight to one packed parameter."""
+
+        def __init__(self, hf_quantizer: KbitQuantizer) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, Any]:
+            full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
+            parts = {pattern.rpartition(".")[2]: tensors[0] for pattern, tensors in input_dict.items()}
+            shape = tuple(model.get_parameter(full_layer_name).shape)
+            weight = self.hf_quantizer.assemble(full_layer_name, parts, shape)
+            return {full_layer_name: torch.nn.Parameter(weight, requires_grad=False)}
+
+    class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
+        """Reads kbitc artifacts; compiling is ``kbitc compile``."""
+
+        quantization_config: KbitConfig
+        requires_calibration = True  # transformers: only pre-quantized checkpoints
+
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            del args, kwargs
+            if self.quantization_config.format > FORMAT:
+                raise SourceError(
+                    f"artifact format {self.quantization_config.format}, but this kbitc reads up to "
+                    f"{FORMAT}; upgrade kbitc"
+                )
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            self.dtype = dtype
+            return dtype
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+        ) -> Any:
+            self.shared = read_shared(Path(file) for file in checkpoint_files or ())
+            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
+            return model
+
+        def assemble(self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+            config = self.quantization_config
+            if name not in config.weights:
+                raise SourceError(f"'{name}' is stored packed but config.json names no spec for it")
+            return assemble(
+                parts,
+                parse(config.weights[name]),
+                shape,
+                self.shared,
+                getattr(self, "dtype", None) or torch.get_default_dtype(),
+                is_transposed=name in config.transposed,
+            )
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            del model
+            return param_name in self.quantization_config.weights
+
+        def _leaves(self) -> list[str]:
+            return sorted({name.rpartition(".")[2] for name in self.quantization_config.weights})
+
+        def get_weight_conversions(self) -> list[Any]:
+            return [
+                WeightConverter(
+                    source_patterns=[f"{leaf}.{field}" for field in TENSOR_FIELDS],
+                    target_patterns=leaf,
+                    operations=[KbitDeserialize(self)],
+                )
+                for leaf in self._leaves()
+            ]
+
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+            del model
+            raise SourceError(
+                "a compiled model is saved by kbitc, not by save_pretrained: use kbitc.save(model, folder)"
+            )
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False  # the base is frozen; adapters train over it
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            from kbitc.tensor.kbit_tensor import KbitTensor
+
+            dense: dict[int, torch.nn.Parameter] = {}
+            for module in model.modules():
+                for leaf, weight in list(module._parameters.items()):
+                    if isinstance(weight, KbitTensor):
+                        if id(weight) not in dense:
+                            plain = weight.dequantize(dtype or weight.dtype)
+                            dense[id(weight)] = torch.nn.Parameter(plain, requires_grad=False)
+                        module._parameters[leaf] = dense[id(weight)]
+            return model
+
+    return KbitConfig, KbitQuantizer

@@ -1,0 +1,262 @@
+"""The compiled model on disk: a folder with packed safetensors, the plan and a checksum per tensor.
+
+The one thing to know: nothing appears under its final name before it is complete. Tensors are
+written straight to their place in files of known size (a spec and a shape give every byte count), in
+``.NAME.partial`` beside the target, with a journal that ``--resume`` continues; one rename ends it.
+
+For a weight ``W`` the file holds ``W.planes``, ``W.scales`` and whichever of ``W.zeros``,
+``W.scale_absmax``, ``W.scale_mean``, ``W.outlier_values``, ``W.outlier_index``, ``W.codebook`` its spec
+asks for (`kbitc.blockwise.Packed`); codebooks that weights share stand once, as
+``kbit.codebook.NAME``; every other tensor keeps its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.artifact.folders import FORMAT, check_target, replace_folder
+from kbitc.artifact.stored import tensor_bytes
+from kbitc.errors import UsageError
+from kbitc.formats.layout import Slot
+
+SHARD_BYTES = 4 * 2**30
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Writer:
+    """Writes an artifact; use as a context manager and call :meth:`commit` at the end.
+
+    On an error the partial folder is removed; on an interrupt (Ctrl-C) or a kill it stays, so that
+    ``resume=True`` with the same identity goes on where it stopped.
+
+    Args:
+        out: the final folder.
+        slots: every tensor that will be written: unit name to its tensors by stored name. A unit is
+            what one :meth:`put` writes.
+        identity: source, plan and versions; a partial folder of another identity is not resumed.
+        is_forced: replace an existing ``out``.
+        is_resumed: continue a partial folder.
+
+    Raises:
+        UsageError: ``out`` exists (without force), cannot be written, or nothing matches to resume.
+        SourceError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        slots: Mapping[str, Mapping[str, Slot]],
+        identity: Mapping[str, Any],
+        *,
+        is_forced: bool = False,
+        is_resumed: bool = False,
+    ) -> None:
+        check_target(out, is_forced=is_forced)
+        self.out = out
+        self.partial = out.parent / f".{out.name}.partial"
+        self.journal = self.partial / "journal.jsonl"
+        self.slots = slots
+        self.files = _split(slots)
+        self.done: dict[str, dict[str, Any]] = {}
+        self.checksums: dict[str, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._place = {key: (file, offset) for file in self.files for key, offset in file.offsets.items()}
+        header = {"identity": json.loads(json.dumps(identity)), "format": FORMAT}
+        if is_resumed and self.partial.exists():
+            self._resume(header)
+        else:
+            self._start(header)
+        self._log = self.journal.open("a", encoding="utf-8")
+
+    def _start(self, header: Mapping[str, Any]) -> None:
+        try:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True)
+            for file in self.files:
+                with (self.partial / file.name).open("wb") as handle:
+                    if file.size:
+                        os.posix_fallocate(handle.fileno(), 0, file.size)
+        except OSError as error:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            size = sum(file.size for file in self.files)
+            raise UsageError(
+                f"{self.out}: cannot be written: {error.strerror or error}. The artifact takes "
+                f"{size / 1e6:.1f} MB; nothing was written. Free space or choose another -o folder"
+            ) from error
+        self.journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+
+    def _resume(self, header: Mapping[str, Any]) -> None:
+        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # the line that the kill cut short, and its tensor, are written again
+        if not entries or entries[0] != header:
+            raise UsageError(
+                f"{self.partial}: was begun with another source, plan or kbitc version, so --resume "
+                "cannot continue it; run again without --resume to start over"
+            )
+        for entry in entries[1:]:
+            self._note(entry)
+        body = "".join(json.dumps(entry) + "\n" for entry in entries)
+        self.journal.write_text(body, encoding="utf-8")
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        self.done[entry["unit"]] = entry
+        for key, (digest, dtype) in entry["tensors"].items():
+            self.checksums[key] = digest
+            self.dtypes[key] = getattr(torch, dtype)
+
+    def put(self, unit: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Write all tensors of a unit, then journal them.
+
+        Args:
+            unit: a key of ``slots``.
+            tensors: by stored name; exactly the unit's, of their slots' sizes.
+            note: JSON values to keep with the unit, found again in ``done``.
+        """
+        expected = self.slots[unit]
+        assert set(tensors) == set(expected), (unit, set(tensors) ^ set(expected))
+        entry: dict[str, Any] = {"unit": unit, "tensors": {}, **note}
+        for key, tensor in tensors.items():
+            assert tensor.shape == expected[key].shape, (key, tensor.shape, expected[key].shape)
+            assert tensor.dtype.itemsize == expected[key].dtype.itemsize, (key, tensor.dtype)
+            file, offset = self._place[key]
+            data = tensor_bytes(tensor)
+            with (self.partial / file.name).open("r+b") as handle:
+                handle.seek(offset)
+                handle.write(data)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entry["tensors"][key] = [hashlib.sha256(data).hexdigest(), dtype]
+        self._log.write(json.dumps(entry) + "\n")
+        self._log.flush()
+        self._note(entry)
+
+    def commit(self, documents: Mapping[str, str]) -> None:
+        """Write the headers and the given text files, then move the folder to its final name."""
+        missing = set(self.slots) - set(self.done)
+        assert not missing, f"not written: {sorted(missing)[:3]}"
+        for file in self.files:
+            with (self.partial / file.name).open("r+b") as handle:
+                handle.write(file.header(self.dtypes))
+                os.fsync(handle.fileno())
+        if len(self.files) > 1:
+            index = {
+                "metadata": {"total_size": sum(file.payload for file in self.files)},
+                "weight_map": {key: self._place[key][0].name for key in sorted(self._place)},
+            }
+            documents = {**documents, "model.safetensors.index.json": json.dumps(index, indent=1)}
+        for name, text in documents.items():
+            (self.partial / name).write_text(text, encoding="utf-8")
+        self._log.close()
+        self.journal.unlink()
+        replace_folder(self.partial, self.out)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._log.close()
+        # An interrupt keeps what is done for --resume; an error leaves nothing behind.
+        if kind is not None and issubclass(kind, Exception):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UsageError(
+                f"{self.out}: cannot be written: {error.strerror or error}; nothing was written"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """One safetensors file: where each tensor lies in it."""
+
+    name: str
+    slots: Mapping[str, Slot]
+    offsets: Mapping[str, int]
+    header_bytes: int
+
+    @property
+    def payload(self) -> int:
+        return sum(slot.nbytes for slot in self.slots.values())
+
+    @property
+    def size(self) -> int:
+        return self.header_bytes + self.payload
+
+    def header(self, dtypes: Mapping[str, torch.dtype]) -> bytes:
+        """Length and JSON, padded with spaces to the size that was kept free."""
+        text = self.header_text(dtypes)
+        return (self.header_bytes - 8).to_bytes(8, "little") + text.ljust(self.header_bytes - 8)
+
+    def header_text(self, dtypes: Mapping[str, torch.dtype]) -> bytes:
+        """The JSON alone."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", "kbit_format": str(FORMAT)}}
+        for key, slot in self.slots.items():
+            start = self.offsets[key] - self.header_bytes
+            entries[key] = {
+                "dtype": _DTYPES[dtypes.get(key, slot.dtype)],
+                "shape": list(slot.shape),
+                "data_offsets": [start, start + slot.nbytes],
+            }
+        return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def _split(slots: Mapping[str, Mapping[str, Slot]]) -> list[_File]:
+    """Files of at most ``SHARD_BYTES`` (a larger unit gets its own), units in order."""
+    groups: list[dict[str, Slot]] = [{}]
+    size = 0
+    for unit in slots.values():
+        unit_bytes = sum(slot.nbytes for slot in unit.values())
+        if groups[-1] and size + unit_bytes > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1].update(unit)
+        size += unit_bytes
+    if len(groups) == 1:
+        return [_lay_out("model.safetensors", groups[0])]
+    count = len(groups)
+    return [
+        _lay_out(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, start=1)
+    ]
+
+
+def _lay_out(name: str, slots: Mapping[str, Slot]) -> _File:
+    # Widest dtypes first, so that every tensor is aligned to its own item size.
+    ordered = dict(sorted(slots.items(), key=lambda item: -item[1].dtype.itemsize))
+    widest = {
+        key: torch.bfloat16 if slot.dtype == torch.float16 else slot.dtype for key, slot in ordered.items()
+    }
+    # Room for the header, measured with the longest offsets and dtype names that it can hold.
+    total = sum(slot.nbytes for slot in ordered.values())
+    draft = _File(name, ordered, dict.fromkeys(ordered, total), 0)
+    room = 8 + -(-len(draft.header_text(widest)) // 8) * 8
+    offsets, position = {}, room
+    for key, slot in ordered.items():
+        offsets[key] = position
+        position += slot.nbytes
+    return _File(name, ordered, offsets, room)

@@ -1,0 +1,64 @@
+"""The dense model and the tokenizer of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitc.checkpoint import Checkpoint
+
+
+def compute_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype to compute in by default: the config's, but float32 for float16."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return torch.float32 if stored == "float16" else getattr(torch, stored)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers' own progress bars and load reports off: kbitc has checked and shows its own."""
+    from transformers.utils import logging
+
+    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def dense_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module:
+    """The transformers model of a source, dense, in eval mode; a copy where the source is in memory."""
+    skeleton: Any = checkpoint.skeleton()
+    config = skeleton.config
+    wanted = dtype or compute_dtype({"dtype": str(config.dtype or torch.float32)})
+    state = {name: checkpoint.read(name) for name in checkpoint.tensors()}
+    with quiet_transformers():
+        model: nn.Module = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+    return model.eval()
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer that lies beside a source; None if there is none."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
+        checkpoint.save_companions(Path(folder))
+        return tokenizer_in(Path(folder))
+
+
+def tokenizer_in(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,40 @@
+"""The text files of an artifact: plan, report, score table, and the config's quantization entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from kbitc.artifact.folders import PLAN_FILE, REPORT_FILE
+from kbitc.artifact.plan_file import PlanFile
+from kbitc.artifact.transformers_quantizer import quantization_config
+from kbitc.report.artifact_page import artifact_page
+from kbitc.report.page import Section
+from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
+
+
+def documents(
+    plan: PlanFile,
+    config: dict[str, Any] | None,
+    scores: ScoreTable | None = None,
+    sections: Sequence[Section] = (),
+) -> dict[str, str]:
+    """File names to contents.
+
+    Args:
+        plan: what the artifact holds, and why.
+        config: the model's ``config.json``, if it has one.
+        scores: the table that the plan was made from, if it was.
+        sections: of the report, beside those that follow from the above.
+    """
+    files = {
+        PLAN_FILE: json.dumps(plan.to_json(), indent=1) + "\n",
+        REPORT_FILE: artifact_page(plan, scores, (), sections),
+    }
+    if scores is not None:
+        files[SCORES_FILE] = json.dumps(scores.to_json()) + "\n"
+    if config is not None:
+        entry = {"quantization_config": quantization_config(plan)}
+        files["config.json"] = json.dumps(config | entry, indent=2) + "\n"
+    return files

@@ -1,0 +1,267 @@
+"""The compiler from end to end: read, capture, passes, pack, artifact.
+
+The one thing to know: there is one path. A module in memory and a folder of 100 GB go through the
+same statements; the module only ends as packed parameters in a copy of itself instead of in a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitc.artifact.folders import check_target
+from kbitc.artifact.pack import pack_to, source_hash
+from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction, WeightEntry
+from kbitc.artifact.reader import Artifact
+from kbitc.artifact.writer import Writer
+from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.checkpoint.folder_checks import read_json
+from kbitc.compiler.checks import check_request
+from kbitc.compiler.documents import documents
+from kbitc.compiler.lowering import lower
+from kbitc.compiler.modules import packed_weights, plan_module, with_packed
+from kbitc.compiler.request import Request, pipeline_of, unmeasured
+from kbitc.compiler.source_path import Manage, from_inputs, run_passes
+from kbitc.graph.context import Progress, silent
+from kbitc.graph.program import Program
+from kbitc.graph.stored import stored_bytes, stored_slots
+from kbitc.pipeline.manager import STEPS, PassManager
+from kbitc.pipeline.records import Fired, records
+from kbitc.planning import tradeoff
+from kbitc.planning.allocation import ALLOCATION
+from kbitc.report.passes_page import graph_section
+from kbitc.sensitivity.moments import CALIBRATION
+from kbitc.sensitivity.outliers import OUTLIERS
+from kbitc.sensitivity.score_table import SCORES
+from kbitc.tensor.kbit_tensor import KbitTensor
+from kbitc.version import VERSION
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compilation did.
+
+    Attributes:
+        source: what was compiled, as the user named it.
+        program: planned.
+        payload_bytes: bytes of all stored tensors.
+        source_bytes: bytes of the same tensors in the source.
+        out: the artifact; None after a dry run.
+        fusions: what fusion and clean-up passes did and left, by the pass.
+        seconds: wall time by phase.
+    """
+
+    source: str
+    program: Program
+    payload_bytes: int
+    source_bytes: int
+    out: Path | None
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Stored bits per parameter, tied ones counted once."""
+        return 8 * self.payload_bytes / self.program.parameter_count
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output of compile."""
+        program = self.program
+        assert program.plan is not None
+        return {
+            "source": self.source,
+            "out": None if self.out is None else str(self.out),
+            "parameters": program.parameter_count,
+            "bytes": self.payload_bytes,
+            "source_bytes": self.source_bytes,
+            "bits_per_param": self.bits_per_param,
+            "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
+            "weights": program.plan.to_json()["weights"],
+            "left_alone": {name: rest.reason for name, rest in program.rest.items()},
+            "fusions": {name: record.to_json() for name, record in self.fusions.items()},
+        }
+
+
+def compile_to(
+    source: str | Path | nn.Module,
+    out: Path,
+    request: Request,
+    *,
+    is_forced: bool = False,
+    is_resumed: bool = False,
+    is_dry: bool = False,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    on_progress: Progress = silent,
+    manage: Manage = PassManager,
+) -> Result:
+    """Compile a model into an artifact folder.
+
+    Args:
+        source: local folder, GGUF file, hub id, "demo", or a module in memory.
+        out: folder to write.
+        request: how to choose the specs.
+        is_forced: replace an existing artifact.
+        is_resumed: continue an interrupted run.
+        is_dry: plan and report, write nothing.
+        example_inputs: for a module that transformers does not know.
+        on_progress: told of long work.
+        manage: makes the manager that runs the passes.
+
+    Raises:
+        UsageError: bad arguments, target, passes, plan or weight.
+        SourceError: the source cannot be read or captured.
+        BudgetError: no plan meets the budget.
+    """
+    manager = manage(
+        pipeline_of(request)
+    )  # what is wrong with the request is said before the model is opened
+    if not is_dry:
+        check_target(out, is_forced=is_forced)
+    started = perf_counter()
+    with open_checkpoint(source) as checkpoint:
+        seconds = {"open": perf_counter() - started}
+        run = run_passes(
+            checkpoint,
+            manager,
+            request.calibrate,
+            is_measured=request.wants_moments(),
+            without=lambda: unmeasured(request),
+            captured=from_inputs(example_inputs),
+            on_progress=on_progress,
+        )
+        program = run.program
+        check_request(program, request)
+        started = perf_counter()
+        fusions = records(lower(program))
+        seconds |= {**run.seconds, "lower": perf_counter() - started}
+        source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
+        target = None if is_dry else out
+        result = Result(
+            checkpoint.label, program, stored_bytes(program), source_bytes, target, fusions, seconds
+        )
+        if is_dry:
+            return result
+        started = perf_counter()
+        with _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
+            pack_to(program, writer)
+            checkpoint.save_companions(writer.partial)
+            config = writer.partial / "config.json"
+            data = read_json(config) if config.exists() else None
+            section = graph_section(run.captured, program)
+            writer.commit(documents(_plan_file(result, writer), data, program.get(SCORES), [section]))
+        seconds["pack"] = perf_counter() - started
+    return result
+
+
+def _writer(
+    checkpoint: Checkpoint,
+    program: Program,
+    out: Path,
+    is_forced: bool,
+    is_resumed: bool,
+) -> Writer:
+    assert program.plan is not None
+    identity = {
+        "source": checkpoint.fingerprint(),
+        "weights": {
+            name: [str(choice.spec), choice.quantizer] for name, choice in program.plan.weights.items()
+        },
+        "kbitc": VERSION,
+        "torch": torch.__version__,
+        "calibration": program.get(CALIBRATION),
+        "changed": sorted(name for changes in program.changes for name in changes),
+    }
+    return Writer(out, stored_slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
+
+
+def _plan_file(result: Result, writer: Writer) -> PlanFile:
+    """What the artifact's plan file says, once everything is packed."""
+    program = result.program
+    assert program.plan is not None
+    weights = {}
+    for name, choice in program.plan.weights.items():
+        weight, note = program.weights[name], writer.done[name]
+        nbytes = sum(slot.nbytes for slot in writer.slots[name].values())
+        measured = replace(
+            choice, error=note["error"], bits=8 * nbytes / weight.numel, quantizer=note["quantizer"]
+        )
+        features = (program.get(OUTLIERS) or {}).get(name)
+        kept = choice.spec.outlier_count(weight.in_features)
+        weights[name] = WeightEntry(
+            measured,
+            weight.shape,
+            weight.dtype,
+            weight.is_transposed,
+            weight.aliases,
+            None if features is None else features.to_json() | {"kept": kept},
+        )
+    return PlanFile(
+        source=Path(result.source).name,
+        source_hash=source_hash(writer.done),
+        parameters=program.parameter_count,
+        nbytes=result.payload_bytes,
+        source_bytes=result.source_bytes,
+        weights=weights,
+        left_alone={
+            name: LeftAlone(rest.reason, rest.shape, rest.aliases) for name, rest in program.rest.items()
+        },
+        checksums=writer.checksums,
+        budget=program.plan.budget,
+        calibration=program.get(CALIBRATION),
+        predicted=_prediction(program),
+        passes=tuple(
+            PassEntry(step.name, step.nodes_before, step.nodes_after, str(step))
+            for step in program.get(STEPS) or ()
+        ),
+        fusions=result.fusions,
+    )
+
+
+def _prediction(program: Program) -> Prediction | None:
+    """What the score table says of the plan, whichever passes made it; None if it cannot say."""
+    scores, solution = program.get(SCORES), program.get(ALLOCATION)
+    assert program.plan is not None
+    if scores is None:
+        return None
+    priced = tradeoff.priced(scores, {name: choice.spec for name, choice in program.plan.weights.items()})
+    if priced is None:
+        return None
+    cost = math.fsum(option.cost for option in priced.values())
+    # A bound on the allocator's answer says nothing of a plan that another pass changed.
+    is_solved = solution is not None and math.isclose(cost, solution.cost, rel_tol=1e-9)
+    return Prediction(cost, scores.unit, scores.source, solution.gap if solution and is_solved else None)
+
+
+def compile_module(
+    module: nn.Module,
+    request: Request,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    out: Path | None = None,
+    is_forced: bool = False,
+) -> nn.Module:
+    """A copy of ``module`` whose weights are packed; the module itself is not touched.
+
+    Unpacked parameters are copied as they are, at the source's dtype.
+
+    Args:
+        module: with plain parameters.
+        request: how to choose the specs.
+        example_inputs: for a module that transformers does not know.
+        out: also write the artifact there; the copy then has the weights that lie in it.
+        is_forced: replace an existing artifact.
+    """
+    if out is None:
+        program = plan_module(module, request, from_inputs(example_inputs))
+        return with_packed(module, program, packed_weights(module, program))
+    result = compile_to(module, out, request, is_forced=is_forced, example_inputs=example_inputs)
+    state = Artifact.open(out).state()
+    packed = ((name, value) for name, value in state.items() if isinstance(value, KbitTensor))
+    return with_packed(module, result.program, packed)

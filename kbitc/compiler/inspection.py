@@ -1,0 +1,272 @@
+"""What ``kbitc inspect`` shows: of a model its weights and their outlier features, of an artifact its plan.
+
+The one thing to know: outlier features are those that the pass ``find_outliers`` finds: on text where
+some is given, by the weights of the layer before where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.plan_file import PlanFile, WeightEntry
+from kbitc.artifact.reader import Artifact
+from kbitc.checkpoint import open_checkpoint
+from kbitc.checkpoint.hf_folder import skeleton_of
+from kbitc.compiler.calibrator import NONE, Calibrate
+from kbitc.compiler.lowering import lower
+from kbitc.compiler.source_path import run_passes
+from kbitc.errors import UsageError
+from kbitc.graph.capture import capture
+from kbitc.graph.context import Progress, silent
+from kbitc.graph.program import Program
+from kbitc.graph.text import program_dot
+from kbitc.passes.apply_plan import ApplyPlan
+from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.find_outliers import FindOutliers
+from kbitc.passes.fold_norms import FoldNorms
+from kbitc.passes.measure_moments import MeasureMoments
+from kbitc.pipeline.manager import PassManager
+from kbitc.pipeline.records import Fired, lines, records
+from kbitc.report.artifact_page import artifact_page, fusions_section, headline_facts, trade_off_rows
+from kbitc.report.measured_losses import Measured, of_artifact
+from kbitc.report.model_page import model_page
+from kbitc.report.outlier_map import summary
+from kbitc.report.passes_page import graph_section
+from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
+from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model or an artifact, looked at.
+
+    Attributes:
+        label: as the user named it.
+        program: of a model; None for an artifact, unless its graph was asked for.
+        outliers: outlier features by weight name, models only.
+        plan: an artifact's plan file.
+        captured: the model's graph before any pass, if it was asked for.
+        scores: an artifact's score table, if it has one.
+        measured: what was recorded of an artifact's loss.
+        fusions: what fusion and clean-up passes did to the graph; for a model, what they would do if
+            every weight were packed, by the pass.
+    """
+
+    label: str
+    program: Program | None = None
+    outliers: Mapping[str, OutlierFeatures] = field(default_factory=dict)
+    plan: PlanFile | None = None
+    captured: Program | None = None
+    scores: ScoreTable | None = None
+    measured: Sequence[Measured] = ()
+    fusions: Mapping[str, Fired] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output."""
+        if self.plan is not None:
+            return {key: value for key, value in self.plan.to_json().items() if key != "checksums"}
+        assert self.program is not None
+        weights = {
+            name: {
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "uses": [use.node for use in weight.uses],
+                "kinds": list(weight.kinds),
+                "aliases": list(weight.aliases),
+                "is_transposed": weight.is_transposed,
+                "outlier_features": self.outliers[name].to_json(),
+            }
+            for name, weight in self.program.weights.items()
+        }
+        left = {name: rest.reason for name, rest in self.program.rest.items()}
+        fusions = {name: record.to_json() for name, record in self.fusions.items()}
+        return {
+            "parameters": self.program.parameter_count,
+            "weights": weights,
+            "left_alone": left,
+            "fusions": fusions,
+        }
+
+    def html(self) -> str:
+        """The report of an artifact, or of a model what can be known before it is compiled."""
+        graph = []
+        if self.captured is not None and self.program is not None:
+            graph = [graph_section(self.captured, self.program)]
+        if self.plan is not None:
+            return artifact_page(self.plan, self.scores, self.measured, graph)
+        assert self.program is not None
+        fired = [fusions_section(self.fusions)] if self.fusions else []
+        return model_page(self.label, self.program, self.outliers, [*fired, *graph])
+
+    def dot(self) -> str:
+        """The canonical graph in DOT form."""
+        assert self.program is not None
+        return program_dot(self.program)
+
+    def print(self, console: Console) -> None:
+        """Tables for people."""
+        if self.plan is not None:
+            self._print_plan(console, self.plan)
+        else:
+            self._print_model(console)
+        if self.fusions and self.plan is None:
+            console.print("were every weight packed (fold_norms on request only):")
+        for line in lines(self.fusions):
+            console.print(line, highlight=False, markup=False)
+
+    def _print_model(self, console: Console) -> None:
+        from rich.table import Table
+
+        assert self.program is not None
+        title = f"{self.label}: {self.program.parameter_count:,} parameters"
+        table = Table(title=title, title_justify="left")
+        for column in ("weight", "shape", "read by", "outlier features"):
+            table.add_column(column)
+        for name, weight in self.program.weights.items():
+            tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
+            shape = "x".join(map(str, weight.shape))
+            table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(self.outliers[name].to_json()))
+        console.print(table)
+        _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
+
+    def _print_plan(self, console: Console, plan: PlanFile) -> None:
+        console.print(f"[bold]{escape(self.label)}[/]", highlight=False)
+        for name, value in headline_facts(plan).items():
+            console.print(f"  {escape(value):>14}  {escape(name)}", highlight=False)
+        for entry in self.measured:
+            console.print(
+                f"  {entry.perplexity:>14.4f}  measured perplexity of {escape(entry.model)} on "
+                f"{escape(entry.text)}, {entry.tokens:,} tokens",
+                highlight=False,
+            )
+        if self.scores is not None:
+            console.print(trade_off_table(self.scores, plan.bits_per_param))
+        _print_weights(console, plan)
+
+
+def trade_off_table(scores: ScoreTable, bits: float) -> Table:
+    """Budgets around one, what the best plan and the best uniform spec would cost there."""
+    from rich.table import Table
+
+    table = Table(title=f"trade-off, predicted {scores.unit}", title_justify="left")
+    for column in ("stored bits", "best plan", "best uniform spec", "its cost"):
+        table.add_column(column, justify="left" if "spec" in column else "right")
+    for size, cost, uniform in trade_off_rows(scores, bits):
+        other = ("none fits", "") if uniform is None else (uniform.label, f"{uniform.cost:.4g}")
+        table.add_row(f"{size:.2f}", f"{cost:.4g}", *other)
+    return table
+
+
+def _print_weights(console: Console, plan: PlanFile) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{len(plan.weights)} packed weights", title_justify="left")
+    with_outliers = any(entry.outlier_features is not None for entry in plan.weights.values())
+    columns = ("outlier features",) if with_outliers else ()
+    for column in ("weight", "shape", "spec", "bits", "rel. error", *columns, "reason"):
+        table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
+    for name, entry in plan.weights.items():
+        choice = entry.choice
+        table.add_row(
+            escape(name),
+            "x".join(map(str, entry.shape)),
+            str(choice.spec),
+            "" if choice.bits is None else f"{choice.bits:.3f}",
+            "" if choice.error is None else f"{choice.error:.4f}",
+            *((_outlier_cell(entry),) if with_outliers else ()),
+            escape(choice.reason),
+        )
+    console.print(table)
+    _print_left(console, {name: entry.reason for name, entry in plan.left_alone.items()})
+
+
+def _outlier_cell(entry: WeightEntry) -> str:
+    return "" if entry.outlier_features is None else summary(entry.outlier_features)
+
+
+def _print_left(console: Console, reasons: Mapping[str, str]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        console.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
+
+
+def inspect(
+    source: str,
+    on_progress: Progress = silent,
+    *,
+    with_graph: bool = False,
+    measured: Sequence[Path] = (),
+    calibrate: Calibrate = NONE,
+) -> Inspection:
+    """Look at a model or an artifact.
+
+    Args:
+        source: as for compile, or an artifact's folder.
+        on_progress: told of long work.
+        with_graph: also capture an artifact's graph, for :meth:`Inspection.dot` and the page.
+        measured: further results of ``kbitc eval --json`` to show with an artifact.
+        calibrate: text to find a model's outlier features on, as for compile; "none" looks at weights alone.
+
+    Raises:
+        UsageError: a damaged score table or result.
+        SourceError: neither, or damaged.
+    """
+    folder = Path(source)
+    if (folder / PLAN_FILE).exists():
+        artifact = Artifact.open(folder)
+        captured = capture(skeleton_of(folder)) if with_graph else None
+        return Inspection(
+            source,
+            program=None if captured is None else _planned(captured, artifact.plan),
+            plan=artifact.plan,
+            captured=captured,
+            scores=ScoreTable.open(folder) if (folder / SCORES_FILE).exists() else None,
+            measured=of_artifact(folder, measured),
+            fusions=artifact.plan.fusions,
+        )
+    if measured:
+        raise UsageError(f"--measured: {source} is not compiled; losses are shown with an artifact")
+    manager = PassManager([Canonicalize(), MeasureMoments(), FindOutliers()])
+    with open_checkpoint(source) as checkpoint:
+        run = run_passes(
+            checkpoint,
+            manager,
+            calibrate,
+            is_measured=True,
+            without=lambda: ["measure_moments"],
+            on_progress=on_progress,
+        )
+        program = run.program
+        outliers = program.known(OUTLIERS)
+        return Inspection(source, program, outliers, captured=run.captured, fusions=possible_fusions(program))
+
+
+def _planned(captured: Program, plan: PlanFile) -> Program:
+    """The artifact's program; capture needed shapes alone: the packed model's skeleton is the source's."""
+    return PassManager(
+        [
+            Canonicalize(),
+            ApplyPlan({"weights": {name: str(entry.spec) for name, entry in plan.weights.items()}}),
+        ]
+    ).run(captured)
+
+
+def possible_fusions(program: Program) -> dict[str, Fired]:
+    """What the passes that rewrite would do to a canonical program, were every weight packed."""
+    if not program.weights:
+        return {}
+    everything = ApplyPlan({"weights": {"*": "nf4:64"}})  # no pass looks at the format
+    return records(lower(PassManager([FoldNorms(), everything]).run(program)))

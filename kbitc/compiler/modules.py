@@ -1,0 +1,73 @@
+"""Modules in memory: planned, packed, given back as a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from kbitc.artifact.pack import packed_weight
+from kbitc.checkpoint import open_checkpoint
+from kbitc.compiler.checks import check_request
+from kbitc.compiler.request import Request, pipeline_of, unmeasured
+from kbitc.compiler.source_path import Capture, run_passes
+from kbitc.graph.program import Program
+from kbitc.pipeline.manager import PassManager
+from kbitc.tensor.kbit_tensor import KbitTensor
+
+
+def plan_module(module: nn.Module, request: Request, captured: Capture) -> Program:
+    """The planned program of a module in memory, which is not touched.
+
+    Args:
+        module: with plain parameters.
+        request: how to choose the specs.
+        captured: makes the program that the passes start from, of the module as an open checkpoint.
+    """
+    manager = PassManager(pipeline_of(request))
+    with open_checkpoint(module) as checkpoint:
+        run = run_passes(
+            checkpoint,
+            manager,
+            request.calibrate,
+            is_measured=request.wants_moments(),
+            without=lambda: unmeasured(request),
+            captured=captured,
+        )
+    check_request(run.program, request)
+    return run.program
+
+
+def packed_weights(module: nn.Module, program: Program) -> Iterator[tuple[str, KbitTensor]]:
+    """Every weight that the plan packs, by its first name, made from the module's parameter in turn."""
+    assert program.plan is not None
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    read = program.as_stored(lambda name: parameters[name].detach())
+    for name, choice in program.plan.weights.items():
+        if not choice.spec.is_left_alone:
+            weight, data = program.weights[name], read(name)
+            _, packed = packed_weight(program, name, data.mT if weight.is_transposed else data)
+            yield name, KbitTensor(packed, data.dtype, is_transposed=weight.is_transposed)
+
+
+def with_packed(module: nn.Module, program: Program, packed: Iterable[tuple[str, KbitTensor]]) -> nn.Module:
+    """A deep copy of a module with packed parameters, tied ones too, in place of dense ones.
+
+    Args:
+        module: not touched.
+        program: planned; what it changed of other parameters is in the copy, which has them at the source's
+            dtype.
+        packed: weights by their first names.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    # deepcopy looks here first: the copy gets what is stored and never copies the dense weight.
+    memo: dict[int, Any] = {}
+    for name, weight in packed:
+        memo[id(parameters[name])] = nn.Parameter(weight, requires_grad=False)
+    read = program.as_stored(lambda name: parameters[name].detach())
+    for name, source in parameters.items():
+        if id(source) not in memo and program.is_changed(name):
+            memo[id(source)] = nn.Parameter(read(name), requires_grad=source.requires_grad)
+    return copy.deepcopy(module, memo)

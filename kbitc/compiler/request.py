@@ -1,0 +1,184 @@
+"""What is asked of a compilation, and the passes that answer it.
+
+The one thing to know: a request is checked, and its passes are chosen, before the model is opened. Where the
+model turns out to have nothing to measure on, :func:`unmeasured` says which of the passes are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kbitc.compiler.calibrator import AUTO, NONE, Calibrate
+from kbitc.errors import UsageError, did_you_mean
+from kbitc.formats.spec import parse
+from kbitc.graph.plan import read_rules
+from kbitc.graph.queries import KINDS
+from kbitc.pipeline.defaults import planning_pipeline
+from kbitc.pipeline.order import edit_pipeline
+from kbitc.pipeline.registry import Pass, name_of
+from kbitc.planning.allocation import DEFAULT_BUDGET, check_budget
+from kbitc.quantizers import AUTO as ANY_QUANTIZER
+from kbitc.quantizers import find_quantizer
+from kbitc.sensitivity.moments import MOMENTS
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to choose the specs: exactly one of budget, spec and plan.
+
+    Attributes:
+        bits: budget in stored bits per parameter of the whole model, 2 to 8.
+        spec: one spec for every weight.
+        plan: a plan file, or its parsed contents.
+        is_strict: fail when the weight of a matmul would be left unquantized.
+        passes: what to run between capture and pack instead, as values or names; a name that is in the
+            usual pipeline means the pass there, with its options.
+        disabled: names of passes to leave out.
+        calibrate: on what to measure what errors cost: "auto" (where a budget is to be spent, text that a
+            language model samples itself, random inputs of another model of transformers; otherwise nothing),
+            "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
+        agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
+        quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and the
+            plan to what is known of each weight.
+    """
+
+    bits: float | None = None
+    spec: str | None = None
+    plan: Path | Mapping[str, Any] | None = None
+    is_strict: bool = False
+    passes: Sequence[Pass | str] | None = None
+    disabled: Sequence[str] = ()
+    calibrate: Calibrate = AUTO
+    agree: str = ""
+    quantizer: str = ANY_QUANTIZER
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"give exactly one of --bits, --spec and --plan; got {' and '.join(given) or 'none'}"
+            )
+        if self.bits is not None:
+            check_budget(self.bits)
+        if self.agree and self.agree not in KINDS:
+            raise UsageError(f"--agree: {did_you_mean('kind of weights', self.agree, KINDS)}")
+        if self.agree and self.bits is None:
+            raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
+        if self.quantizer != ANY_QUANTIZER:
+            find_quantizer(self.quantizer)
+
+    @classmethod
+    def of(
+        cls,
+        bits: float | None = None,
+        spec: str | None = None,
+        plan: Path | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        """A request; of the default budget where neither budget, spec nor plan is given."""
+        is_open = bits is None and spec is None and plan is None
+        return cls(DEFAULT_BUDGET if is_open else bits, spec, plan, **options)
+
+    def needs_moments(self) -> bool:
+        """Whether a quantizer that is named, here or in the plan, needs what calibration measures."""
+        named = {self.quantizer}
+        if self.quantizer == ANY_QUANTIZER and self.plan is not None:
+            weights = self.rules.get("weights") if isinstance(self.rules, Mapping) else None
+            entries = weights.values() if isinstance(weights, Mapping) else ()
+            named = {str(entry.get("quantizer", "")) for entry in entries if isinstance(entry, Mapping)}
+        return any(MOMENTS in find_quantizer(name).requires for name in named - {"", ANY_QUANTIZER})
+
+    def is_measured(self) -> bool:
+        """Whether something is measured for it, if the model has something to measure on."""
+        if not isinstance(self.calibrate, str):
+            return True
+        return self.wants_moments() if self.calibrate == AUTO else self.calibrate != NONE
+
+    def wants_moments(self) -> bool:
+        """Whether measuring is worth its time where the user says nothing of it."""
+        return self.bits is not None or self.needs_moments()
+
+    def asks_for_outliers(self) -> bool:
+        """Whether a spec that the user gave keeps outlier features."""
+        if self.plan is None:
+            spec = None if self.spec is None else parse(self.spec)
+            return spec is not None and (spec.wants_found or spec.outliers > 0)
+        return any("+out" in str(rule) for rule in self.rules.values())
+
+    @cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """The plan's entries by name or pattern; a file is read once.
+
+        Raises:
+            UsageError: it is no plan file.
+        """
+        assert self.plan is not None
+        return self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan)
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Options of the default passes, by the passes' names."""
+        quantizer = "" if self.quantizer == ANY_QUANTIZER else self.quantizer
+        if self.bits is not None:
+            return {
+                "score_sensitivity": {"quantizer": quantizer},
+                "allocate_bits": {"budget": self.bits, "agree": self.agree, "quantizer": quantizer},
+            }
+        if self.spec is not None:
+            parse(self.spec)
+            entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
+            rules: Mapping[str, Any] = {"weights": {"*": entry}}
+            return {"apply_plan": {"rules": rules, "label": "--spec", "quantizer": quantizer}}
+        label = {} if isinstance(self.plan, Mapping) else {"label": str(self.plan)}
+        return {"apply_plan": {"rules": self.rules, "quantizer": quantizer, **label}}
+
+
+def pipeline_of(request: Request) -> list[Pass]:
+    """The passes between capture and pack, as the request edits them.
+
+    Raises:
+        UsageError: an unknown or misplaced pass, no plan at the end, a spec or plan that no pass reads, or a
+            quantizer that needs measuring where there is to be none.
+    """
+    if request.needs_moments() and not request.is_measured():
+        raise UsageError(
+            "--calibrate none: the quantizer that was asked for, or that the plan names, needs calibration; "
+            "calibrate with self, random or a text, or give --quantizer absmax"
+        )
+    usual = planning_pipeline(
+        with_budget=request.bits is not None,
+        is_measured=request.is_measured(),
+        finds_outliers=request.asks_for_outliers(),
+        options=request.options(),
+    )
+    passes = edit_pipeline(usual, request.passes, request.disabled)
+    planner = usual[-1]
+    if request.bits is None and planner not in passes:
+        option = "--spec" if request.spec is not None else "--plan"
+        raise UsageError(
+            f"{option} is what the pass '{name_of(planner)}' applies, which is not among the passes "
+            f"{[name_of(pass_) for pass_ in passes]}; add it, or leave {option} out"
+        )
+    return passes
+
+
+def unmeasured(request: Request) -> tuple[str, ...]:
+    """The default passes that are left out where the model has nothing to measure on.
+
+    Who names passes gets them, and hears from them what they lack.
+
+    Raises:
+        UsageError: a quantizer that needs it is named.
+    """
+    if request.passes is not None:
+        return ()
+    if request.needs_moments():
+        raise UsageError(
+            "this model has nothing to calibrate on by itself, which the quantizer that was asked for, or that "
+            "the plan names, needs; calibrate on token ids, or give --quantizer absmax"
+        )
+    kept = request.asks_for_outliers()
+    return ("measure_moments",) if kept else ("measure_moments", "find_outliers")

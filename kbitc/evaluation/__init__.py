@@ -1,0 +1,1 @@
+"""What came out: perplexity, text, speed, and exported folders compared with PyTorch."""

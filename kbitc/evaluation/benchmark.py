@@ -1,0 +1,122 @@
+"""Speed and peak memory of a packed model against the 16-bit one, each in a process of its own.
+
+The one thing to know: peak memory is the operating system's figure for that process from the end of
+loading on (Linux ``VmHWM``), so what loading needed for a moment does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kbitc.errors import SourceError
+from kbitc.evaluation.opening import open_model
+from kbitc.evaluation.speed import speed
+
+Row = dict[str, float]
+
+
+def compare(
+    artifact: str,
+    against: str | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    runs: int,
+    backend: str = "auto",
+) -> dict[str, Row]:
+    """Measure an artifact and the dense bfloat16 model.
+
+    Args:
+        artifact: compiled folder.
+        against: source of the dense model; None dequantizes the artifact's own weights.
+        prompt_tokens: of the prefill.
+        new_tokens: to decode.
+        runs: medians are over so many, after one warm-up.
+        backend: of the artifact's decode step; "auto" measures "eager" and, where it works, "cpu".
+
+    Returns:
+        ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
+        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit".
+
+    Raises:
+        SourceError: a model cannot be loaded or measured.
+    """
+    numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
+    rows = {}
+    if backend in ("auto", "eager"):
+        rows["packed"] = _measure([artifact, "packed", "eager", *numbers])
+    if backend != "eager":
+        compiled = _measure([artifact, "packed", backend, *numbers])
+        # Where auto had to fall back, the row would repeat the eager one.
+        if compiled.pop("is_compiled") or backend != "auto":
+            rows["packed, cpu"] = compiled
+    rows["16-bit"] = _measure([against or artifact, "dense", "eager", *numbers])
+    for row in rows.values():
+        row.pop("is_compiled", None)
+    return rows
+
+
+def _measure(arguments: list[str]) -> Row:
+    command = [sys.executable, "-m", "kbitc.benchmark", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise SourceError(f"measuring {arguments[0]} failed: {last[0]}")
+    sys.stderr.write("".join(f"{line}\n" for line in done.stderr.splitlines() if "RuntimeWarning" in line))
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(source: str, kind: str, backend: str, prompt_tokens: int, new_tokens: int, runs: int) -> Row:
+    """One row, in this process."""
+    import torch
+
+    from kbitc.backends import make_decoder
+
+    loaded = open_model(source, torch.bfloat16 if kind == "dense" else None)
+    model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param
+    if kind == "dense" and getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize(torch.bfloat16)  # type: ignore[operator]  # transformers' method
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        bits = 16.0
+    decoder = make_decoder(model, backend)
+    _forget_peak()
+    found = speed(decoder, prompt_tokens, new_tokens, runs)
+    return {
+        "decode": found.decode,
+        "prefill": found.prefill,
+        "peak_bytes": _peak(),
+        "bytes": nbytes,
+        "bits_per_param": bits,
+        "is_compiled": float(decoder.name != "eager"),
+    }
+
+
+def _forget_peak() -> None:
+    # Not Linux, or not allowed: the peak then includes loading.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """``SOURCE packed|dense BACKEND PROMPT NEW RUNS``."""
+    source, kind, backend, *numbers = arguments
+    return measure(source, kind, backend, *map(int, numbers))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")

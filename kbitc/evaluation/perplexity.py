@@ -1,0 +1,125 @@
+"""Perplexity, KL divergence and speed of a model, packed or not.
+
+The one thing to know: perplexity is the exponential of the mean negative log-likelihood over tokens
+2 ... n of non-overlapping windows; the last partial window is dropped (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitc.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of :func:`perplexity`.
+
+    Attributes:
+        perplexity: exp of ``loss``.
+        loss: mean negative log-likelihood, nats per token.
+        tokens: tokens that were predicted.
+        divergence: mean KL divergence from the reference model to this one, nats per token.
+        reference_loss: the reference model's own loss.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    divergence: float | None = None
+    reference_loss: float | None = None
+
+
+def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: int | None) -> Tensor:
+    """Token windows ``(count, context)`` of a text, the tokenizer's defaults applied to the whole.
+
+    Raises:
+        UsageError: fewer tokens than one window, or a context that the model does not have.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if context < 2 or (longest is not None and context > longest):
+        raise UsageError(f"--context {context}: this model takes 2 to {longest} tokens")
+    # The tokenizer warns of texts longer than the model's context: they are cut right here.
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = ids if limit is None else ids[:limit]
+    count = len(ids) // context
+    if count == 0:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, fewer than one window of --context {context}; give a "
+            "longer text or a smaller --context"
+        )
+    windowed: Tensor = ids[: count * context].view(count, context)
+    return windowed
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    reference: nn.Module | None = None,
+    on_window: Progress = lambda *_: None,
+) -> Score:
+    """Score token windows.
+
+    Args:
+        model: causal language model.
+        ids: (windows, context) token ids.
+        reference: also measure KL(reference || model).
+        on_window: progress, called with (windows done, windows in all).
+    """
+    loss = divergence = wanted_loss = 0.0
+    for i, window in enumerate(ids):
+        log_probs = _log_probs(model, window)
+        targets = window[1:, None]
+        loss -= float(log_probs.gather(-1, targets).double().sum())
+        if reference is not None:
+            wanted = _log_probs(reference, window)
+            divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
+            wanted_loss -= float(wanted.gather(-1, targets).double().sum())
+        on_window(i + 1, len(ids))
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    mean = loss / tokens
+    return Score(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        loss=mean,
+        tokens=tokens,
+        divergence=None if reference is None else divergence / tokens,
+        reference_loss=None if reference is None else wanted_loss / tokens,
+    )
+
+
+def _log_probs(model: nn.Module, window: Tensor) -> Tensor:
+    """Float32 log-probabilities of the next token: (context - 1, vocabulary)."""
+    logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UsageError: missing, empty, or not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--text {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text.strip():
+        raise UsageError(f"--text {path}: is empty")
+    return text

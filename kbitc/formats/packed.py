@@ -1,0 +1,111 @@
+"""`Packed`: one packed weight as plain tensors, and its operands as every ``kbit::`` op takes them.
+
+The one thing to know: ``dequantized = codebook[code] * scale (+ zero)``, one scale for each block of
+consecutive weights along the *input* dimension (the last one of a row may be short).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kbitc.formats.spec import Spec
+
+
+class Operands(NamedTuple):
+    """A packed weight as every ``kbit::`` op takes it: the fields of `Packed`, then three numbers.
+
+    Experts have a leading dimension. Unpacked into a call (``*operands``) they stand in the ops' order.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    codebook: Tensor
+    zeros: Tensor | None
+    scale_codebook: Tensor | None
+    scale_absmax: Tensor | None
+    scale_mean: Tensor | None
+    outlier_values: Tensor | None
+    outlier_index: Tensor | None
+    in_features: int
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed weight: plain tensors and the numbers needed to read them.
+
+    Shapes are for a weight of ``(*lead, rows, in_features)``; ``lead`` is the expert dimension of a
+    3-D weight, or empty.
+
+    Attributes:
+        planes: ``(*lead, rows, row_bytes)`` uint8 bit planes (`kbitc.formats.bit_planes`).
+        scales: ``(*lead, rows, blocks)`` float16 (bfloat16 where float16 cannot hold them), or uint8
+            codes of double-quantized scales.
+        codebook: ``(levels,)`` float32, sorted.
+        zeros: like float16 ``scales``, added to each block; None without ``+zp``.
+        scale_codebook: ``(256,)`` float32 dynamic map, ``+dq`` only.
+        scale_absmax: ``(ceil(number of scales / 256),)`` float32 constants, ``+dq`` only.
+        scale_mean: ``(1,)`` float32 mean that was subtracted from the scales, ``+dq`` only.
+        outlier_values: ``(*lead, rows, outliers)`` float16 columns, ``+out`` only.
+        outlier_index: ``(outliers,)`` int32 input features that they belong to, sorted.
+        spec: the format.
+        in_features: weights a row.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    codebook: Tensor
+    zeros: Tensor | None
+    scale_codebook: Tensor | None
+    scale_absmax: Tensor | None
+    scale_mean: Tensor | None
+    outlier_values: Tensor | None
+    outlier_index: Tensor | None
+    spec: Spec
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape ``(*lead, rows, in_features)``."""
+        return (*self.planes.shape[:-1], self.in_features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is present, by field name."""
+        return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
+
+    def nbytes(self) -> int:
+        """Bytes of this weight alone: all tensors but the codebooks that a data type shares."""
+        shared = {"scale_codebook"}
+        if not self.spec.is_fitted:
+            shared.add("codebook")
+        return sum(t.nbytes for name, t in self.tensors().items() if name not in shared)
+
+    def operands(self) -> Operands:
+        """The arguments that every ``kbit::`` op takes for a weight, in order."""
+        return Operands(*_tensors_of(self), self.in_features, self.spec.bits, self.spec.block)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        """A copy with every tensor replaced by ``function`` of it."""
+        changed: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        return replace(self, **changed)
+
+
+TENSOR_FIELDS = (
+    "planes",
+    "scales",
+    "codebook",
+    "zeros",
+    "scale_codebook",
+    "scale_absmax",
+    "scale_mean",
+    "outlier_values",
+    "outlier_index",
+)
+
+_tensors_of = attrgetter(*TENSOR_FIELDS)

@@ -1,0 +1,92 @@
+"""Scales and zero points: of the blocks' extremes, as they are stored, and as reading them gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kbitc.errors import UsageError
+from kbitc.formats.blocks import RowTiles, absmax
+from kbitc.formats.codebooks import dynamic_map
+from kbitc.formats.encoder import Encoder
+from kbitc.formats.spec import SCALE_GROUP, Spec
+
+FP16_MAX = torch.finfo(torch.float16).max
+FP16_TINY = torch.finfo(torch.float16).tiny
+
+
+def absmax_scales(source: RowTiles, spec: Spec, name: str) -> tuple[Tensor, Tensor | None]:
+    """Float32 scales, and the middles of the blocks under ``+zp``, of every row."""
+    scales, zeros = [], []
+    for start, blocks in source.tiles():
+        if spec.has_zero_point:
+            low, high = source.limits(blocks)
+            # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
+            middle = low / 2 + high / 2
+            zeros.append(middle)
+            # Centred on the zero as it is stored, so that its rounding is not lost.
+            centre = to_16_bits(middle).float() if middle.isfinite().all() else middle
+            scales.append(torch.maximum(high - centre, centre - low))
+        else:
+            scales.append(absmax(blocks, spec.is_signed))
+        if not scales[-1].isfinite().all():
+            row = start + int((~scales[-1].isfinite()).any(dim=-1).nonzero()[0])
+            raise UsageError(
+                f"{name}: row {row} holds a NaN or infinite value; a weight must be finite to be "
+                "quantized. Repair the checkpoint, or leave this weight alone with spec fp16"
+            )
+    return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+
+def to_16_bits(values: Tensor) -> Tensor:
+    """Float16, or bfloat16 (same size, wider range) when float16 would overflow or go sub-normal."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest > FP16_MAX or 0.0 < largest < FP16_TINY:
+        return values.to(torch.bfloat16)
+    return values.to(torch.float16)
+
+
+def store_scales(
+    scales: Tensor, spec: Spec, codebook: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor]:
+    """Scales as stored, the double-quantization constants, and the scales that reading them gives."""
+    if not spec.has_double_quant:
+        stored = to_16_bits(scales)
+        return stored, None, stored.float()
+    # QLoRA subtracts the mean because absmax scales are all positive. Signed ones are centred
+    # already; and where a level 0 is missing, a mean would make an all-zero block inexact.
+    keeps_zero = bool((codebook == 0).any())
+    mean = torch.zeros(1)
+    if not spec.is_signed and (keeps_zero or bool((scales != 0).all())):
+        mean = scales.double().mean().float().reshape(1)
+    flat = (scales - mean).flatten()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SCALE_GROUP)).view(-1, SCALE_GROUP)
+    constants = padded.abs().amax(dim=-1)
+    dynamic = dynamic_map()
+    normalized = torch.where(constants[:, None] > 0, padded / constants[:, None], 0.0)
+    codes = Encoder(dynamic)(normalized).flatten()[: flat.numel()].view(scales.shape)
+    return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
+
+
+def dequantize_scales(codes: Tensor, scale_codebook: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """Float32 scales from 8-bit codes: ``scale_codebook[code] * absmax[group] + mean``."""
+    values = scale_codebook[codes.flatten().int()]
+    groups = absmax.repeat_interleave(SCALE_GROUP)[: values.numel()]
+    return torch.addcmul(mean, values, groups).view(codes.shape)
+
+
+def effective_scales(
+    scales: Tensor,
+    scale_codebook: Tensor | None,
+    scale_absmax: Tensor | None,
+    scale_mean: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Float32 scales ``(rows, blocks)`` of a 2-D scale tensor, or of the given rows of it."""
+    picked = scales if rows is None else scales[rows]
+    if scale_codebook is None or scale_absmax is None or scale_mean is None:
+        return picked.float()
+    if rows is None:
+        return dequantize_scales(picked, scale_codebook, scale_absmax, scale_mean)
+    position = rows[:, None] * scales.shape[1] + torch.arange(scales.shape[1], device=rows.device)
+    return torch.addcmul(scale_mean, scale_codebook[picked.int()], scale_absmax[position // SCALE_GROUP])

@@ -1,0 +1,174 @@
+"""Spec strings: one short name for the format of one weight, e.g. ``nf4:64+dq``.
+
+Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq] [+out | +outP%] [+VARIANT]``, or ``fp16`` for a
+weight that is left at 16 bits. ``+out`` means the outlier features that the pass ``find_outliers`` finds;
+``apply_plan`` makes a share of it, weight by weight. ``parse(str(spec)) == spec`` always.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kbitc.errors import UsageError, did_you_mean
+from kbitc.formats import datatypes
+
+DEFAULT_BLOCK = 64
+SCALE_GROUP = 256  # scales that share one fp32 constant under double quantization (QLoRA)
+EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
+
+_PATTERN = re.compile(r"(?P<family>[a-z_]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+))?(?::(?P<block>-?\d+))?")
+_OUTLIERS = re.compile(r"out(?P<percent>\d+(?:\.\d+)?)%")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The format of one weight.
+
+    Attributes:
+        family: name of a data type (`kbitc.formats.datatypes.families`); "fp16" leaves the weight alone.
+        bits: bits a code, 2 to 8 (16 for "fp16").
+        block: consecutive weights along the input dimension that share one scale.
+        exponent: exponent bits of ``fp``; None takes the default width.
+        has_zero_point: ``+zp``: each block is centred on the middle of its range.
+        has_double_quant: ``+dq``: scales are stored as 8-bit dynamic codes in groups of 256.
+        outliers: share of input features kept at 16 bits, in percent; 0 for none.
+        wants_found: ``+out``: not a format yet, but as many outlier features as will be found.
+        variant: "" or the name of a published construction of the data type.
+    """
+
+    family: str
+    bits: int
+    block: int = DEFAULT_BLOCK
+    exponent: int | None = None
+    has_zero_point: bool = False
+    has_double_quant: bool = False
+    outliers: float = 0.0
+    variant: str = ""
+    wants_found: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_left_alone:
+            return
+        family = datatypes.find_family(self.family)
+        low, high = datatypes.MIN_BITS, datatypes.MAX_BITS
+        if not low <= self.bits <= high:
+            raise UsageError(f"{self}: {self.bits} bits a weight; kbitc packs {low} to {high} bits")
+        if self.block < 1:
+            raise UsageError(f"{self}: block size {self.block}; it must be at least 1, for example 64")
+        if self.exponent is not None and (self.family != "fp" or not 1 <= self.exponent <= self.bits - 1):
+            raise UsageError(f"{self}: only fp takes exponent bits, 1 to {self.bits - 1} of them here")
+        if not 0.0 <= self.outliers < 100.0:
+            raise UsageError(f"{self}: outlier share {self.outliers} %; it must be in [0, 100)")
+        if self.outliers and self.wants_found:
+            raise UsageError(f"{self}: +out is given with a share and without; choose one")
+        if self.variant and self.variant not in family.variants:
+            raise UsageError(
+                f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, family.variants)
+            )
+
+    @property
+    def is_left_alone(self) -> bool:
+        """True for ``fp16``: the weight is stored at 16 bits and not touched."""
+        return self.family == "fp16"
+
+    @property
+    def is_fitted(self) -> bool:
+        """True where the codebook depends on the weight, and is stored with it."""
+        return datatypes.find_family(self.family).is_fitted
+
+    @property
+    def is_signed(self) -> bool:
+        """True where blocks are divided by the element of largest magnitude *with its sign*."""
+        return datatypes.find_family(self.family).is_signed and not self.has_zero_point
+
+    @property
+    def datatype(self) -> str:
+        """Family, bits, exponent and variant: what a shared codebook is filed under."""
+        exponent = "" if self.exponent is None else f"e{self.exponent}"
+        variant = f"+{self.variant}" if self.variant else ""
+        return f"{self.family}{self.bits}{exponent}{variant}"
+
+    @property
+    def codebook_name(self) -> str:
+        """What the codebook is filed under, where weights share it: same name, same levels."""
+        family = datatypes.find_family(self.family)
+        block = f":{self.block}" if family.uses_block else ""
+        return self.datatype + block + ("+zp" if family.uses_center and self.has_zero_point else "")
+
+    def __str__(self) -> str:
+        if self.is_left_alone:
+            return "fp16"
+        exponent = "" if self.exponent is None else f"e{self.exponent}"
+        flags = ("+zp" if self.has_zero_point else "") + ("+dq" if self.has_double_quant else "")
+        if self.wants_found:
+            flags += "+out"
+        if self.outliers:
+            flags += f"+out{self.outliers:.12g}%"
+        if self.variant:
+            flags += f"+{self.variant}"
+        return f"{self.family}{self.bits}{exponent}:{self.block}{flags}"
+
+    def outlier_count(self, in_features: int) -> int:
+        """Input features kept at 16 bits: at least one when any share was asked for."""
+        if self.wants_found:
+            raise UsageError(
+                f"{self}: +out means the outlier features that are found in compiling a model; name a share "
+                "here, for example +out1%"
+            )
+        if not self.outliers:
+            return 0
+        return min(in_features, max(1, round(in_features * self.outliers / 100)))
+
+
+LEFT_ALONE = Spec("fp16", 16)
+
+
+def parse(text: str) -> Spec:
+    """The spec that a string names.
+
+    >>> spec = parse("int3:128+zp")
+    >>> spec.family, spec.bits, spec.block, spec.has_zero_point
+    ('int', 3, 128, True)
+    >>> str(parse("nf4"))
+    'nf4:64'
+
+    Raises:
+        UsageError: not a spec, or a format that kbitc does not have.
+    """
+    head, *flags = text.strip().split("+")
+    if head == "fp16" and not flags:
+        return LEFT_ALONE
+    match = _PATTERN.fullmatch(head)
+    if match is None:
+        raise UsageError(f"'{text}' is not a spec; write one like {EXAMPLES}")
+    options: dict[str, bool | float | str] = {}
+    for flag in flags:
+        key, value = _parse_flag(text, flag)
+        if key in options or {key, *options} >= {"wants_found", "outliers"}:
+            raise UsageError(f"'{text}': +{flag} is given twice; name each flag once")
+        options[key] = value
+    exponent = match["exponent"]
+    return Spec(
+        family=match["family"],
+        bits=int(match["bits"]),
+        block=DEFAULT_BLOCK if match["block"] is None else int(match["block"]),
+        exponent=None if exponent is None else int(exponent),
+        **options,  # type: ignore[arg-type]  # keys and value types come from _parse_flag
+    )
+
+
+def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
+    if flag == "zp":
+        return "has_zero_point", True
+    if flag == "dq":
+        return "has_double_quant", True
+    if flag == "out":
+        return "wants_found", True
+    outliers = _OUTLIERS.fullmatch(flag)
+    if outliers is not None:
+        return "outliers", float(outliers["percent"])
+    variants = {name for known in datatypes.families().values() for name in known.variants}
+    if flag in variants:
+        return "variant", flag
+    raise UsageError(f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "out", "outP%", *variants]))

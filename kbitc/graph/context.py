@@ -1,0 +1,78 @@
+"""What a program carries beside the model: the source's data, what to measure on, and who hears of progress.
+
+The one thing to know: a pass takes what it needs from here, so that nobody has to know which pass needs what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kbitc.graph.program import Program
+
+ReadTensor: TypeAlias = Callable[[str], Tensor]
+"""Reads one tensor by its name in the model."""
+
+Progress: TypeAlias = Callable[[str, int, int], object]
+"""``(what, done, all)``: a phase or a tensor's name, and how far it is, in steps or bytes; 0 of 0 where that
+cannot be said."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A `Progress` that nobody hears."""
+    del what, done, total
+
+
+class Calibration(Protocol):
+    """Inputs to measure on, and the model to run them through: `kbitc.compiler.calibrator.Calibrator`."""
+
+    @property
+    def label(self) -> str:
+        """How reports call the text."""
+        ...
+
+    @property
+    def is_text(self) -> bool:
+        """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
+        ...
+
+    def feeds(self) -> list[dict[str, Tensor]]:
+        """Keyword inputs of batch 1, all of the same shapes."""
+        ...
+
+    def trace(self, feed: Mapping[str, Tensor]) -> Program:
+        """The model's canonical program in float32 for inputs of these shapes."""
+        ...
+
+    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor:
+        """What to take gradients of."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer, those included that no checkpoint holds."""
+        ...
+
+    def remembered(
+        self, measure: Callable[[], Mapping[str, Tensor]], options: str = ""
+    ) -> Mapping[str, Tensor]:
+        """What an earlier run measured on the same model and text, or what ``measure`` gives, kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a program.
+
+    Attributes:
+        read: one tensor of the source by name; None for a program without a source.
+        calibration: inputs to measure on; None where there are none.
+        on_progress: told of long work.
+    """
+
+    read: ReadTensor | None = None
+    calibration: Calibration | None = None
+    on_progress: Progress = silent

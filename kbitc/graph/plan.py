@@ -1,0 +1,134 @@
+"""`Plan`: a spec for each weight, with its reason; a JSON file that a person can edit and give back.
+
+The one thing to know: a key of ``weights`` is a weight's name or a glob pattern; an exact name wins
+over patterns, and of several patterns the first one in the file. A key that names nothing and a
+weight that no key names are both errors, so that a plan never means less than it says.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kbitc.errors import UsageError, did_you_mean
+from kbitc.formats.spec import Spec, parse
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision about one weight.
+
+    Attributes:
+        spec: its format.
+        reason: why, in a few words.
+        error: relative error ``||W - dequantize(quantize(W))|| / ||W||``, once measured.
+        bits: stored bits a parameter of this weight, once known.
+        quantizer: name of what chooses its scales and codes; "" for the strongest one that there is evidence for.
+    """
+
+    spec: Spec
+    reason: str = ""
+    error: float | None = None
+    bits: float | None = None
+    quantizer: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """As it stands in a plan file."""
+        entry: dict[str, object] = {"spec": str(self.spec)}
+        if self.bits is not None:
+            entry["bits"] = round(self.bits, 6)
+        if self.error is not None:
+            entry["error"] = round(self.error, 8)
+        if self.quantizer:
+            entry["quantizer"] = self.quantizer
+        return entry | {"reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Specs by weight name.
+
+    Attributes:
+        weights: a choice for every packable weight, in the model's order.
+        budget: the bits per parameter that the plan was made for, if any.
+    """
+
+    weights: Mapping[str, Choice] = field(default_factory=dict)
+    budget: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """As it stands in a plan file."""
+        weights = {name: choice.to_json() for name, choice in self.weights.items()}
+        return {"format": PLAN_FORMAT, "budget": self.budget, "weights": weights}
+
+    @classmethod
+    def from_file(cls, path: Path, names: Iterable[str]) -> Plan:
+        """Read an edited plan for a model whose packable weights are ``names``.
+
+        Raises:
+            UsageError: not a plan, a newer format, a key that names no weight, a weight without a
+                key, or a bad spec.
+        """
+        return cls.from_json(read_rules(path), names, label=str(path))
+
+    @classmethod
+    def from_json(cls, data: object, names: Iterable[str], *, label: str = "plan") -> Plan:
+        """As :meth:`from_file`, from parsed JSON."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("weights"), Mapping):
+            raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
+        version = data.get("format", PLAN_FORMAT)
+        if not isinstance(version, int) or version > PLAN_FORMAT:
+            raise UsageError(
+                f"{label}: plan format {version}, but this kbitc reads up to {PLAN_FORMAT}; upgrade kbitc"
+            )
+        rules = {key: _choice(label, key, entry) for key, entry in data["weights"].items()}
+        known = list(names)
+        for key in rules:
+            if not fnmatch.filter(known, key) and key not in known:
+                raise UsageError(f"{label}: " + did_you_mean("weight", key, known))
+        chosen = {name: _match(label, name, rules) for name in known}
+        budget = data.get("budget")
+        return cls(chosen, budget if isinstance(budget, (int, float)) else None)
+
+
+def read_rules(path: Path) -> Any:
+    """The parsed contents of a plan file, not yet checked.
+
+    Raises:
+        UsageError: missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a plan: {error}") from error
+
+
+def _choice(label: str, key: str, entry: object) -> Choice:
+    text = entry.get("spec") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise UsageError(f'{label}: {key}: expected a spec such as "nf4:64", got {entry!r}')
+    try:
+        spec = parse(text)
+    except UsageError as error:
+        raise UsageError(f"{label}: {key}: {error}") from error
+    reason = entry.get("reason") if isinstance(entry, dict) else None
+    quantizer = entry.get("quantizer", "") if isinstance(entry, dict) else ""
+    if not isinstance(quantizer, str):
+        raise UsageError(f"{label}: {key}: expected the name of a quantizer, got {quantizer!r}")
+    known = reason if isinstance(reason, str) and reason else "given by the plan"
+    return Choice(spec, known, quantizer=quantizer)
+
+
+def _match(label: str, name: str, rules: Mapping[str, Choice]) -> Choice:
+    if name in rules:
+        return rules[name]
+    for key, choice in rules.items():
+        if fnmatch.fnmatchcase(name, key):
+            return choice
+    raise UsageError(f"{label}: no rule matches '{name}' and the plan has no '*' rule")

@@ -1,0 +1,239 @@
+"""`Program`: the one thing that passes take and return.
+
+The one thing to know: a program never holds dense weights. Its graph runs on fake tensors, its weights are
+names, shapes and uses; the data stays in the checkpoint until it is packed, one tensor at a time. What a pass
+has packed already lies in ``packed``, and is stored as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, fx
+
+from kbitc.formats.packed import Packed
+from kbitc.graph.context import Context, ReadTensor
+from kbitc.graph.facts import Fact
+from kbitc.graph.plan import Plan
+
+T = TypeVar("T")
+
+
+class Stage(IntEnum):
+    """How far a program has come; passes declare what they need and what they give."""
+
+    CAPTURED = 0
+    CANONICAL = 1
+    PLANNED = 2
+    PACKED = 3
+
+
+# The canonical forms. After `canonicalize` every matmul with a weight, every look-up in a weight and
+# every grouped matmul over experts is one call of one of these three, and of nothing else.
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_transposed: bool = False) -> Tensor:
+    """``x @ weight.T + bias``; ``x``: (..., in), ``weight``: (out, in), or (in, out) if transposed."""
+    return torch.nn.functional.linear(x, weight.mT if is_transposed else weight, bias)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows ``ids`` of ``weight``: (vocabulary, features)."""
+    return torch.nn.functional.embedding(ids, weight)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, is_transposed: bool = False) -> Tensor:
+    """Rows of ``x`` (tokens, in), sorted by expert, times their expert's weight (experts, out, in).
+
+    ``offsets``: (experts,) cumulative token counts. With ``is_transposed`` weight is (experts, in, out).
+    """
+    stacked = weight if is_transposed else weight.mT
+    return torch.nn.functional.grouped_mm(x, stacked, offs=offsets)
+
+
+CANONICAL = {linear: "linear", embedding: "embedding", grouped_linear: "grouped_linear"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place of the graph that reads a weight.
+
+    Attributes:
+        node: name of the canonical graph node.
+        kind: "linear", "embedding" or "grouped_linear".
+        parameter: the parameter's name at this use (tied weights have several).
+        feeds_output: only views and arithmetic with constants stand between this use and an output.
+    """
+
+    node: str
+    kind: str
+    parameter: str
+    feeds_output: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that can be packed: one decision, however many modules share it.
+
+    Attributes:
+        name: the parameter's first name in the model, and its name in plans and artifacts.
+        shape: as the model has it.
+        dtype: of the source.
+        uses: every place that reads it.
+        aliases: other names of the same (tied) parameter.
+        is_transposed: stored as (..., in, out): blocks run along the dimension before the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    uses: tuple[Use, ...] = ()
+    aliases: tuple[str, ...] = ()
+    is_transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """Length of the dimension that blocks run along."""
+        return self.shape[-2] if self.is_transposed else self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of ``in_features`` weights, experts included."""
+        return self.numel // self.in_features
+
+    @property
+    def oriented_shape(self) -> tuple[int, ...]:
+        """``(*lead, rows, in_features)``: the shape with the input dimension last."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.is_transposed else self.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def is_head(self) -> bool:
+        """True when a linear use of this weight ends in the graph's output: it gives the logits."""
+        return any(use.feeds_output for use in self.uses)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The distinct kinds of use, sorted."""
+        return tuple(sorted({use.kind for use in self.uses}))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A parameter or buffer that stays at 16 bits, and why.
+
+    Attributes:
+        name: first name in the model.
+        shape: as the model has it.
+        dtype: of the source.
+        reason: one clause for the report.
+        is_matmul: True when it *is* the weight of a matmul, so that ``--strict`` must fail.
+        is_parameter: False for a persistent buffer.
+        aliases: other names of the same tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reason: str
+    is_matmul: bool = False
+    is_parameter: bool = True
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+
+Changes: TypeAlias = Mapping[str, Callable[[Tensor, ReadTensor], Tensor]]
+"""Tensors by name that a pass stores otherwise than it found them: ``change(tensor, read)`` is stored."""
+
+
+def changed_read(read: ReadTensor, changes: Changes) -> ReadTensor:
+    """``read``, with some tensors changed after they are read."""
+
+    def read_changed(name: str) -> Tensor:
+        tensor = read(name)
+        return changes[name](tensor, read) if name in changes else tensor
+
+    return read_changed
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model on its way through the passes.
+
+    Attributes:
+        graph: FX graph; parameters and buffers are placeholders or get_attr nodes on fake tensors.
+        parameters: graph node name to parameter or buffer name, for every lifted tensor.
+        weights: packable weights by name, in the model's order (filled by ``canonicalize``).
+        rest: everything else that is stored, by name, in the model's order.
+        facts: what passes found out; :meth:`get`, :meth:`known` and :meth:`with_fact` are typed.
+        plan: a spec for each weight, once planned.
+        stage: how far the program has come.
+        history: names of the passes that have run.
+        context: the source's data, what to measure on, and who hears of progress.
+        changes: what passes changed of the source's tensors, oldest first; ``read`` applies them.
+        packed: weights that a pass has packed already, under their specs in the plan.
+    """
+
+    graph: fx.GraphModule
+    parameters: Mapping[str, str]
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    rest: Mapping[str, Rest] = field(default_factory=dict)
+    facts: Mapping[Fact[Any], object] = field(default_factory=dict)
+    plan: Plan | None = None
+    stage: Stage = Stage.CAPTURED
+    history: tuple[str, ...] = ()
+    context: Context = field(default_factory=Context)
+    changes: tuple[Changes, ...] = ()
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the source model, tied ones counted once: the divisor of bits_per_param."""
+        packed = sum(weight.numel for weight in self.weights.values())
+        return packed + sum(rest.numel for rest in self.rest.values() if rest.is_parameter)
+
+    @property
+    def read(self) -> ReadTensor | None:
+        """Reads one tensor's data as it is to be stored; None without a source."""
+        return None if self.context.read is None else self.as_stored(self.context.read)
+
+    def with_changes(self, changes: Changes) -> Program:
+        """A copy that stores some tensors otherwise than it found them."""
+        return replace(self, changes=(*self.changes, changes))
+
+    def as_stored(self, read: ReadTensor) -> ReadTensor:
+        """Another reader of the same source, with all changes applied."""
+        return functools.reduce(changed_read, self.changes, read)
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a tensor is stored otherwise than the source has it."""
+        return any(name in changes for changes in self.changes)
+
+    def with_packed(self, name: str, packed: Packed) -> Program:
+        """A copy that holds one more packed weight, to be stored as it is."""
+        return replace(self, packed={**self.packed, name: packed})
+
+    def get(self, fact: Fact[T]) -> T | None:
+        """What is known of a fact; None if no pass has found it out."""
+        return cast("T | None", self.facts.get(fact))
+
+    def known(self, fact: Fact[T]) -> T:
+        """The same of a fact that must be there, since the pass requires it."""
+        return cast("T", self.facts[fact])
+
+    def with_fact(self, fact: Fact[T], value: T) -> Program:
+        """A copy that knows one more fact."""
+        return replace(self, facts={**self.facts, fact: value})

@@ -1,0 +1,1 @@
+"""How a budget is spent: the knapsack, the allocation, the trade-off. It looks at score tables alone."""

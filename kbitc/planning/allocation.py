@@ -1,0 +1,95 @@
+"""A score table and a budget to a plan."""
+
+from __future__ import annotations
+
+from kbitc.errors import BudgetError, UsageError, did_you_mean
+from kbitc.formats.layout import shared_bytes
+from kbitc.graph.facts import Fact
+from kbitc.graph.plan import Choice, Plan
+from kbitc.planning.knapsack.problem import Infeasible, Item, Solution, agreed
+from kbitc.planning.knapsack.solver import solve
+from kbitc.sensitivity.score_table import Option, ScoreTable
+
+DEFAULT_BUDGET = 4.0
+"""Stored bits per parameter, where nothing is said."""
+
+MIN_BUDGET, MAX_BUDGET = 2.0, 8.0
+
+ALLOCATION: Fact[Solution] = Fact("allocation")
+"""How good the plan of a budget is known to be."""
+
+
+def check_budget(bits: float) -> None:
+    """Raises UsageError for a budget that no request may have."""
+    if not MIN_BUDGET <= bits <= MAX_BUDGET:
+        raise UsageError(
+            f"--bits {bits:g}: the budget must be between {MIN_BUDGET:g} and {MAX_BUDGET:g} "
+            "stored bits per parameter"
+        )
+
+
+def allocate(
+    scores: ScoreTable, budget: float, agree: str = "", quantizer: str = ""
+) -> tuple[Plan, Solution]:
+    """The best plan of at most ``budget`` bits per parameter, and how good it is known to be.
+
+    Args:
+        scores: options of every weight.
+        budget: stored bits per parameter of the whole model.
+        agree: kind of weights that get one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
+        quantizer: that the plan names.
+
+    Raises:
+        BudgetError: the smallest options are too large.
+        UsageError: no such kind of groups.
+    """
+    room = int(budget * scores.parameters / 8) - scores.fixed
+    specs = {option.spec for found in scores.options.values() for option in found}
+    tables = {spec: {} if spec.is_left_alone else shared_bytes(spec) for spec in specs}
+    names = {spec: tuple(shared) for spec, shared in tables.items()}
+    sizes = {name: size for shared in tables.values() for name, size in shared.items()}
+    groups = [
+        [Item(o.nbytes, o.cost, names[o.spec], key=str(o.spec)) for o in found]
+        for found in scores.options.values()
+    ]
+    merged, members = agreed(groups, _together(scores, agree))
+    try:
+        solution = solve(merged, room, sizes)
+    except Infeasible as error:
+        least = 8 * (error.nbytes + scores.fixed) / scores.parameters
+        raise BudgetError(
+            f"--bits {budget:g} cannot be met: the smallest plan for this model takes {least:.4f} bits per "
+            f"parameter ({scores.fixed / 1e6:.2f} MB of it are tensors that stay at 16 bits). Ask for "
+            f"--bits {_round_up(least)} or more"
+        ) from error
+    spec_of = {
+        i: merged[group][index].key for group, index in enumerate(solution.chosen) for i in members[group]
+    }
+    choices = {
+        name: _choice(next(o for o in options if str(o.spec) == spec_of[i]), scores, name, quantizer)
+        for i, (name, options) in enumerate(scores.options.items())
+    }
+    return Plan(choices, budget), solution
+
+
+def _together(scores: ScoreTable, kind: str) -> list[list[int]]:
+    """Indices of the weights of each group that must agree."""
+    if not kind:
+        return []
+    if kind not in scores.groups:
+        raise UsageError(did_you_mean("kind of weights that agree", kind, scores.groups))
+    order = {name: i for i, name in enumerate(scores.options)}
+    return [[order[name] for name in names] for names in scores.groups[kind]]
+
+
+def _choice(option: Option, scores: ScoreTable, name: str, quantizer: str) -> Choice:
+    bits = option.nbytes * 8 / scores.numel[name]
+    cost = (
+        f"{option.cost:.2g} nats" if scores.unit == "nats per token" else f"relative error {option.error:.4f}"
+    )
+    reason = f"least total loss: {bits:.3f} bits, {cost}"
+    return Choice(option.spec, reason, error=option.error, quantizer=quantizer)
+
+
+def _round_up(bits: float) -> str:
+    return f"{-(-bits * 100 // 1) / 100:.2f}"

@@ -1,0 +1,143 @@
+"""The score table: what each weight would cost in bytes and in loss under each spec.
+
+The one thing to know: it is all that the allocator looks at. Saved beside an artifact, it answers any
+other budget in a second, without the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kbitc.errors import UsageError
+from kbitc.formats.spec import Spec, parse
+from kbitc.graph.facts import Fact
+from kbitc.graph.queries import NameGroups
+
+FORMAT = 1
+SCORES_FILE = "kbit_scores.json"  # in an artifact
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a weight.
+
+    Attributes:
+        nbytes: stored bytes, without shared codebooks.
+        cost: predicted share of the loss, in the table's unit.
+        error: relative error ``||W - dequantize(quantize(W))|| / ||W||`` on sampled rows.
+    """
+
+    spec: Spec
+    nbytes: int
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Options of every weight.
+
+    Attributes:
+        options: by weight name, in the model's order.
+        numel: parameters of each weight.
+        fixed: bytes that no choice changes.
+        parameters: of the whole model, tied ones once.
+        source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
+        unit: of a cost: "nats per token" or "relative".
+        groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graphs.KINDS`).
+    """
+
+    options: Mapping[str, tuple[Option, ...]]
+    numel: Mapping[str, int]
+    fixed: int
+    parameters: int
+    source: str
+    unit: str
+    groups: Mapping[str, NameGroups] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "unit": self.unit,
+            "fixed_bytes": self.fixed,
+            "parameters": self.parameters,
+            "groups": {kind: [list(names) for names in found] for kind, found in self.groups.items()},
+            "weights": {
+                name: {
+                    "parameters": self.numel[name],
+                    "options": [
+                        [str(o.spec), o.nbytes, float(f"{o.cost:.6g}"), float(f"{o.error:.5g}")]
+                        for o in found
+                    ],
+                }
+                for name, found in self.options.items()
+            },
+        }
+
+    @staticmethod
+    def open(path: Path) -> ScoreTable:
+        """The score table of an artifact's folder, or in a file.
+
+        Raises:
+            UsageError: none there, or a damaged one.
+        """
+        path = path / SCORES_FILE if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' "
+                "writes one into its artifact"
+            ) from error
+        return ScoreTable.from_json(data, str(path))
+
+    @staticmethod
+    def from_json(data: Any, label: str = "scores") -> ScoreTable:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UsageError: not a score table, or of a newer format.
+        """
+        try:
+            if data["format"] > FORMAT:
+                raise UsageError(
+                    f"{label}: score format {data['format']}, but this kbitc reads up to {FORMAT}; "
+                    "upgrade kbitc"
+                )
+            options = {
+                name: tuple(Option(parse(s), int(n), float(c), float(e)) for s, n, c, e in entry["options"])
+                for name, entry in data["weights"].items()
+            }
+            numel = {name: int(entry["parameters"]) for name, entry in data["weights"].items()}
+            return ScoreTable(
+                options,
+                numel,
+                int(data["fixed_bytes"]),
+                int(data["parameters"]),
+                data["source"],
+                data["unit"],
+                {kind: [tuple(names) for names in found] for kind, found in data["groups"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error
+
+
+SCORES: Fact[ScoreTable] = Fact("scores")
+"""Options of every weight."""
+
+
+def monotone(options: tuple[Option, ...]) -> tuple[Option, ...]:
+    """Of formats that differ in bits alone, more bits never cost more: noise must not buy fewer of them."""
+    least: dict[object, float] = {}
+    found = {}
+    for option in sorted(options, key=lambda o: o.spec.bits):
+        kind = replace(option.spec, bits=8, exponent=None)
+        least[kind] = min(least.get(kind, option.cost), option.cost)
+        found[option.spec] = replace(option, cost=least[kind])
+    return tuple(found[option.spec] for option in options)

@@ -1,0 +1,134 @@
+"""Run a canonical program's graph on real data, forward and backward, one weight in memory at a time.
+
+The one thing to know: a weight is read when a node needs it and dropped after that node; the backward
+pass reads it again. Memory is that of the activations, not of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from kbitc.graph.program import CANONICAL, Program, ReadTensor
+
+Seen = Callable[[str, str, Any, Tensor], None]
+"""Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
+is ``(x, offsets)``."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint, not read yet."""
+
+    name: str
+
+
+class Streamed(fx.Interpreter):
+    """Executes a graph whose parameters lie in a checkpoint.
+
+    Args:
+        program: canonical, captured in float32 at the shapes that it will run on.
+        read: a tensor by name.
+        seen: called for each use of a weight, before later nodes run.
+    """
+
+    def __init__(self, program: Program, read: ReadTensor, seen: Seen = lambda *_: None) -> None:
+        super().__init__(program.graph, garbage_collect_values=True)
+        self.parameters = program.parameters
+        self.weights = program.weights
+        self.source = read
+        self.seen = seen
+        self.given: Mapping[str, Tensor] = {}
+
+    def call(self, **inputs: Tensor) -> list[Any]:
+        """The graph's outputs for inputs by placeholder name, flat."""
+        self.given = inputs
+        found = self.run(enable_io_processing=False)
+        return list(torch.utils._pytree.tree_leaves(found))
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A stored tensor's name, or an input."""
+        del args, kwargs
+        return _Stored(self.parameters[target]) if target in self.parameters else self.given[target]
+
+    def load(self, name: str) -> Tensor:
+        """A stored tensor, floats in float32."""
+        tensor = self.source(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """One node, its stored operands read now."""
+        kind = CANONICAL.get(target)
+        if kind is None or not isinstance(args[1], _Stored) or args[1].name not in self.weights:
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                _Stored, lambda stored: self.load(stored.name), (args, kwargs)
+            )
+            return super().call_function(target, args, kwargs)
+        name = args[1].name
+        x, *rest = [self.load(a.name) if isinstance(a, _Stored) else a for a in (args[0], *args[2:])]
+        is_transposed = kwargs.get("is_transposed", False)
+        if kind == "embedding":
+            y = F.embedding(x, self.load(name))
+        elif kind == "linear":
+            y = apply(_Linear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+        else:
+            y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            x = (x, *rest)
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()  # nothing before it has a gradient: it is among the first
+        self.seen(name, kind, x, y)
+        return y
+
+
+def apply(function: Any, *args: Any) -> Tensor:
+    """``function.apply``, which torch leaves untyped."""
+    out: Tensor = function.apply(*args)
+    return out
+
+
+def _oriented(weight: Tensor, is_transposed: bool) -> Tensor:
+    return weight.mT if is_transposed else weight
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` that keeps no weight for the backward pass: it is read again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+        ctx.load = load
+        return F.linear(x, load(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.load(), None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Rows of x, sorted by expert, times their expert's weight; experts are few, so a plain loop."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], offsets: Tensor) -> Tensor:
+        ctx.load, ctx.offsets = load, offsets
+        return _each_expert(x, load(), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _each_expert(grad, ctx.load().mT, ctx.offsets), None, None
+
+
+def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, tokens in expert_slices(offsets):
+        out[tokens] = x[tokens] @ weight[expert].mT
+    return out
+
+
+def expert_slices(offsets: Tensor) -> list[tuple[int, slice]]:
+    """``(expert, its rows)`` from cumulative token counts."""
+    ends = offsets.tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]

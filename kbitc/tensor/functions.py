@@ -1,0 +1,212 @@
+"""What a packed weight serves: the functions with which models read weights, sent to ``torch.ops.kbit.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbitc.formats.packed import Packed
+from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
+
+# Functions: what a model does with a weight.
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    if isinstance(input, KbitTensor) or not isinstance(weight, KbitTensor):
+        raise NotImplementedError("F.linear takes a packed tensor as its weight alone")
+    if weight.packed.planes.dim() != 2 or weight.is_transposed:  # weight.dim() would cost a microsecond
+        raise NotImplementedError(
+            f"F.linear needs a (rows, in_features) weight; this one is {tuple(weight.shape)}, "
+            f"packed along dimension {weight.dim() - 2 if weight.is_transposed else weight.dim() - 1}"
+        )
+    op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
+    out: Tensor = op(input, *weight.operands(), bias)
+    return out
+
+
+def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Tensor:  # noqa: A002
+    """``x @ W`` for a 2-D W that is packed along its first dimension, or a batch of experts."""
+    if out is not None:
+        raise NotImplementedError("matmul with a packed weight has no out=")
+    if isinstance(input, KbitTensor) and isinstance(other, KbitTensor):
+        raise NotImplementedError("matmul of two packed weights")
+    if isinstance(input, KbitTensor):
+        if input.dim() == 2 and other.dim() > 2:
+            return _matmul(other.mT, input.mT).mT
+        if input.dim() == 3 and other.dim() == 3:
+            return _bmm(other.mT, input.mT).mT  # type: ignore[arg-type]
+        if input.dim() == 2 and other.dim() == 2:
+            return _matmul(other.mT, input.mT).mT
+        if input.dim() == 2 and other.dim() == 1:
+            return _matmul(other, input.mT)
+        raise NotImplementedError(f"matmul of a packed {tuple(input.shape)} with {tuple(other.shape)}")
+    if isinstance(other, KbitTensor) and other.dim() == 3 and input.dim() == 3:
+        return _bmm(input, other)
+    return _linear(input, other.mT)
+
+
+def _bmm(input: Tensor, weight: KbitTensor) -> Tensor:  # noqa: A002
+    """``(experts, m, in) @ (experts, in, rows)``: each expert is a group of m rows."""
+    experts, rows = input.shape[0], input.shape[1]
+    offsets = torch.arange(1, experts + 1, device=input.device, dtype=torch.int32) * rows
+    out: Tensor = grouped_mm(input.flatten(0, 1), weight, offs=offsets)
+    return out.view(experts, rows, -1)
+
+
+def _addmm(
+    input: Tensor,  # noqa: A002
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: None = None,
+) -> Tensor:
+    if (beta, alpha) == (1, 1) and input.dim() == 1 and out is None and isinstance(mat2, KbitTensor):
+        return _linear(mat1, mat2.mT, input)
+    product = _matmul(mat1, mat2, out=out)
+    return beta * input + alpha * product
+
+
+def _embedding(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,  # the signature of F.embedding
+    sparse: bool = False,
+) -> Tensor:
+    del padding_idx, norm_type, scale_grad_by_freq, sparse  # they matter to gradients alone
+    if max_norm is not None:
+        raise NotImplementedError("F.embedding with max_norm changes its weight; a packed one is frozen")
+    if not isinstance(weight, KbitTensor) or weight.dim() != 2 or weight.is_transposed:
+        raise NotImplementedError("F.embedding needs a weight that is packed along its features")
+    out: Tensor = torch.ops.kbit.embedding(input, *weight.operands(), weight.dtype)
+    return out
+
+
+def grouped_mm(
+    input: Tensor,  # noqa: A002
+    mat2: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if not isinstance(mat2, KbitTensor) or mat2.dim() != 3 or not mat2.is_transposed or offs is None:
+        raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
+    out: Tensor = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
+    if bias is not None:
+        out = out + bias
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+def _getitem(weight: KbitTensor, at: Any) -> KbitTensor:
+    """Experts of a 3-D weight: ``weight[i]``, ``weight[tensor]``."""
+    if weight.dim() != 3 or isinstance(at, (tuple, slice, type(None), type(...))):
+        raise NotImplementedError(
+            f"indexing a packed {tuple(weight.shape)} with {at!r}: only whole experts can be picked"
+        )
+    experts = torch.as_tensor(at, device=weight.packed.planes.device)
+    if experts.is_floating_point() or experts.dtype == torch.bool:
+        raise NotImplementedError("experts are picked by integer indices")
+    parts = iter(torch.ops.kbit.select(experts, *weight.operands()))
+    packed = weight.packed
+    picked = Packed(
+        planes=next(parts),
+        scales=next(parts),
+        codebook=packed.codebook,
+        zeros=None if packed.zeros is None else next(parts),
+        scale_codebook=None,
+        scale_absmax=None,
+        scale_mean=None,
+        outlier_values=None if packed.outlier_values is None else next(parts),
+        outlier_index=packed.outlier_index,
+        spec=packed.spec,
+        in_features=packed.in_features,
+    )
+    return weight._like(picked)
+
+
+def _permute(weight: KbitTensor, *dims: Any) -> KbitTensor:
+    order = [dim % weight.dim() for dim in (dims if isinstance(dims[0], int) else dims[0])]
+    *lead, rows, features = range(weight.dim())
+    if order not in ([*lead, rows, features], [*lead, features, rows]):
+        raise NotImplementedError(f"permuting a packed weight to {order}")
+    return weight if order[-1] == features else weight._turned()
+
+
+def _reshape(weight: KbitTensor, *shape: Any) -> KbitTensor:
+    """A view of the same shape, as some models write it."""
+    size = shape if isinstance(shape[0], int) else tuple(shape[0])
+    if tuple(size) != tuple(weight.shape):
+        raise NotImplementedError(f"reshaping a packed {tuple(weight.shape)} to {size}")
+    return weight
+
+
+def _einsum(equation: str, *operands: Any) -> Tensor:
+    """``...i,oi->...o`` and its like: a matmul with a 2-D weight, spelled out."""
+    given = operands if len(operands) == 2 else tuple(operands[0])
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(given) == len(names) == 2:
+        at = 0 if isinstance(given[0], KbitTensor) else 1
+        x, weight, shared, packed = given[1 - at], names[at], names[1 - at][-1:], given[at]
+        free = weight.replace(shared, "") if shared else ""
+        is_matmul = len(weight) == 2 and len(free) == 1 and out == names[1 - at][:-1] + free
+        if is_matmul and not isinstance(x, KbitTensor):
+            return _linear(x, packed.mT if weight[0] == shared else packed)
+    raise NotImplementedError(f"einsum '{equation}' with a packed weight")
+
+
+def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:
+    if id(weight) in memo:
+        found: KbitTensor = memo[id(weight)]
+        return found
+    copied: KbitTensor = weight._like(weight.packed.map(torch.clone))
+    if isinstance(weight, torch.nn.Parameter):
+        copied = torch.nn.Parameter(copied, requires_grad=False)  # type: ignore[assignment]
+    memo[id(weight)] = copied
+    return copied
+
+
+SERVED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.bmm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
+    Tensor.addmm: _addmm,
+    Tensor.__getitem__: _getitem,
+    Tensor.__deepcopy__: _deepcopy,
+    torch.transpose: transpose,
+    Tensor.transpose: transpose,
+    torch.permute: _permute,
+    Tensor.permute: _permute,
+    torch.reshape: _reshape,
+    Tensor.reshape: _reshape,
+    Tensor.view: _reshape,
+    torch.einsum: _einsum,
+    torch.t: KbitTensor._turned,
+    Tensor.t: KbitTensor._turned,
+    Tensor.T.__get__: transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: KbitTensor._turned,  # type: ignore[attr-defined]
+}
+
+
+for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
+    if hasattr(_owner, _name):
+        SERVED[getattr(_owner, _name)] = grouped_mm
+
+FUNCTIONS.update(SERVED)

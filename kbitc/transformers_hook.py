@@ -1,0 +1,57 @@
+"""The ``kbit`` quantization method, made known to transformers at the right moment.
+
+The one thing to know: it is registered when transformers is first imported (or now, if it was
+before kbitc), so that ``AutoModelForCausalLM.from_pretrained(folder)`` works after ``import kbitc``
+and importing kbitc does not import transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_TARGET = "transformers.quantizers.auto"
+
+
+def register_when_imported() -> None:
+    """Register now if transformers' quantizers are loaded, else right after they are."""
+    if _TARGET in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds one module as Python would, and registers once it has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register()
+
+
+def _register() -> None:
+    from kbitc.artifact.transformers_quantizer import register
+
+    register()
