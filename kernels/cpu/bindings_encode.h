@@ -1,0 +1,133 @@
+// Floats to codes, and the search for their scales. A code is found by its float's cell (`Encoder`), of which
+// each holds one bound between levels at most; levels too close together for that have no cells.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <tuple>
+
+#include "bindings_sets.h"
+#include "bindings_threads.h"
+#include "bindings_weight.h"
+
+namespace kbit {
+namespace {
+
+std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
+  const Tensor book = codebook.contiguous();
+  auto out = std::make_unique<Encoder>();
+  const float* levels = book.const_data_ptr<float>();
+  out->bounds = static_cast<int>(book.numel()) - 1;
+  for (int i = 0; i < out->bounds; ++i) {
+    const double middle = (static_cast<double>(levels[i + 1]) + levels[i]) / 2;
+    float rounded = static_cast<float>(middle);
+    if (rounded > middle) rounded = std::nextafter(rounded, -std::numeric_limits<float>::infinity());
+    out->bound[i] = rounded;
+  }
+  for (out->cells = 256; out->cells <= Encoder::MOST_CELLS; out->cells *= 2) {
+    bool is_apart = true;
+    for (int i = 0; i + 1 < out->bounds && is_apart; ++i) {
+      is_apart = cell_of(out->bound[i], out->cells) < cell_of(out->bound[i + 1], out->cells);
+    }
+    if (!is_apart) continue;
+    int next = 0;
+    for (int cell = 0; cell <= out->cells; ++cell) {
+      out->base[cell] = static_cast<uint8_t>(next);
+      const bool holds = next < out->bounds && cell_of(out->bound[next], out->cells) == cell;
+      out->edge[cell] = holds ? out->bound[next++] : std::numeric_limits<float>::infinity();
+    }
+    return out;
+  }
+  out->cells = 0;
+  return out;
+}
+
+Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, const Tensor& codebook,
+              const OptTensor& outlier_index, int64_t bits, int64_t block) {
+  TORCH_CHECK(rows.dim() == 2 && rows.is_floating_point() && rows.numel() > 0, "kbit::encode: expected a 2-D float "
+              "weight, got ", rows.scalar_type(), " of shape ", rows.sizes());
+  TORCH_CHECK(bits >= 2 && bits <= 8 && block >= 1, "kbit::encode: ", bits, " bits, block ", block);
+  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.dim() == 1 && codebook.numel() >= 1 &&
+                  codebook.numel() <= (int64_t{1} << bits),
+              "kbit::encode: the codebook is ", codebook.scalar_type(), " of shape ", codebook.sizes());
+  const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
+  const auto checked = [&](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::encode: ", name, " have shape ",
+                t.sizes(), "; expected (", count, ", ", blocks, ")");
+    return t.to(at::kFloat).contiguous();
+  };
+  const Tensor plain_scales = checked(scales, "scales");
+  const Tensor plain_zeros = zeros.has_value() ? checked(*zeros, "zeros") : Tensor();
+  const Tensor columns = outlier_index.has_value() ? outlier_index->to(at::kLong) : Tensor();
+  const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
+  const int64_t row_bytes = bits * ((cols + 7) / 8);
+  Tensor out = at::empty({count, row_bytes}, at::kByte);
+  const float* scale = plain_scales.const_data_ptr<float>();
+  const float* zero = zeros.has_value() ? plain_zeros.const_data_ptr<float>() : nullptr;
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  const int64_t step = std::max(int64_t{16}, TILE / cols);
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t here = std::min(step, count - first);
+    Tensor tile = rows.narrow(0, first, here).to(at::kFloat).contiguous();
+    if (columns.defined()) tile = tile.index_fill(1, columns, 0.0);
+    const float* from = tile.const_data_ptr<float>();
+    over_rows(here, here * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = first + r;
+        kernels().encode(*encoder, from + r * cols, scale + at * blocks,
+                         zero == nullptr ? nullptr : zero + at * blocks, cols, block, static_cast<int>(bits),
+                         to + at * row_bytes);
+      }
+    });
+  }
+  return out;
+}
+
+// Scales (and zeros) by weighted squared error: (rows, blocks) each, the zeros empty without `zeros`.
+std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& importance, const Tensor& scales,
+                                         const OptTensor& zeros, const Tensor& codebook, const Tensor& ratios,
+                                         int64_t block, int64_t rounds) {
+  const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
+  TORCH_CHECK(rows.dim() == 2 && rows.is_floating_point() && rows.numel() > 0 && block >= 1 && rounds >= 0,
+              "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", rows.sizes());
+  TORCH_CHECK(importance.dim() == 2 && importance.size(1) == cols && importance.size(0) >= 1 &&
+                  count % importance.size(0) == 0,
+              "kbit::search_scales: importance has shape ", importance.sizes(), "; expected (groups, ", cols,
+              ") where groups divide ", count, " rows");
+  const auto checked = [&](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::search_scales: ", name,
+                " have shape ", t.sizes(), "; expected (", count, ", ", blocks, ")");
+    return t.to(at::kFloat, false, true).contiguous();
+  };
+  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.dim() == 1 && codebook.numel() >= 1 &&
+                  codebook.numel() <= 256 && ratios.scalar_type() == at::kFloat && ratios.dim() == 1,
+              "kbit::search_scales: codebook and ratios are 1-D and float32");
+  Tensor out = checked(scales, "scales"), middles = zeros.has_value() ? checked(*zeros, "zeros") : Tensor();
+  const Tensor weight = importance.to(at::kFloat).contiguous(), levels = codebook.contiguous(), tries = ratios.contiguous();
+  const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
+  float* scale = out.mutable_data_ptr<float>();
+  float* zero = zeros.has_value() ? middles.mutable_data_ptr<float>() : nullptr;
+  const float* level = levels.const_data_ptr<float>();
+  const float* ratio = tries.const_data_ptr<float>();
+  const float* given = weight.const_data_ptr<float>();
+  const int64_t per_group = count / importance.size(0), candidates = ratios.numel();
+  const int64_t step = std::max(int64_t{16}, TILE / cols);
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t here = std::min(step, count - first);
+    const Tensor tile = rows.narrow(0, first, here).to(at::kFloat).contiguous();
+    const float* from = tile.const_data_ptr<float>();
+    over_rows(here, 16 * here * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = first + r;
+        kernels().search(*encoder, level, from + r * cols, given + at / per_group * cols, cols, block, ratio, candidates,
+                         static_cast<int>(rounds), scale + at * blocks, zero == nullptr ? nullptr : zero + at * blocks);
+      }
+    });
+  }
+  return {out, zeros.has_value() ? middles : at::empty({0}, out.options())};
+}
+
+}  // namespace
+}  // namespace kbit

@@ -1,0 +1,85 @@
+// Rows shared out to torch's threads, and the memory that a calling thread keeps. What it takes from its arena is
+// good until the call's `Lease` ends. Included after torch's headers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#include <vector>
+
+namespace kbit {
+namespace {
+
+constexpr int64_t ROWS_AT_ONCE = 4;  // rows of a weight that a thread takes at least
+constexpr int64_t SERIAL = 1 << 16;  // multiplications below which a second thread does not pay
+constexpr int64_t TILE = 1 << 18;  // weights decoded at a time
+
+// Memory that a thread keeps between calls, so that large activations are not mapped anew each time.
+class Arena {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (used_ + bytes > parts_.size_bytes) {
+      older_.push_back(std::move(parts_));
+      parts_ = Block(std::max(2 * bytes, size_t{1} << 20));
+      used_ = 0;
+    }
+    T* at = reinterpret_cast<T*>(parts_.data + used_);
+    used_ += bytes;
+    return at;
+  }
+  void clear() {
+    older_.clear();
+    used_ = 0;
+  }
+
+ private:
+  struct Block {
+    Block() = default;
+    explicit Block(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, bytes))), size_bytes(bytes) {
+      if (data == nullptr) throw std::bad_alloc();
+    }
+    Block(Block&& other) noexcept : data(other.data), size_bytes(other.size_bytes) {
+      other.data = nullptr;
+      other.size_bytes = 0;
+    }
+    Block& operator=(Block&& other) noexcept {
+      std::swap(data, other.data);
+      std::swap(size_bytes, other.size_bytes);
+      return *this;
+    }
+    ~Block() { std::free(data); }
+    char* data = nullptr;
+    size_t size_bytes = 0;
+  };
+  Block parts_;
+  std::vector<Block> older_;
+  size_t used_ = 0;
+};
+
+struct Lease {  // of the calling thread's arena, for one call
+  Lease() { arena().clear(); }
+  ~Lease() { arena().clear(); }
+  static Arena& arena() {
+    thread_local Arena mine;
+    return mine;
+  }
+};
+
+template <class F>
+void over_rows(int64_t rows, int64_t work, const F& body) {
+  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region()) {
+    body(int64_t{0}, rows);
+    return;
+  }
+  const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    body(begin * ROWS_AT_ONCE, std::min(rows, end * ROWS_AT_ONCE));
+  });
+}
+
+}  // namespace
+}  // namespace kbit

@@ -1,0 +1,287 @@
+// The weight as it came: its tensors, checked, seen as what kernels take. A `Packed` holds on to the tensors that
+// its pointers lead into, so it outlives every `Weight` it gave. Included after torch's headers.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <optional>
+
+#include "scalar.h"
+
+namespace kbit {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+struct Operands {
+  Tensor planes, scales, codebook;
+  OptTensor zeros, scale_codebook, scale_absmax, scale_mean, outlier_values, outlier_index;
+  int64_t in_features, bits, block;
+};
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::f32;
+    case at::kHalf:
+      return Type::f16;
+    case at::kBFloat16:
+      return Type::bf16;
+    case at::kByte:
+      return Type::code;
+    default:
+      TORCH_CHECK(false, "kbit: ", name, " are ", t.scalar_type(), "; expected float16, bfloat16, float32 or codes");
+  }
+}
+
+// Levels as bytes, times a step and from a first one on.
+struct ByteLevels {
+  bool is_close = false;
+  float step = 0.0f, first = 0.0f;
+  uint8_t byte[4] = {};
+};
+
+// Tried are all numbers of steps between the outermost of `count` levels; a level of 0 stays exactly 0.
+ByteLevels fit_bytes(const float* levels, int count) {
+  constexpr double MOST = 3e-4;  // root mean square of the error, over that of the levels
+  ByteLevels out;
+  const auto [low, high] = std::minmax_element(levels, levels + count);
+  const double range = double{*high} - *low;
+  const int zero = static_cast<int>(std::find(levels, levels + count, 0.0f) - levels);
+  double size = 0.0, mean = 0.0;
+  for (int i = 0; i < count; ++i) {
+    size += double{levels[i]} * levels[i];
+    mean += levels[i] / double(count);
+  }
+  double best = MOST * MOST;
+  for (int steps = 1; steps <= 255 && range > 0.0; ++steps) {
+    double byte[4], mean_byte = 0.0;
+    for (int i = 0; i < count; ++i) {
+      byte[i] = std::nearbyint((levels[i] - *low) / range * steps);
+      mean_byte += byte[i] / count;
+    }
+    const double byte_at = zero < count ? byte[zero] : mean_byte;  // a point of the line that fits best
+    const double level_at = zero < count ? 0.0 : mean;
+    double product = 0.0, square = 0.0, error = 0.0;
+    for (int i = 0; i < count; ++i) {
+      product += (byte[i] - byte_at) * (levels[i] - level_at);
+      square += (byte[i] - byte_at) * (byte[i] - byte_at);
+    }
+    const double step = product / square;
+    const double first = level_at - step * byte_at;
+    for (int i = 0; i < count; ++i) {
+      const double off = first + step * byte[i] - levels[i];
+      error += off * off / size;
+    }
+    if (!(error < best)) continue;
+    best = error;
+    out.is_close = true;
+    out.step = static_cast<float>(step);
+    out.first = static_cast<float>(first);
+    for (int i = 0; i < count; ++i) out.byte[i] = static_cast<uint8_t>(byte[i]);
+  }
+  return out;
+}
+
+// The same, remembered: a weight is checked anew at every call.
+const ByteLevels& byte_levels(const float* levels, int count) {
+  constexpr size_t MOST = 4096;  // codebooks
+  std::array<uint32_t, 5> key = {static_cast<uint32_t>(count)};
+  std::memcpy(&key[1], levels, sizeof(float) * static_cast<size_t>(count));
+  thread_local std::map<std::array<uint32_t, 5>, ByteLevels> known;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() >= MOST) known.clear();
+  return known[key] = fit_bytes(levels, count);
+}
+
+// A checked weight of any number of dimensions, seen as one matrix after another.
+class Packed {
+ public:
+  explicit Packed(const Operands& given) : kept_(given) {
+    Operands& o = kept_;
+    TORCH_CHECK(o.bits >= 2 && o.bits <= 8, "kbit: ", o.bits, " bits; expected 2 to 8");
+    TORCH_CHECK(o.block >= 1 && o.in_features >= 1, "kbit: block ", o.block, ", ", o.in_features, " features");
+    const int64_t row_bytes = o.bits * ((o.in_features + 7) / 8);
+    const int64_t blocks = (o.in_features + o.block - 1) / o.block;
+    const Tensor& planes = keep(o.planes, "planes");
+    TORCH_CHECK(planes.scalar_type() == at::kByte && (planes.dim() == 2 || planes.dim() == 3) &&
+                    planes.size(-1) == row_bytes,
+                "kbit: planes are ", planes.scalar_type(), " of shape ", planes.sizes(), "; expected (rows, ", row_bytes,
+                ") bytes for ", o.in_features, " codes of ", o.bits, " bits");
+    const auto lead = planes.sizes().slice(0, planes.dim() - 1);
+    base_.rows = planes.size(-2);
+    base_.cols = o.in_features;
+    base_.blocks = blocks;
+    base_.row_bytes = row_bytes;
+    base_.block = o.block;
+    base_.bits = static_cast<int>(o.bits);
+    count_ = planes.dim() == 3 ? planes.size(0) : 1;
+    base_.planes = planes.const_data_ptr<uint8_t>();
+
+    base_.scale_type = type_of(keep(o.scales, "scales"), "scales");
+    check(o.scales, lead, blocks, "scales");
+    base_.scales = o.scales.const_data_ptr();
+    read_codebook();
+    if (o.zeros.has_value()) {
+      base_.zero_type = type_of(keep(*o.zeros, "zeros"), "zeros");
+      TORCH_CHECK(base_.zero_type != Type::code, "kbit: zeros are bytes");
+      check(*o.zeros, lead, blocks, "zeros");
+      base_.zeros = o.zeros->const_data_ptr();
+    }
+    if (base_.scale_type == Type::code) read_constants();
+    if (o.outlier_values.has_value()) read_outliers(lead);
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+
+  int64_t count() const { return count_; }
+  int dim() const { return static_cast<int>(kept_.planes.dim()); }
+  const Weight& matrix() const {
+    TORCH_CHECK(dim() == 2, "kbit: expected a 2-D weight, got planes of shape ", kept_.planes.sizes());
+    return base_;
+  }
+  const Table& table() const { return table_; }
+
+  Weight expert(int64_t index) const {
+    Weight w = base_;
+    w.planes += index * w.rows * w.row_bytes;
+    const int64_t scale = index * w.rows * w.blocks;
+    w.scales = moved(w.scales, w.scale_type, scale);
+    w.first_scale = scale;
+    w.zeros = moved(w.zeros, w.zero_type, scale);
+    w.outlier_values = moved(w.outlier_values, w.outlier_type, index * w.rows * w.outliers);
+    return w;
+  }
+
+ private:
+  static const Tensor& keep(Tensor& t, const char* name) {
+    TORCH_CHECK(t.device().is_cpu(), "kbit: ", name, " are on ", t.device(), ", not on the CPU");
+    t = t.contiguous();
+    return t;
+  }
+
+  static void check(const Tensor& t, at::IntArrayRef lead, int64_t last, const char* name) {
+    TORCH_CHECK(t.dim() == static_cast<int64_t>(lead.size()) + 1 && t.sizes().slice(0, lead.size()) == lead &&
+                    t.size(-1) == last,
+                "kbit: ", name, " have shape ", t.sizes(), "; expected ", lead, " and then ", last);
+  }
+
+  static const void* moved(const void* data, Type type, int64_t by) {
+    if (data == nullptr) return nullptr;
+    const int64_t size = type == Type::f32 ? 4 : (type == Type::code ? 1 : 2);
+    return static_cast<const char*>(data) + by * size;
+  }
+
+  void read_codebook() {
+    const Tensor& book = keep(kept_.codebook, "codebook");
+    const int64_t most = int64_t{1} << base_.bits;
+    TORCH_CHECK(book.scalar_type() == at::kFloat && book.dim() == 1 && book.numel() >= 1 && book.numel() <= most,
+                "kbit: the codebook is ", book.scalar_type(), " of shape ", book.sizes(), "; expected 1 to ", most,
+                " float32 levels");
+    base_.levels = static_cast<int>(book.numel());
+    const float* levels = book.const_data_ptr<float>();
+    float largest = 0.0f;
+    for (int i = 0; i < 256; ++i) {
+      levels_[i] = i < base_.levels ? levels[i] : 0.0f;  // a damaged code reads 0, nothing else
+      largest = std::max(largest, std::abs(levels_[i]));
+    }
+    base_.codebook = levels_;
+    Table& t = table_;
+    t.unit = largest / static_cast<float>(TABLE_MAX);
+    t.first = levels[0];
+    t.step = base_.levels > 1 ? (levels[base_.levels - 1] - levels[0]) / static_cast<float>(base_.levels - 1) : 0.0f;
+    t.is_affine = t.step > 0.0f;
+    for (int i = 0; i < base_.levels; ++i) {
+      t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
+    }
+    t.has_bytes = t.is_affine;
+    for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
+    if (!t.is_affine && base_.bits == 2) {
+      const ByteLevels& bytes = byte_levels(levels_, base_.levels);
+      t.has_bytes = bytes.is_close;
+      t.step = bytes.step;
+      t.first = bytes.first;
+      std::copy(bytes.byte, bytes.byte + 4, t.byte);
+    }
+    t.exponent = 0;
+    for (int exponent = 1; exponent <= 4 && t.exponent == 0; ++exponent) {
+      if (is_small_float(exponent, largest)) t.exponent = exponent;
+    }
+    for (int i = 0; i < 256; ++i) {
+      t.value[i] = largest > 0.0f ? static_cast<int16_t>(std::lrint(levels_[i] / t.unit)) : int16_t{0};
+    }
+  }
+
+  // Whether level `zero + r` is r, read as an unsigned float of so many exponent bits, up to one factor.
+  bool is_small_float(int exponent, float largest) {
+    const int shift = 11 - base_.bits + exponent;
+    const int zero = (1 << (base_.bits - 1)) - 1;
+    if (shift < 0 || base_.levels != 2 * zero + 1 || levels_[zero] != 0.0f) return false;
+    const auto pattern = [&](int rank) {
+      return static_cast<float>(c10::Half(static_cast<uint16_t>(rank << shift), c10::Half::from_bits()));
+    };
+    table_.half_unit = largest / pattern(zero);
+    for (int rank = 1; rank <= zero; ++rank) {
+      const float expected = pattern(rank) * table_.half_unit;
+      if (std::abs(levels_[zero + rank] - expected) > 1e-6f * largest) return false;
+      if (levels_[zero - rank] != -levels_[zero + rank]) return false;
+    }
+    return true;
+  }
+
+  void read_constants() {
+    Operands& o = kept_;
+    TORCH_CHECK(o.scale_codebook.has_value() && o.scale_absmax.has_value() && o.scale_mean.has_value(),
+                "kbit: scales are codes, but their codebook, absmax or mean is missing");
+    const Tensor& book = keep(*o.scale_codebook, "scale_codebook");
+    const Tensor& absmax = keep(*o.scale_absmax, "scale_absmax");
+    const Tensor& mean = keep(*o.scale_mean, "scale_mean");
+    const int64_t groups = (o.scales.numel() + SCALE_GROUP - 1) / SCALE_GROUP;
+    TORCH_CHECK(book.scalar_type() == at::kFloat && book.numel() == 256, "kbit: scale_codebook needs 256 float32");
+    TORCH_CHECK(absmax.scalar_type() == at::kFloat && absmax.numel() == groups, "kbit: scale_absmax has ",
+                absmax.numel(), " values; expected ", groups, " float32");
+    TORCH_CHECK(mean.scalar_type() == at::kFloat && mean.numel() == 1, "kbit: scale_mean needs one float32");
+    base_.scale_codebook = book.const_data_ptr<float>();
+    base_.scale_absmax = absmax.const_data_ptr<float>();
+    base_.scale_mean = *mean.const_data_ptr<float>();
+  }
+
+  void read_outliers(at::IntArrayRef lead) {
+    Operands& o = kept_;
+    TORCH_CHECK(o.outlier_index.has_value(), "kbit: outlier values without their indices");
+    const Tensor& index = keep(*o.outlier_index, "outlier_index");
+    TORCH_CHECK(index.scalar_type() == at::kInt && index.dim() == 1, "kbit: outlier_index needs int32 indices");
+    base_.outliers = index.numel();
+    base_.outlier_index = index.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < base_.outliers; ++i) {
+      TORCH_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
+                        base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
+    }
+    base_.outlier_type = type_of(keep(*o.outlier_values, "outlier_values"), "outlier values");
+    TORCH_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");
+    check(*o.outlier_values, lead, base_.outliers, "outlier_values");
+    base_.outlier_values = o.outlier_values->const_data_ptr();
+  }
+
+  Operands kept_;
+  Weight base_{};
+  Table table_{};
+  int64_t count_ = 1;
+  float levels_[256];
+};
+
+#define KBIT_WEIGHT                                                                                              \
+  const Tensor &planes, const Tensor &scales, const Tensor &codebook, const OptTensor &zeros,                    \
+      const OptTensor &scale_codebook, const OptTensor &scale_absmax, const OptTensor &scale_mean,               \
+      const OptTensor &outlier_values, const OptTensor &outlier_index, int64_t in_features, int64_t bits,        \
+      int64_t block
+#define KBIT_PACKED                                                                                              \
+  Packed({planes, scales, codebook, zeros, scale_codebook, scale_absmax, scale_mean, outlier_values, outlier_index, \
+          in_features, bits, block})
+
+}  // namespace
+}  // namespace kbit
