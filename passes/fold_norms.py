@@ -25,8 +25,9 @@ from torch import Tensor, fx
 
 from kbitc.errors import UsageError
 from kbitc.graph import weight_reads
+from kbitc.graph.context import ReadTensor
 from kbitc.graph.facts import Fact
-from kbitc.graph.program import CANONICAL, Program, ReadTensor, Stage
+from kbitc.graph.program import CANONICAL, Program, Stage
 from kbitc.graph.weight_reads import keeps_features, op_name, reads, value_of
 from kbitc.pipeline.records import Fired
 from kbitc.sensitivity.moments import MOMENTS
@@ -79,7 +80,7 @@ class _Norm:
     calls: tuple[fx.Node, ...]
 
 
-def _is_scale(read: weight_reads.Read) -> bool:
+def _is_scale(read: weight_reads.WeightRead) -> bool:
     """Whether a call multiplies the features of a value by a 1-D parameter."""
     places = SCALES.get(op_name(read.node), ())
     scale, value = value_of(read.view), read.node.meta.get("val")

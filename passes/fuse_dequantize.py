@@ -5,7 +5,7 @@ after:   kbit.linear(x, W, b)    kbit.embedding(ids, W)    kbit.grouped_linear(x
          D = kbit.dequantize(W)
 
 So do the forms that models and export write: ``aten.linear``, mm, matmul, addmm, bmm, einsum (see
-`kbitc.matching`), also through transposes and views of D. The dequantization dies when nothing else
+`kbitc.graph.matching`), also through transposes and views of D. The dequantization dies when nothing else
 reads it (``remove_dead_code``). The numbers are those of the op's definition, ``x @ D.T + b``.
 """
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError
+from kbitc.graph.capture import capture
 from kbitc.graph.context import Calibration
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
+from kbitc.passes.canonicalize import Canonicalize
 from kbitc.sensitivity.losses import positions
 from kbitc.sensitivity.moments import (
     CALIBRATION,
@@ -70,7 +72,7 @@ class MeasureMoments:
 
     def _measure(self, program: Program, source: Calibration) -> dict[str, Moments]:
         feeds = source.feeds()
-        traced = source.trace(feeds[0])
+        traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
         seen: dict[str, _Seen] = {}
         watch = partial(_watch, program, sums, seen, self.magnitude)

@@ -6,7 +6,7 @@ written straight to their place in files of known size (a spec and a shape give 
 
 For a weight ``W`` the file holds ``W.planes``, ``W.scales`` and whichever of ``W.zeros``,
 ``W.scale_absmax``, ``W.scale_mean``, ``W.outlier_values``, ``W.outlier_index``, ``W.codebook`` its spec
-asks for (`kbitc.blockwise.Packed`); codebooks that weights share stand once, as
+asks for (`kbitc.formats.packed.Packed`); codebooks that weights share stand once, as
 ``kbit.codebook.NAME``; every other tensor keeps its name.
 """
 

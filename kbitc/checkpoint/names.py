@@ -18,15 +18,22 @@ def stored_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for path, module in model.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
-    owner: dict[int, str] = {}
     names: dict[str, list[str]] = {}
-    for name, tensor in (
+    owner: dict[str, str] = {}
+    for name, first in first_names(model).items():
+        if name not in transient:
+            names.setdefault(owner.setdefault(first, name), []).append(name)
+    return {first: tuple(aliases) for first, aliases in names.items()}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter and buffer to the first name of the same tensor, in the model's order."""
+    owner: dict[int, str] = {}
+    tensors = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
-    ):
-        if name not in transient:
-            names.setdefault(owner.setdefault(id(tensor), name), []).append(name)
-    return {first: tuple(aliases) for first, aliases in names.items()}
+    )
+    return {name: owner.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

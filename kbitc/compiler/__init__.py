@@ -1,1 +1,2 @@
-"""From a request to an artifact or a packed module: one path for all sources."""
+"""From a request to an artifact, a packed module or an inspection. Every source goes one path: calibrate, capture,
+passes, pack."""

@@ -24,12 +24,8 @@ from kbitc.cache import cache_folder
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_of
 from kbitc.errors import SourceError, UsageError
-from kbitc.graph.capture import capture
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import is_pretrained, random_inputs
-from kbitc.graph.program import Program
-from kbitc.passes.canonicalize import Canonicalize
-from kbitc.pipeline.manager import PassManager
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.version import VERSION
 
@@ -116,10 +112,9 @@ class Calibrator:
             )
         return text_windows(tokenizer, _read(Path(self.source)), length, COUNT, label=str(self.source))
 
-    def trace(self, feed: Mapping[str, Tensor]) -> Program:
-        """The model's canonical program in float32 for inputs of these shapes."""
-        skeleton = copy.deepcopy(self.checkpoint.skeleton()).float()
-        return PassManager([Canonicalize()]).run(capture(skeleton, feed))
+    def skeleton(self) -> nn.Module:
+        """See `kbitc.graph.context.Calibration`."""
+        return copy.deepcopy(self.checkpoint.skeleton()).float()
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer, those included that no checkpoint holds."""

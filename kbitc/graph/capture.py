@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from kbitc.checkpoint.names import first_names, stored_names
 from kbitc.errors import SourceError, UsageError, first_line
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
@@ -163,18 +164,8 @@ class StoredNames:
     @staticmethod
     def of(model: nn.Module) -> StoredNames:
         """The names in a model."""
-        tensors = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        owner: dict[int, str] = {}
-        first = {name: owner.setdefault(id(tensor), name) for name, tensor in tensors}
-        transient = {
-            f"{path}.{name}".lstrip(".")
-            for path, module in model.named_modules(remove_duplicate=False)
-            for name in module._non_persistent_buffers_set
-        }
-        stored = dict.fromkeys(first[name] for name, _ in tensors if name not in transient)
+        first = first_names(model)
+        stored = dict.fromkeys(first[name] for names in stored_names(model).values() for name in names)
         return StoredNames(first, tuple(stored))
 
     def as_rest(self, model: nn.Module) -> dict[str, Rest]:

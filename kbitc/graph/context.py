@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from kbitc.graph.program import Program
+from torch import Tensor, nn
 
 ReadTensor: TypeAlias = Callable[[str], Tensor]
 """Reads one tensor by its name in the model."""
@@ -44,8 +41,8 @@ class Calibration(Protocol):
         """Keyword inputs of batch 1, all of the same shapes."""
         ...
 
-    def trace(self, feed: Mapping[str, Tensor]) -> Program:
-        """The model's canonical program in float32 for inputs of these shapes."""
+    def skeleton(self) -> nn.Module:
+        """The model in float32 on the meta device, to be traced on one of the feeds."""
         ...
 
     def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor:

@@ -68,18 +68,13 @@ class Plan:
         return {"format": PLAN_FORMAT, "budget": self.budget, "weights": weights}
 
     @classmethod
-    def from_file(cls, path: Path, names: Iterable[str]) -> Plan:
-        """Read an edited plan for a model whose packable weights are ``names``.
+    def from_json(cls, data: object, names: Iterable[str], *, label: str = "plan") -> Plan:
+        """An edited plan's parsed JSON, for a model whose packable weights are ``names``.
 
         Raises:
             UsageError: not a plan, a newer format, a key that names no weight, a weight without a
                 key, or a bad spec.
         """
-        return cls.from_json(read_rules(path), names, label=str(path))
-
-    @classmethod
-    def from_json(cls, data: object, names: Iterable[str], *, label: str = "plan") -> Plan:
-        """As :meth:`from_file`, from parsed JSON."""
         if not isinstance(data, Mapping) or not isinstance(data.get("weights"), Mapping):
             raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
         version = data.get("format", PLAN_FORMAT)

@@ -1,7 +1,7 @@
 """`PassManager`: runs passes in order, and checks between them what no pass should have to check.
 
 The one thing to know: a pass is any frozen value with ``needs``, ``gives`` and ``run``. The manager
-verifies stages, facts, the graph, and that no tensor was lost (`kbitc.invariants`); it measures what
+verifies stages, facts, the graph, and that no tensor was lost (`kbitc.pipeline.invariants`); it measures what
 changed, so that a pass claims nothing.
 """
 

@@ -48,7 +48,7 @@ class ScoreTable:
         parameters: of the whole model, tied ones once.
         source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
         unit: of a cost: "nats per token" or "relative".
-        groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graphs.KINDS`).
+        groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graph.queries.KINDS`).
     """
 
     options: Mapping[str, tuple[Option, ...]]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kbitc.graph.program import CANONICAL, Program, ReadTensor
+from kbitc.graph.context import ReadTensor
+from kbitc.graph.program import CANONICAL, Program
 
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear

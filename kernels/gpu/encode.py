@@ -1,7 +1,7 @@
 """Weights to packed codes: whole chunks, a lane word of every row of bytes at a time.
 
 The one thing to know: a code is found by bisecting the boundaries between levels, ``bits`` look-ups deep, and
-is the code that `kbitc.nearest` finds: a tie takes the lower one.
+is the code that `kbitc.formats.encoder` finds: a tie takes the lower one.
 """
 
 from __future__ import annotations

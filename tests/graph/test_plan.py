@@ -8,7 +8,7 @@ import pytest
 
 from kbitc.errors import UsageError
 from kbitc.formats.spec import parse
-from kbitc.graph.plan import Choice, Plan
+from kbitc.graph.plan import Choice, Plan, read_rules
 
 NAMES = ["embed.weight", "layers.0.q.weight", "layers.1.q.weight"]
 
@@ -51,7 +51,7 @@ def test_bad_plans_say_why(data, message):
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(UsageError, match="cannot be read as a plan"):
-        Plan.from_file(tmp_path / "none.json", NAMES)
+        read_rules(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UsageError, match="cannot be read as a plan"):
-        Plan.from_file(tmp_path / "bad.json", NAMES)
+        read_rules(tmp_path / "bad.json")
