@@ -104,8 +104,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
             (windows, length).
         agree: weights that a budget's plan gives one spec: "input" for those that read one value (queries,
             keys and values; gate and up), "role" for those at one place of every layer.
-        quantizer: what chooses scales and codes: a name (``kbitc.quantizers``), or "auto": what the plan says, and
-            "weighted" where something was measured, "absmax" elsewhere.
+        quantizer: what chooses scales and codes: a name (``kbitc.quantizers``), or "auto": what the plan
+            says, and "weighted" where something was measured, "absmax" elsewhere.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know.
 

@@ -31,9 +31,9 @@ class BackendUnavailable(KbitcError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without a full stop; its class where it says nothing.
+    r"""The first line of what an error says, without a full stop; its class where it says nothing.
 
-    >>> first_line(ValueError("bad size.\\nmore"))
+    >>> first_line(ValueError("bad size.\nmore"))
     'bad size'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,5 +1,7 @@
-"""The passes, one a file; the file's name is the pass's name. Names are imported when they are first used, so that
-importing this package loads no pass."""
+"""The passes, one a file; the file's name is the pass's name.
+
+Names are imported when they are first used, so that importing this package loads no pass.
+"""
 
 from __future__ import annotations
 

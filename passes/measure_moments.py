@@ -3,9 +3,9 @@
 before:  stage CANONICAL
 after:   stage CANONICAL, fact "moments": `Moments` by weight name
 
-One forward and one backward pass a window (`kbitc.sensitivity.losses` has the losses). A gradient g of an output and
-the input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product of a row and
-a column part.
+One forward and one backward pass a window (`kbitc.sensitivity.losses` has the losses). A gradient g of an
+output and the input x that met the weight give Fisher's diagonal g² x² for each weight, kept as a product
+of a row and a column part.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ before:  stage CANONICAL, facts "moments" and "outliers" if there was text to me
 after:   stage CANONICAL, fact "scores": `ScoreTable`
 
 Each spec is tried on a sample of the weight's own rows. With moments the price of an error dW is
-1/2 sum(rows * columns * dW²), in nats per token (`kbitc.sensitivity.moments`), and scales are searched with the
-columns' weights, as packing will. Without, it is the relative squared error times the number of
+1/2 sum(rows * columns * dW²), in nats per token (`kbitc.sensitivity.moments`), and scales are searched with
+the columns' weights, as packing will. Without, it is the relative squared error times the number of
 parameters (HIGGS' linear model of the loss, 2411.17525, with equal layer factors), more for the output
 head, whose error nothing damps.
 """

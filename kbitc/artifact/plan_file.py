@@ -1,8 +1,8 @@
 """`PlanFile`: the contents of an artifact's ``kbit_plan.json``, for whoever writes and whoever reads it.
 
-The one thing to know: it is also a plan that can be edited and given back (``--plan``, `kbitc.graph.plan`), so
-what a person edits, a spec and a quantizer for each weight, stands first in each entry. It holds no times and no
-paths, so that equal inputs give equal bytes.
+The one thing to know: it is also a plan that can be edited and given back (``--plan``, `kbitc.graph.plan`),
+so what a person edits, a spec and a quantizer for each weight, stands first in each entry. It holds no
+times and no paths, so that equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ class PlanFile:
             version = data["format"]
             if not isinstance(version, int) or version > FORMAT:
                 raise SourceError(
-                    f"{path.parent}: artifact format {version} (written by kbitc {data.get('kbitc', '?')}), but "
-                    f"this kbitc reads up to {FORMAT}; upgrade kbitc"
+                    f"{path.parent}: artifact format {version} (written by kbitc {data.get('kbitc', '?')}), "
+                    f"but this kbitc reads up to {FORMAT}; upgrade kbitc"
                 )
             predicted = data.get("predicted")
             return PlanFile(

@@ -50,5 +50,6 @@ def checksum(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, on the CPU."""
     raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(raw)

@@ -1,7 +1,6 @@
-"""Source models, read one tensor at a time: the first box of the pipeline.
+"""Source models, read one tensor at a time, by the model's own names.
 
-The one thing to know: nothing here runs code that comes with a model, unpickles, or holds more of
-the model in memory than the tensor in hand.
+Nothing here runs code that comes with a model, unpickles, or holds more of it than the tensor in hand.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
 
 def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that lies in a folder; None if there is none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):

@@ -1,2 +1,4 @@
-"""From a request to an artifact, a packed module or an inspection. Every source goes one path: calibrate, capture,
-passes, pack."""
+"""From a request to an artifact, a packed module or an inspection.
+
+Every source goes one path: calibrate, capture, passes, pack.
+"""

@@ -42,8 +42,8 @@ class Request:
             language model samples itself, random inputs of another model of transformers; otherwise nothing),
             "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
         agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
-        quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and the
-            plan to what is known of each weight.
+        quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and
+            the plan to what is known of each weight.
     """
 
     bits: float | None = None
@@ -177,8 +177,8 @@ def unmeasured(request: Request) -> tuple[str, ...]:
         return ()
     if request.needs_moments():
         raise UsageError(
-            "this model has nothing to calibrate on by itself, which the quantizer that was asked for, or that "
-            "the plan names, needs; calibrate on token ids, or give --quantizer absmax"
+            "this model has nothing to calibrate on by itself, which the quantizer that was asked for, or "
+            "that the plan names, needs; calibrate on token ids, or give --quantizer absmax"
         )
     kept = request.asks_for_outliers()
     return ("measure_moments",) if kept else ("measure_moments", "find_outliers")

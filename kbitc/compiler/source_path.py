@@ -1,7 +1,7 @@
 """The one path of every source: calibrate, capture, passes.
 
-The one thing to know: a folder of 100 GB, a module in memory, a model that is only inspected and the graph that
-torch.compile found go through the same statements; they differ in what captures and in what follows.
+The one thing to know: a folder of 100 GB, a module in memory, a model that is only inspected and the graph
+that torch.compile found go through the same statements; they differ in what captures and in what follows.
 """
 
 from __future__ import annotations

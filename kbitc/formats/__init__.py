@@ -1,5 +1,7 @@
-"""The bytes of a weight: data types, specs, bit planes, scales, and what packing stores. No model, graph or
-file is known here."""
+"""The bytes of a weight: data types, specs, bit planes, scales, and what packing stores.
+
+No model, graph or file is known here.
+"""
 
 from __future__ import annotations
 

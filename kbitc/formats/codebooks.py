@@ -41,6 +41,7 @@ def shared_codebook(spec: Spec) -> Tensor:
 
 
 def codebook_request(spec: Spec) -> datatypes.CodebookRequest:
+    """What a data type may depend on, of a spec."""
     return datatypes.CodebookRequest(
         bits=spec.bits,
         exponent=spec.exponent,

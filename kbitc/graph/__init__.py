@@ -1,5 +1,7 @@
-"""The captured model: program, plan, what reads a weight, and questions about the graph. Nothing here
-decides how a weight is stored."""
+"""The captured model: program, plan, what reads a weight, and questions about the graph.
+
+Nothing here decides how a weight is stored.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class Choice:
         reason: why, in a few words.
         error: relative error ``||W - dequantize(quantize(W))|| / ||W||``, once measured.
         bits: stored bits a parameter of this weight, once known.
-        quantizer: name of what chooses its scales and codes; "" for the strongest one that there is evidence for.
+        quantizer: name of what chooses its scales and codes; "" for the strongest one that there is
+            evidence for.
     """
 
     spec: Spec

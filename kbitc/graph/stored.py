@@ -1,7 +1,7 @@
 """What the artifact of a program stores: every tensor, from shapes and the plan alone.
 
-The one thing to know: bytes are counted here for a whole model and in `kbitc.formats.layout` for one weight, and
-nowhere else.
+The one thing to know: bytes are counted here for a whole model and in `kbitc.formats.layout` for one
+weight, and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CODEBOOKS = "(shared codebooks)"
 
 
 def stored_slots(program: Program) -> dict[str, dict[str, Slot]]:
-    """Every tensor that the artifact of a planned program holds, by unit (a tensor's name) and stored name."""
+    """Every tensor that the artifact of a planned program holds, by source tensor and stored name."""
     assert program.plan is not None
     specs = {name: choice.spec for name, choice in program.plan.weights.items()}
     units: dict[str, dict[str, Slot]] = {}

@@ -1,5 +1,7 @@
-"""How passes are found, ordered, run and checked, and the default orders. No pass is in here: they lie in the
-folder ``passes``."""
+"""How passes are found, ordered, run and checked, and the default orders.
+
+No pass is in here: they lie in the folder ``passes``.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPILING",
-    "Fired",
     "LOWERING",
+    "STEPS",
+    "Fired",
     "Pass",
     "PassManager",
-    "STEPS",
     "Step",
     "default_pipeline",
     "edit_pipeline",

@@ -1,7 +1,7 @@
 """The default orders of passes, each written once.
 
-The one thing to know: they are names, and the passes are loaded when a list is made, so that nothing here imports
-a pass.
+The one thing to know: they are names, and the passes are loaded when a list is made, so that nothing here
+imports a pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from kbitc.pipeline.order import edit_pipeline, make_pass
 from kbitc.pipeline.registry import Pass, load_pass
 
 COMPILING = ("canonicalize", "measure_moments", "find_outliers", "score_sensitivity", "allocate_bits")
-"""From a captured program to the plan of a budget. Without calibration the two that look at it are left out."""
+"""From a captured program to the plan of a budget. Without calibration the two that look at it are left
+out."""
 
 LOWERING = ("fuse_dequantize", "fuse_epilogues", "merge_linears", "remove_dead_code")
 """What runs on the graph of a packed model before code is made of it, in this order."""
@@ -49,7 +50,7 @@ def planning_pipeline(
 
 
 def default_pipeline(budget: float | None = None) -> list[Pass]:
-    """What compiling with a budget runs on a model that can be calibrated, the budget 4 unless it is given."""
+    """What compiling with a budget runs on a model that can be calibrated."""
     options = {} if budget is None else {"allocate_bits": {"budget": budget}}
     return planning_pipeline(options=options)
 

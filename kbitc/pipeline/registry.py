@@ -1,7 +1,7 @@
 """What is found by name: passes here, quantizers and backends by the same `Registry`.
 
-The one thing to know: the folder is the registry. A file's name is its thing's name, and it is imported when it
-is first asked for; other packages add theirs by the entry-point group of the folder's name.
+The one thing to know: the folder is the registry. A file's name is its thing's name, and it is imported
+when it is first asked for; other packages add theirs by the entry-point group of the folder's name.
 """
 
 from __future__ import annotations

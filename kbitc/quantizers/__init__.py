@@ -1,5 +1,7 @@
-"""How a weight's codes and scales are chosen under its spec: one file a quantizer, found by the file's name.
-Other packages add theirs by the entry-point group ``kbitc.quantizers``."""
+"""How a weight's codes and scales are chosen under its spec: one file a quantizer, which is its name.
+
+Other packages add theirs by the entry-point group ``kbitc.quantizers``.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Quantizer(Protocol):
     """
 
     @property
-    def requires(self) -> tuple[Fact[Any], ...]: ...  # noqa: D102
+    def requires(self) -> tuple[Fact[Any], ...]: ...
 
     def quantize(self, weight: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         """The packed weight.
@@ -85,8 +85,8 @@ def choose_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:
     missing = lacking(quantizer, evidence)
     if missing:
         raise UsageError(
-            f"{evidence.name}: the quantizer '{name}' needs the fact '{missing[0]}' of this weight, which is not "
-            "known; calibrate (--calibrate self, random or TEXT), or choose another quantizer"
+            f"{evidence.name}: the quantizer '{name}' needs the fact '{missing[0]}' of this weight, which "
+            "is not known; calibrate (--calibrate self, random or TEXT), or choose another quantizer"
         )
     return name, quantizer
 

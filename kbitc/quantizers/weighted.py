@@ -2,8 +2,8 @@
 
     loss = sum over a block of m_i (w_i - scale * level_i)²,  m = `Moments.importance`
 
-`kbitc.formats.scale_search` has the search. With m = E[x²] the loss is the squared error of the layer's output
-for uncorrelated features.
+`kbitc.formats.scale_search` has the search. With m = E[x²] the loss is the squared error of the layer's
+output for uncorrelated features.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Moments:
 
     @staticmethod
     def of_importance(importance: Tensor) -> Moments:
-        """Moments that say nothing but the ``importance``, ``(*lead, in_features)``, of each input feature."""
+        """Moments that say nothing but how much each input feature matters, ``(*lead, in_features)``."""
         rows = torch.ones(*importance.shape[:-1], 1)
         return Moments((Factor(rows, importance.detach().float()),))
 

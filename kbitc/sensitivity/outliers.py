@@ -1,7 +1,7 @@
 """Outlier features of a weight: which input features stay at 16 bits, and the figures that say so.
 
-The one thing to know: a `OutlierFeatures` ranks *all* input features, those found first. A spec asks for a number of
-them (``+outP%``), so a spec that asks for as many as were found gets exactly these.
+The one thing to know: a `OutlierFeatures` ranks *all* input features, those found first. A spec asks for a
+number of them (``+outP%``), so a spec that asks for as many as were found gets exactly these.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """Rows of the input, sorted by expert, times their expert's packed weight."""
     if not isinstance(mat2, KbitTensor) or mat2.dim() != 3 or not mat2.is_transposed or offs is None:
         raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
     out: Tensor = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)

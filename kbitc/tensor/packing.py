@@ -1,7 +1,7 @@
 """A dense weight to a `Packed` one, in two steps, so that a quantizer can choose scales between them.
 
-The one thing to know: `draft` splits off the outlier features and takes the codebook and absmax scales that the
-spec fixes; :meth:`Draft.packed` stores the scales and chooses the nearest codes. What lies between is a
+The one thing to know: `draft` splits off the outlier features and takes the codebook and absmax scales that
+the spec fixes; :meth:`Draft.packed` stores the scales and chooses the nearest codes. What lies between is a
 quantizer's.
 """
 
