@@ -38,10 +38,10 @@ class Canonicalize:
 
     def run(self, program: Program) -> Program:
         """The same computation in canonical form, its tensors in ``weights`` and ``rest``."""
-        found = _decide(program)
+        outcomes_of = _decide(program)
         chosen = {
             read.node: (name, outcome)
-            for name, outcomes in found.items()
+            for name, outcomes in outcomes_of.items()
             for read, outcome in outcomes
             if isinstance(outcome, Match) and _why_left(program.rest[name], outcomes) is None
         }
@@ -50,7 +50,7 @@ class Canonicalize:
         weights: dict[str, Weight] = {}
         rest: dict[str, Rest] = {}
         for name, tensor in program.rest.items():
-            outcomes = found.get(name, [])
+            outcomes = outcomes_of.get(name, [])
             miss = _why_left(tensor, outcomes)
             if miss is None:
                 calls = sorted((read.node for read, _ in outcomes), key=order.__getitem__)
@@ -123,8 +123,8 @@ def _rewrite(
             if node.name in program.parameters:
                 weight_of[program.parameters[node.name]] = new[node]
             continue
-        name, found = chosen[node]
-        new[node], canonical[node] = build(graph, node, found, weight_of[name], new.__getitem__)
+        name, matched = chosen[node]
+        new[node], canonical[node] = build(graph, node, matched, weight_of[name], new.__getitem__)
     graph.eliminate_dead_code()
     return graph, canonical
 
@@ -138,11 +138,11 @@ def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -
         tuple(
             Use(
                 node.name,
-                found.kind,
+                matched.kind,
                 _name_at(node, names),
                 feeds_output=_feeds_output(node, program.parameters),
             )
-            for node, found in uses
+            for node, matched in uses
         ),
         tensor.aliases,
         is_transposed=uses[0][1].is_transposed,

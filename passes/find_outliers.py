@@ -50,13 +50,13 @@ class FindOutliers:
         """Raises UsageError for a program with neither moments nor a source of weights."""
         moments = program.get(MOMENTS) or {}
         reaches = {name: own.reach for name, own in moments.items() if own.reach is not None}
-        found = self._on_text(program, reaches) if moments else self._on_weights(program)
-        return program.with_fact(OUTLIERS, {name: found.get(name, _EMBEDDING) for name in program.weights})
+        features = self._on_text(program, reaches) if moments else self._on_weights(program)
+        return program.with_fact(OUTLIERS, {name: features.get(name, _EMBEDDING) for name in program.weights})
 
     def _on_text(self, program: Program, reaches: Mapping[str, Reach]) -> dict[str, OutlierFeatures]:
         roles = same_roles(program)
         alone = set(program.weights).difference(*roles)
-        found: dict[str, OutlierFeatures] = {}
+        features: dict[str, OutlierFeatures] = {}
         for names in [*roles, *((name,) for name in program.weights if name in alone)]:
             group = [reaches[name] for name in names if name in reaches]
             if not group:
@@ -64,12 +64,12 @@ class FindOutliers:
             layers = torch.stack([own.peaks >= own.magnitude for own in group]).float().mean(0)
             positions = torch.stack([own.positions for own in group]).mean(0)
             is_outlier = (layers > 0) & (layers >= self.layers) & (positions >= self.positions)
-            found |= {
+            features |= {
                 name: self._of_reach(reaches[name], is_outlier, layers, positions, len(group))
                 for name in names
                 if name in reaches
             }
-        return found
+        return features
 
     def _of_reach(
         self, own: Reach, is_outlier: Tensor, layers: Tensor, positions: Tensor, count: int
@@ -107,16 +107,16 @@ class FindOutliers:
             )
         before = previous_weights(program)
         known: dict[tuple[str, str], Tensor] = {}
-        found = {}
+        features = {}
         wanted = [weight for weight in program.weights.values() if weight.kinds != ("embedding",)]
         for i, weight in enumerate(wanted, start=1):
             source = before.get(weight.name)
             key = (weight.name, "own") if source is None else source
             if key not in known:
                 known[key] = _deviation(program.weights[key[0]], program.read(key[0]), key[1])
-            found[weight.name] = self._of_deviation(known[key], source)
+            features[weight.name] = self._of_deviation(known[key], source)
             program.context.on_progress(weight.name, i, len(wanted))
-        return found
+        return features
 
     def _of_deviation(self, deviation: Tensor, source: tuple[str, str] | None) -> OutlierFeatures:
         spread = deviation.std(correction=0).clamp_min(1e-30)

@@ -46,9 +46,9 @@ class FuseDequantize:
         graph = copy_of(program)
         groups: list[tuple[str, ...]] = []
         left: dict[str, str] = {}
-        found = [node for node in graph.nodes if node.target is kbit.dequantize.default]
-        views = {view for node in found for view in _views(node)}
-        for node in found:
+        dequantizations = [node for node in graph.nodes if node.target is kbit.dequantize.default]
+        views = {view for node in dequantizations for view in _views(node)}
+        for node in dequantizations:
             readers = reads(node)
             reasons: dict[str, None] = {} if readers else {"nothing reads it": None}
             count = Counter(read.node for read in readers)
@@ -77,13 +77,13 @@ def _fuse(graph: fx.Graph, dequantize: fx.Node, read: WeightRead, views: set[fx.
     """Replace one read by a packed call; the reason if that cannot be."""
     reader = read.node
     if reader.target not in CANONICAL:
-        found = match(read, views.__contains__)
-        if isinstance(found, Miss):
-            return found.reason
-        if found.is_transposed:
+        outcome = match(read, views.__contains__)
+        if isinstance(outcome, Miss):
+            return outcome.reason
+        if outcome.is_transposed:
             return TURNED
         with graph.inserting_before(reader):
-            result, canonical = build(graph, reader, found, dequantize, lambda node: node)
+            result, canonical = build(graph, reader, outcome, dequantize, lambda node: node)
         _replace(graph, reader, result)
         reader = canonical
     elif reader.args[1] is not read.view:

@@ -99,7 +99,7 @@ class ScoreSensitivity:
         workers = torch.get_num_threads()
         options = {}
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = pool.map(
+            tables = pool.map(
                 lambda weight: self._options(
                     weight,
                     read(weight.name),
@@ -108,7 +108,7 @@ class ScoreSensitivity:
                 ),
                 program.weights.values(),
             )
-            for i, (name, own) in enumerate(zip(program.weights, found, strict=True), start=1):
+            for i, (name, own) in enumerate(zip(program.weights, tables, strict=True), start=1):
                 options[name] = own
                 program.context.on_progress(name, i, len(program.weights))
         scores = ScoreTable(
@@ -127,7 +127,7 @@ class ScoreSensitivity:
     ) -> tuple[Option, ...]:
         sample = Sample.of(data.mT if weight.is_transposed else data, moments)
         importance = self.head_importance if weight.is_head else 1.0
-        found = []
+        options = []
         count = len(outlying.index)
         more = outlier_candidates(weight.in_features, count) if 0 < count < weight.in_features else ()
         for spec in (*(self.candidates or (*default_candidates(), *more)), LEFT_ALONE):
@@ -135,8 +135,8 @@ class ScoreSensitivity:
             if price is None:  # a tied head counts as a head: the same numbers give the logits
                 price = importance * weight.numel * error**2
             nbytes = weight_bytes(spec, weight.oriented_shape[:-1], weight.in_features)
-            found.append(Option(spec, nbytes, price, error))
-        return monotone(tuple(found))
+            options.append(Option(spec, nbytes, price, error))
+        return monotone(tuple(options))
 
     def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         return choose_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)

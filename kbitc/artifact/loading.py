@@ -53,13 +53,13 @@ def _model_class(config: dict[str, Any], path: Path) -> Any:
     import transformers
 
     names = config.get("architectures") or ["AutoModel"]
-    found = getattr(transformers, names[0], None)
-    if found is None:
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
         raise SourceError(
             f"{path}: transformers {transformers.__version__} has no model class '{names[0]}'; "
             "install the version that the model was made with"
         )
-    return found
+    return model_class
 
 
 def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> nn.Module:

@@ -140,10 +140,10 @@ class Artifact:
 
 def read_shared(files: Iterable[Path]) -> dict[str, Tensor]:
     """The shared codebooks in these safetensors files, by stored name."""
-    found: dict[str, Tensor] = {}
+    codebooks: dict[str, Tensor] = {}
     for file in sorted(files):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118  # not a dict
                 if key.startswith(SHARED):
-                    found[key] = handle.get_tensor(key)
-    return found
+                    codebooks[key] = handle.get_tensor(key)
+    return codebooks

@@ -66,25 +66,25 @@ def recipes_for(
     """
     matches, ignored = _match(model, sources, rules)
     recipes: dict[str, Recipe] = {}
-    for anchor, (rule, found) in matches.items():
+    for anchor, (rule, sources_of) in matches.items():
         if rule is None:
-            recipes[anchor] = Recipe(anchor, found, None, anchor, sources[found[0][1]])
+            recipes[anchor] = Recipe(anchor, sources_of, None, anchor, sources[sources_of[0][1]])
             continue
 
         def on_meta(name: str) -> Tensor:
             return torch.empty(sources[name].shape, dtype=sources[name].dtype, device="meta")
 
         try:
-            results = _convert(rule, anchor, found, model, on_meta)
+            results = _convert(rule, anchor, sources_of, model, on_meta)
         except Exception as error:
             raise SourceError(
-                f"{label}: '{anchor}' cannot be made from {len(found)} tensors of the checkpoint, "
-                f"the first '{found[0][1]}': {first_line(error)}. Some may be missing, or "
+                f"{label}: '{anchor}' cannot be made from {len(sources_of)} tensors of the checkpoint, "
+                f"the first '{sources_of[0][1]}': {first_line(error)}. Some may be missing, or "
                 "config.json is of another model"
             ) from error
         for target, tensor in results.items():
             info = TensorInfo.of(tuple(tensor.shape), tensor.dtype)
-            recipes[target] = Recipe(target, found, rule, anchor, info)
+            recipes[target] = Recipe(target, sources_of, rule, anchor, info)
     return recipes, ignored
 
 
@@ -129,8 +129,8 @@ def _match(
         elif pattern is None:
             ignored.append(source)  # two sources for one name: transformers takes the first
         else:
-            rule, found = matches[name]
-            matches[name] = (rule, (*found, (pattern, source)))
+            rule, sources_of = matches[name]
+            matches[name] = (rule, (*sources_of, (pattern, source)))
     return matches, ignored
 
 

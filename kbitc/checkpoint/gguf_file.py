@@ -140,10 +140,10 @@ def _architecture(header: Header, path: Path, label: str) -> str:
             f"{label}: is one of {parts} parts of a model; join them first: llama-gguf-split "
             f"--merge {path.name} whole.gguf"
         )
-    found = header.metadata.get("general.architecture")
-    if not isinstance(found, str):
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
         raise SourceError(f"{label}: does not say which architecture it is of (general.architecture)")
-    return found
+    return architecture
 
 
 def _main_dtype(blocks: Mapping[str, Block]) -> torch.dtype:

@@ -97,8 +97,8 @@ class Processed:
             target = names.get(block) or names.get(block.removesuffix(".weight"))
             if target is not None:
                 parts[target] = (*parts.get(target, ()), block)
-        infos = {name: _info(model, name, [blocks[part] for part in found]) for name, found in parts.items()}
-        used = {part for found in parts.values() for part in found}
+        infos = {name: _info(model, name, [blocks[part] for part in names]) for name, names in parts.items()}
+        used = {part for names in parts.values() for part in names}
         unused = tuple(block for block in blocks if block not in used)
         return Processed(processor, names, parts, infos, unused, read_block)
 

@@ -118,16 +118,16 @@ def fingerprint_of(files: list[Path], config: bytes) -> str:
 
 
 def _stored(files: list[Path]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in read_header(file).items():
-            if name in found:
+            if name in tensors:
                 raise SourceError(
-                    f"{file}: holds '{name}', which {found[name].file.name} holds too; the folder "
+                    f"{file}: holds '{name}', which {tensors[name].file.name} holds too; the folder "
                     "mixes the shards of two downloads; remove the ones that do not belong"
                 )
-            found[name] = stored
-    return found
+            tensors[name] = stored
+    return tensors
 
 
 def _main_dtype(sources: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -98,15 +98,15 @@ def _untie_different(model: Any, recipes: Mapping[str, Recipe], read: ReadSource
 
 
 def _defaults(model: nn.Module, missing: Sequence[str]) -> dict[str, Tensor]:
-    found = {}
+    values = {}
     for name in missing:
         if isinstance(tensor_of(model, name), nn.Parameter):
             continue
         value = default_buffer(model, name)
         if value is not None:
             _log.info("%s is not in the checkpoint; the model's own initial value is used", name)
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _check_missing(missing: Sequence[str], model: Any, ignored: Sequence[str], label: str) -> None:

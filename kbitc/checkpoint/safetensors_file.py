@@ -113,19 +113,19 @@ def read_header(file: Path) -> dict[str, Stored]:
     start = 8 + length
     try:
         header = json.loads(raw)
-        found = {
+        tensors = {
             name: _stored(file, start, name, entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{file}: its header is damaged ({error!r}); {AGAIN}") from error
-    end = max((s.offset + s.info.nbytes for s in found.values()), default=start)
+    end = max((s.offset + s.info.nbytes for s in tensors.values()), default=start)
     if size < end:
         raise SourceError(
             f"{file}: is truncated, {size} of {end} bytes, as by an unfinished download; {AGAIN}"
         )
-    return found
+    return tensors
 
 
 def _stored(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Stored:

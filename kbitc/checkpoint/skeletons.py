@@ -48,9 +48,9 @@ def model_classes(config: Any, label: str) -> list[Any]:
     names = getattr(config, "architectures", None)
     if not names:
         return _guesses(config)
-    found = getattr(transformers, names[0], None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return [found]
+    named = getattr(transformers, names[0], None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return [named]
     if getattr(config, "auto_map", None):
         raise SourceError(
             f"{label}: '{names[0]}' is code that comes with the model, which kbitc does not run "

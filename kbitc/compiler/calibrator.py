@@ -120,13 +120,13 @@ class Calibrator:
         """A parameter or buffer, those included that no checkpoint holds."""
         if name in self.checkpoint.tensors():
             return self.checkpoint.read(name)
-        found = self.checkpoint.transient(name)
-        if found is None:
+        buffer = self.checkpoint.transient(name)
+        if buffer is None:
             raise SourceError(
                 f"{self.checkpoint.label}: the value of the buffer '{name}' is not known without running the "
                 "model's own set-up; calibrate with 'none'"
             )
-        return found
+        return buffer
 
     def remembered(
         self, measure: Callable[[], Mapping[str, Tensor]], options: str = ""
@@ -239,8 +239,8 @@ def text_windows(
             f"{label} has {len(ids)} tokens, fewer than one window of {length}; give a longer one"
         )
     picked = torch.arange(min(count, available)) * available // min(count, available)
-    found: Tensor = ids[: available * length].view(available, length)[picked]
-    return found
+    windows: Tensor = ids[: available * length].view(available, length)[picked]
+    return windows
 
 
 @torch.no_grad()  # not inference_mode: autograd will look at what was sampled

@@ -95,7 +95,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {}
 ENTRY_POINTS = "kbitc.datatypes"
-"""The entry-point group of families in other packages; each names a function that :func:`family` decorates."""
+"""The entry-point group of families in other packages; each names what :func:`family` decorates."""
 
 # Block sizes of a budget's candidates. Where a type leads at all it does so in blocks of 32 to 256 (PAPERS
 # sections 7 and 8); between 3.25 and 4.25 bits there is little else, so 2 and 3 bits also take blocks of 16.

@@ -100,15 +100,15 @@ def packed_slots(spec: Spec, lead: tuple[int, ...], in_features: int) -> dict[st
 
 def shared_codebooks(specs: Iterable[Spec]) -> dict[str, Tensor]:
     """The codebooks that weights of these specs share, by stored name."""
-    found: dict[str, Tensor] = {}
+    codebooks: dict[str, Tensor] = {}
     for spec in specs:
         if spec.is_left_alone:
             continue
         if spec.has_double_quant:
-            found[SCALE_MAP] = dynamic_map()
+            codebooks[SCALE_MAP] = dynamic_map()
         if not spec.is_fitted:
-            found.setdefault(SHARED + spec.codebook_name, shared_codebook(spec))
-    return dict(sorted(found.items()))
+            codebooks.setdefault(SHARED + spec.codebook_name, shared_codebook(spec))
+    return dict(sorted(codebooks.items()))
 
 
 def operand_slots(
@@ -119,10 +119,11 @@ def operand_slots(
     The codebooks that it shares with other weights are among them.
     """
     own = packed_slots(spec, lead, in_features)
-    found = {field: (f"{name}.{field}", slot) for field, slot in own.items()}
+    operands = {field: (f"{name}.{field}", slot) for field, slot in own.items()}
     shared = {"codebook": SHARED + spec.codebook_name, "scale_codebook": SCALE_MAP}
     codebooks = shared_codebooks([spec])
     for field, stored in shared.items():
         if stored in codebooks and (field == "codebook" or spec.has_double_quant):
-            found.setdefault(field, (stored, Slot(codebooks[stored].dtype, tuple(codebooks[stored].shape))))
-    return found
+            codebook = codebooks[stored]
+            operands.setdefault(field, (stored, Slot(codebook.dtype, tuple(codebook.shape))))
+    return operands

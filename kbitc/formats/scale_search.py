@@ -99,8 +99,8 @@ def _refit(
     return fitted * wc + shift * w, fitted.float(), shift.float()
 
 
-def _better(best: Fit, found: Fit, first: Tensor) -> Fit:
+def _better(best: Fit, other: Fit, first: Tensor) -> Fit:
     """Of each block the one that explains more, the earlier of equals; never a scale of another sign."""
-    wins = (found[0] > best[0]) & (found[1] * first > 0) & found[1].isfinite()
-    zero = None if best[2] is None or found[2] is None else torch.where(wins, found[2], best[2])
-    return torch.where(wins, found[0], best[0]), torch.where(wins, found[1], best[1]), zero
+    wins = (other[0] > best[0]) & (other[1] * first > 0) & other[1].isfinite()
+    zero = None if best[2] is None or other[2] is None else torch.where(wins, other[2], best[2])
+    return torch.where(wins, other[0], best[0]), torch.where(wins, other[1], best[1]), zero

@@ -84,16 +84,16 @@ CALIBRATION: Fact[str] = Fact("calibration")
 def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
     """Flat, for a safetensors file; see :func:`from_tensors`."""
     flat: dict[str, Tensor] = {}
-    for name, found in moments.items():
-        for i, factor in enumerate(found.factors):
+    for name, own in moments.items():
+        for i, factor in enumerate(own.factors):
             flat[f"{name}|{i}.rows"] = factor.rows
             flat[f"{name}|{i}.columns"] = factor.columns
-        if found.inputs is not None:
-            flat[f"{name}|inputs"] = found.inputs
-        if found.reach is not None:
-            flat[f"{name}|peaks"] = found.reach.peaks
-            flat[f"{name}|positions"] = found.reach.positions
-            flat[f"{name}|magnitude"] = torch.tensor(found.reach.magnitude, dtype=torch.float64)
+        if own.inputs is not None:
+            flat[f"{name}|inputs"] = own.inputs
+        if own.reach is not None:
+            flat[f"{name}|peaks"] = own.reach.peaks
+            flat[f"{name}|positions"] = own.reach.positions
+            flat[f"{name}|magnitude"] = torch.tensor(own.reach.magnitude, dtype=torch.float64)
     return {key: value.contiguous() for key, value in flat.items()}
 
 

@@ -67,16 +67,16 @@ class ScoreTable:
             "unit": self.unit,
             "fixed_bytes": self.fixed,
             "parameters": self.parameters,
-            "groups": {kind: [list(names) for names in found] for kind, found in self.groups.items()},
+            "groups": {kind: [list(names) for names in groups] for kind, groups in self.groups.items()},
             "weights": {
                 name: {
                     "parameters": self.numel[name],
                     "options": [
                         [str(o.spec), o.nbytes, float(f"{o.cost:.6g}"), float(f"{o.error:.5g}")]
-                        for o in found
+                        for o in options
                     ],
                 }
-                for name, found in self.options.items()
+                for name, options in self.options.items()
             },
         }
 
@@ -122,7 +122,7 @@ class ScoreTable:
                 int(data["parameters"]),
                 data["source"],
                 data["unit"],
-                {kind: [tuple(names) for names in found] for kind, found in data["groups"].items()},
+                {kind: [tuple(names) for names in groups] for kind, groups in data["groups"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error
@@ -135,9 +135,9 @@ SCORES: Fact[ScoreTable] = Fact("scores")
 def monotone(options: tuple[Option, ...]) -> tuple[Option, ...]:
     """Of formats that differ in bits alone, more bits never cost more: noise must not buy fewer of them."""
     least: dict[object, float] = {}
-    found = {}
+    smoothed = {}
     for option in sorted(options, key=lambda o: o.spec.bits):
         kind = replace(option.spec, bits=8, exponent=None)
         least[kind] = min(least.get(kind, option.cost), option.cost)
-        found[option.spec] = replace(option, cost=least[kind])
-    return tuple(found[option.spec] for option in options)
+        smoothed[option.spec] = replace(option, cost=least[kind])
+    return tuple(smoothed[option.spec] for option in options)

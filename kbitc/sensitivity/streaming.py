@@ -49,8 +49,8 @@ class Streamed(fx.Interpreter):
     def call(self, **inputs: Tensor) -> list[Any]:
         """The graph's outputs for inputs by placeholder name, flat."""
         self.given = inputs
-        found = self.run(enable_io_processing=False)
-        return list(torch.utils._pytree.tree_leaves(found))
+        outputs = self.run(enable_io_processing=False)
+        return list(torch.utils._pytree.tree_leaves(outputs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A stored tensor's name, or an input."""

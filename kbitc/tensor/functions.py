@@ -167,8 +167,8 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
 
 def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:
     if id(weight) in memo:
-        found: KbitTensor = memo[id(weight)]
-        return found
+        known: KbitTensor = memo[id(weight)]
+        return known
     copied: KbitTensor = weight._like(weight.packed.map(torch.clone))
     if isinstance(weight, torch.nn.Parameter):
         copied = torch.nn.Parameter(copied, requires_grad=False)  # type: ignore[assignment]

@@ -57,10 +57,10 @@ class Recipe:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
         flags = [self.flags, self.link, *(flags for _, flags in self.sources)]
         parts = [torch.__version__, platform.machine(), compiler, version.stdout, repr(flags)]
-        found = hashlib.sha256("\0".join(parts).encode())
+        digest = hashlib.sha256("\0".join(parts).encode())
         for path in (*(path for path, _ in self.sources), *self.headers):  # their folder does not matter
-            found.update(f"\0{path.name}\0".encode() + path.read_bytes())
-        return found.hexdigest()[:20]
+            digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+        return digest.hexdigest()[:20]
 
 
 def kernel_recipe() -> Recipe:
@@ -99,9 +99,9 @@ def _openmp(root: Path) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     for folder in (root / "lib", root.parent / "torch.libs"):
-        found = sorted(folder.glob("libgomp*.so*"))
-        if found:
-            return (str(found[0]), f"-Wl,-rpath,{folder}")
+        libraries = sorted(folder.glob("libgomp*.so*"))
+        if libraries:
+            return (str(libraries[0]), f"-Wl,-rpath,{folder}")
     return ("-lgomp",)
 
 
@@ -113,9 +113,9 @@ def find_compiler() -> str:
     """
     wanted = os.environ.get("CXX")
     for name in (wanted,) if wanted else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
+        compiler = shutil.which(name)
+        if compiler:
+            return compiler
     looked = f"$CXX = {wanted}" if wanted else ", ".join(COMPILERS)
     raise BackendUnavailable(
         f"no C++ compiler was found ({looked}); install one (Debian: apt install g++) to get kbitc's fast "
