@@ -10,7 +10,7 @@ CONTEXT = 256
 
 def folder() -> Path:
     """The Hugging Face folder of the demo model."""
-    return Path(__file__).parent / "demo_model"
+    return Path(__file__).parent.parent / "demo_model"
 
 
 def heldout() -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from importlib import resources
 from pathlib import Path
 
 from torch import nn
 
+from kbitc.checkpoint import demo
 from kbitc.checkpoint.base import Checkpoint
 from kbitc.errors import SourceError, UsageError
 
@@ -35,7 +35,7 @@ def open_checkpoint(source: str | Path | nn.Module, *, revision: str | None = No
     label, path = str(source), Path(source).expanduser()
     if label == DEMO:
         _no_revision(label, revision)
-        return _open_folder(Path(str(resources.files("kbitc") / "demo_model")), label)
+        return _open_folder(demo.folder(), label)
     if path.exists():
         _no_revision(label, revision)
         return _open_folder(path, label) if path.is_dir() else _open_file(path, label)

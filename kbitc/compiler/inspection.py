@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
+from kbitc.artifact.evaluations import Evaluation, evaluations_of
 from kbitc.artifact.folders import PLAN_FILE
-from kbitc.artifact.plan_file import PlanFile, WeightEntry
+from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
@@ -32,18 +31,15 @@ from kbitc.passes.find_outliers import FindOutliers
 from kbitc.passes.fold_norms import FoldNorms
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline.manager import PassManager
-from kbitc.pipeline.records import Fired, lines, records
-from kbitc.report.artifact_page import artifact_page, fusions_section, headline_facts, trade_off_rows
-from kbitc.report.measured_losses import Measured, of_artifact
+from kbitc.pipeline.records import Fired, records
+from kbitc.report.artifact_page import artifact_page, fusions_section
 from kbitc.report.model_page import model_page
-from kbitc.report.outlier_map import summary
 from kbitc.report.passes_page import graph_section
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Inspection:
     plan: PlanFile | None = None
     captured: Program | None = None
     scores: ScoreTable | None = None
-    measured: Sequence[Measured] = ()
+    measured: Sequence[Evaluation] = ()
     fusions: Mapping[str, Fired] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,95 +109,6 @@ class Inspection:
         assert self.program is not None
         return program_dot(self.program)
 
-    def print(self, console: Console) -> None:
-        """Tables for people."""
-        if self.plan is not None:
-            self._print_plan(console, self.plan)
-        else:
-            self._print_model(console)
-        if self.fusions and self.plan is None:
-            console.print("were every weight packed (fold_norms on request only):")
-        for line in lines(self.fusions):
-            console.print(line, highlight=False, markup=False)
-
-    def _print_model(self, console: Console) -> None:
-        from rich.table import Table
-
-        assert self.program is not None
-        title = f"{self.label}: {self.program.parameter_count:,} parameters"
-        table = Table(title=title, title_justify="left")
-        for column in ("weight", "shape", "read by", "outlier features"):
-            table.add_column(column)
-        for name, weight in self.program.weights.items():
-            tied = f" (tied: {', '.join(weight.aliases)})" if weight.aliases else ""
-            shape = "x".join(map(str, weight.shape))
-            table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(self.outliers[name].to_json()))
-        console.print(table)
-        _print_left(console, {name: rest.reason for name, rest in self.program.rest.items()})
-
-    def _print_plan(self, console: Console, plan: PlanFile) -> None:
-        console.print(f"[bold]{escape(self.label)}[/]", highlight=False)
-        for name, value in headline_facts(plan).items():
-            console.print(f"  {escape(value):>14}  {escape(name)}", highlight=False)
-        for entry in self.measured:
-            console.print(
-                f"  {entry.perplexity:>14.4f}  measured perplexity of {escape(entry.model)} on "
-                f"{escape(entry.text)}, {entry.tokens:,} tokens",
-                highlight=False,
-            )
-        if self.scores is not None:
-            console.print(trade_off_table(self.scores, plan.bits_per_param))
-        _print_weights(console, plan)
-
-
-def trade_off_table(scores: ScoreTable, bits: float) -> Table:
-    """Budgets around one, what the best plan and the best uniform spec would cost there."""
-    from rich.table import Table
-
-    table = Table(title=f"trade-off, predicted {scores.unit}", title_justify="left")
-    for column in ("stored bits", "best plan", "best uniform spec", "its cost"):
-        table.add_column(column, justify="left" if "spec" in column else "right")
-    for size, cost, uniform in trade_off_rows(scores, bits):
-        other = ("none fits", "") if uniform is None else (uniform.label, f"{uniform.cost:.4g}")
-        table.add_row(f"{size:.2f}", f"{cost:.4g}", *other)
-    return table
-
-
-def _print_weights(console: Console, plan: PlanFile) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{len(plan.weights)} packed weights", title_justify="left")
-    with_outliers = any(entry.outlier_features is not None for entry in plan.weights.values())
-    columns = ("outlier features",) if with_outliers else ()
-    for column in ("weight", "shape", "spec", "bits", "rel. error", *columns, "reason"):
-        table.add_column(column, justify="right" if column in ("bits", "rel. error") else "left")
-    for name, entry in plan.weights.items():
-        choice = entry.choice
-        table.add_row(
-            escape(name),
-            "x".join(map(str, entry.shape)),
-            str(choice.spec),
-            "" if choice.bits is None else f"{choice.bits:.3f}",
-            "" if choice.error is None else f"{choice.error:.4f}",
-            *((_outlier_cell(entry),) if with_outliers else ()),
-            escape(choice.reason),
-        )
-    console.print(table)
-    _print_left(console, {name: entry.reason for name, entry in plan.left_alone.items()})
-
-
-def _outlier_cell(entry: WeightEntry) -> str:
-    return "" if entry.outlier_features is None else summary(entry.outlier_features)
-
-
-def _print_left(console: Console, reasons: Mapping[str, str]) -> None:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        console.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
-
 
 def inspect(
     source: str,
@@ -234,7 +141,7 @@ def inspect(
             plan=artifact.plan,
             captured=captured,
             scores=ScoreTable.open(folder) if (folder / SCORES_FILE).exists() else None,
-            measured=of_artifact(folder, measured),
+            measured=evaluations_of(folder, measured),
             fusions=artifact.plan.fusions,
         )
     if measured:

@@ -62,7 +62,7 @@ def compare(
 
 
 def _measure(arguments: list[str]) -> Row:
-    command = [sys.executable, "-m", "kbitc.benchmark", *arguments]
+    command = [sys.executable, "-m", "kbitc.evaluation.benchmark", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]

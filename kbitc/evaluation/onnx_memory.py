@@ -1,4 +1,4 @@
-"""What loading an ONNX file adds to the memory of a process: ``python -m kbitc.onnx_memory FILE``.
+"""What loading an ONNX file adds to the memory of a process: ``python -m kbitc.evaluation.onnx_memory FILE``.
 
 The one thing to know: it imports nothing but ONNX Runtime, before it starts to measure.
 """

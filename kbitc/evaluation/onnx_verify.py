@@ -145,7 +145,7 @@ def _expanded(folder: Path, report: dict[str, Any], model: nn.Module) -> Check:
 
 def _memory(folder: Path, report: dict[str, Any]) -> Check:
     """Resident bytes that loading adds to a process of its own."""
-    command = [sys.executable, "-m", "kbitc.onnx_memory", str(folder / GRAPH)]
+    command = [sys.executable, "-m", "kbitc.evaluation.onnx_memory", str(folder / GRAPH)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -7,7 +7,6 @@ The one thing to know: perplexity is the exponential of the mean negative log-li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.errors import UsageError
+from kbitc.graph.context import Progress, silent
 
 if TYPE_CHECKING:
     pass
-
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def perplexity(
     ids: Tensor,
     *,
     reference: nn.Module | None = None,
-    on_window: Progress = lambda *_: None,
+    on_progress: Progress = silent,
 ) -> Score:
     """Score token windows.
 
@@ -79,7 +76,7 @@ def perplexity(
         model: causal language model.
         ids: (windows, context) token ids.
         reference: also measure KL(reference || model).
-        on_window: progress, called with (windows done, windows in all).
+        on_progress: told of each window.
     """
     loss = divergence = wanted_loss = 0.0
     for i, window in enumerate(ids):
@@ -90,7 +87,7 @@ def perplexity(
             wanted = _log_probs(reference, window)
             divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
             wanted_loss -= float(wanted.gather(-1, targets).double().sum())
-        on_window(i + 1, len(ids))
+        on_progress("scoring", i + 1, len(ids))
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     mean = loss / tokens
     return Score(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from kbitc.artifact.evaluations import Evaluation
 from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction, WeightEntry
 from kbitc.graph.roles import by_role
 from kbitc.pipeline.records import Fired
@@ -19,7 +20,6 @@ from kbitc.planning import tradeoff
 from kbitc.planning.tradeoff import Point
 from kbitc.report import charts
 from kbitc.report.charts import HeatCell, HeatRow
-from kbitc.report.measured_losses import Measured
 from kbitc.report.outlier_map import outlier_map
 from kbitc.report.page import Cell, Section, bar, code, join, page, paragraph, table
 from kbitc.sensitivity.score_table import Option, ScoreTable
@@ -40,7 +40,7 @@ METHODS = {
 def artifact_page(
     plan: PlanFile,
     scores: ScoreTable | None = None,
-    measured: Sequence[Measured] = (),
+    measured: Sequence[Evaluation] = (),
     sections: Sequence[Section] = (),
 ) -> str:
     """The page of an artifact.
@@ -195,13 +195,13 @@ def _formats(weights: Mapping[str, WeightEntry]) -> Markup:
     return table(("spec", "weights", "parameters", "share", "", "rms relative error"), rows)
 
 
-def _trade_off(plan: PlanFile, scores: ScoreTable, measured: Sequence[Measured]) -> Markup:
+def _trade_off(plan: PlanFile, scores: ScoreTable, measured: Sequence[Evaluation]) -> Markup:
     curve, uniform = tradeoff.curve(scores), tradeoff.uniform(scores)
     bits, predicted = plan.bits_per_param, plan.predicted
     chosen = None if predicted is None else Point(bits, predicted.cost, "this artifact")
     is_nats = scores.unit == "nats per token"
     drawn = [
-        Point(m.bits, m.increase, f"{m.model} on {m.text}")
+        Point(m.bits_per_param, m.increase, f"{m.model} on {m.text}")
         for m in measured
         if is_nats and m.increase is not None
     ]
@@ -247,13 +247,13 @@ def trade_off_table(scores: ScoreTable, around: float) -> Markup:
     return table(columns, rows)
 
 
-def _measured(measured: Sequence[Measured]) -> Markup:
+def _measured(measured: Sequence[Evaluation]) -> Markup:
     rows: list[list[Cell | str]] = [
         [
             m.model,
             m.text,
             Cell(f"{m.tokens:,} × {m.context}", m.tokens),
-            number(m.bits, ".4f"),
+            number(m.bits_per_param, ".4f"),
             number(m.perplexity, ".4f"),
             number(m.loss, ".5f"),
             number(m.increase, "+.5f"),

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
+from kbitc.artifact.evaluations import EVAL_FILE, read_evaluations
 
 from kbitc import cli
 from kbitc.checkpoint import demo
-from kbitc.report.measured_losses import EVAL_FILE, read_records
 
 
 def kbitc(*arguments, cwd="."):
@@ -95,7 +95,7 @@ def test_eval_against_the_source(compiled):
     done = kbitc("eval", out, "--against", "demo", "--limit-tokens", "512", "--json", "--record")
     score = json.loads(done.stdout)
     assert 0 < score["kl_divergence"] < 0.5
-    (kept,) = read_records(out / EVAL_FILE)
+    (kept,) = read_evaluations(out / EVAL_FILE)
     assert kept.loss == score["loss"]
     assert kept.divergence == score["kl_divergence"]
     done = kbitc("eval", "demo", "--limit-tokens", "512", "--record")

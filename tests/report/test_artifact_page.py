@@ -8,6 +8,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+from kbitc.report.measured_losses import Measured, keep_record, of_artifact
 
 from kbitc.compiler import inspection
 from kbitc.compiler.driver import compile_to
@@ -15,7 +16,6 @@ from kbitc.compiler.request import Request
 from kbitc.errors import UsageError
 from kbitc.formats.spec import parse
 from kbitc.report.artifact_page import artifact_page
-from kbitc.report.measured_losses import Measured, keep_record, of_artifact
 from kbitc.report.page import Section
 from kbitc.sensitivity.score_table import Option, ScoreTable
 

@@ -1,0 +1,147 @@
+"""`Evaluation`: one result of ``kbitc eval``, for who prints it, keeps it beside an artifact, and reports it.
+
+The one thing to know: it stands by itself: it carries the loss of the model that it was compared with, so
+that its increase needs no other result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kbitc.errors import UsageError
+
+EVAL_FILE = "kbit_eval.json"  # in an artifact
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored on a text.
+
+    Attributes:
+        model: what was evaluated, as the user named it.
+        text: name of the text.
+        context: tokens a window.
+        tokens: tokens that were predicted.
+        bits_per_param: stored bits per parameter.
+        nbytes: of its stored tensors; None in files of versions that did not write it.
+        loss: nats per token.
+        activations: of the linears: "float" or "int8".
+        float_activations: why weights went on with floats although int8 was asked for, by name.
+        reference_loss: the loss of the model it was compared with, if any.
+        divergence: KL divergence from that model, nats per token, if any.
+    """
+
+    model: str
+    text: str
+    context: int
+    tokens: int
+    bits_per_param: float
+    loss: float
+    nbytes: int | None = None
+    activations: str = "float"
+    float_activations: Mapping[str, str] = field(default_factory=dict)
+    reference_loss: float | None = None
+    divergence: float | None = None
+
+    @property
+    def increase(self) -> float | None:
+        """Nats per token above the reference."""
+        return None if self.reference_loss is None else self.loss - self.reference_loss
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``--json`` output of eval, and an entry of the file."""
+        entry: dict[str, Any] = {
+            "model": self.model,
+            "text": self.text,
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "context": self.context,
+            "bits_per_param": self.bits_per_param,
+            "bytes": self.nbytes,
+            "activations": self.activations,
+            "float_activations": dict(self.float_activations),
+        }
+        if self.divergence is not None:
+            entry["kl_divergence"] = self.divergence
+            entry["reference_loss"] = self.reference_loss
+        return entry
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Evaluation:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not one.
+        """
+
+        def number(key: str) -> float | None:
+            return None if entry.get(key) is None else float(entry[key])
+
+        nbytes = entry.get("bytes")
+        return Evaluation(
+            str(entry["model"]),
+            str(entry.get("text", "")),
+            int(entry["context"]),
+            int(entry["tokens"]),
+            float(entry["bits_per_param"]),
+            float(entry["loss"]),
+            None if nbytes is None else int(nbytes),
+            str(entry.get("activations", "float")),
+            dict(entry.get("float_activations", {})),
+            number("reference_loss"),
+            number("kl_divergence"),
+        )
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Results of a file: one object of ``kbitc eval --json``, or a list of them.
+
+    Raises:
+        UsageError: not such a file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return [Evaluation.from_json(entry) for entry in (data if isinstance(data, list) else [data])]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: not a result of 'kbitc eval --json' ({type(error).__name__}: {error})"
+        ) from error
+
+
+def keep_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Keep a result beside its artifact; one of the same text and windows is replaced.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds a damaged file of results.
+    """
+    path = folder / EVAL_FILE
+    known = read_evaluations(path) if path.exists() else []
+    kept = [old for old in known if _place(old) != _place(evaluation)]
+    partial = path.with_suffix(".partial")
+    try:
+        entries = [entry.to_json() for entry in (*kept, evaluation)]
+        partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def evaluations_of(folder: Path, others: Sequence[Path] = ()) -> list[Evaluation]:
+    """What is kept beside an artifact, and in other files."""
+    own = [folder / EVAL_FILE] if (folder / EVAL_FILE).exists() else []
+    return [entry for path in (*own, *others) for entry in read_evaluations(path)]
+
+
+def _place(evaluation: Evaluation) -> tuple[Any, ...]:
+    return evaluation.text, evaluation.context, evaluation.tokens

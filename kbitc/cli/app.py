@@ -1,0 +1,54 @@
+"""The typer app, and the options that several commands have.
+
+The one thing to know: results go to standard output, progress and errors to standard error; exit
+code 0 is success, 1 a failure of the input or the machine, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="kbitc",
+    help="Compile PyTorch models to k-bit weights, k = 2 to 8.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Local folder, GGUF file, hub id, or [bold]demo[/] (the model in the package).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Agree = Annotated[
+    str,
+    typer.Option(
+        "--agree",
+        metavar="input|role",
+        help="Weights that get one format: those that read one value (queries, keys and values; gate and "
+        "up), or those at one place of every layer.",
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="Of the decode step: cpu (compiled, once per architecture and format), eager, or auto.",
+    ),
+]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: what to type."""
+    return "\n\n[bold]Examples[/]\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+def check_backend(name: str) -> None:
+    """Raises UsageError for a name that is neither "auto" nor a backend's."""
+    from kbitc.backends import AUTO, find_backend
+
+    if name != AUTO:
+        find_backend(name)

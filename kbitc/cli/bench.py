@@ -1,0 +1,50 @@
+"""``kbitc bench``: speed and memory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from kbitc.cli import console
+from kbitc.cli.app import Backend, Json, app, check_backend, examples
+
+
+@app.command(
+    epilog=examples("kbitc bench demo-4bit", "kbitc bench demo-4bit --against demo --prompt-tokens 64")
+)
+def bench(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The 16-bit model. [default: the artifact, dequantized]"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Runs to take the median of.")] = 3,
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode speed and peak memory, against the 16-bit model."""
+    from kbitc.evaluation.benchmark import compare
+
+    check_backend(backend)
+    with console.progress("measuring"):
+        rows = compare(model, against, prompt_tokens, new_tokens, runs, backend)
+    if as_json:
+        console.print_json(rows)
+        return
+    table = Table(title=f"{prompt_tokens} prompt + {new_tokens} new tokens, batch 1", title_justify="left")
+    for column in ("", "decode tok/s", "prefill tok/s", "peak memory MB", "weights MB", "bits/param"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['decode']:.2f}",
+            f"{row['prefill']:.1f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bits_per_param']:.3f}",
+        )
+    console.out.print(table)

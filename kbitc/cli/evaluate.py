@@ -1,0 +1,83 @@
+"""``kbitc eval``: perplexity on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kbitc.cli import console
+from kbitc.cli.app import Json, app, examples
+from kbitc.errors import UsageError
+
+
+@app.command(
+    "eval",
+    epilog=examples(
+        "kbitc eval demo-4bit",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --context 512 --limit-tokens 5120",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M --record",
+    ),
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model, or a compiled artifact.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to score. [default: the demo model's held-out text]")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    limit_tokens: Annotated[int | None, typer.Option(min=2, help="Score the first N tokens only.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also the KL divergence from this model.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the result beside the artifact, for 'inspect --html'.")
+    ] = False,
+    activations: Annotated[
+        str, typer.Option(help="'int8': linears in integers, LLM.int8(), where the format allows it.")
+    ] = "float",
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text."""
+    from kbitc.artifact.evaluations import Evaluation, keep_evaluation
+    from kbitc.artifact.folders import PLAN_FILE
+    from kbitc.checkpoint import demo
+    from kbitc.evaluation.opening import need_tokenizer, open_model
+    from kbitc.evaluation.perplexity import perplexity, read_text, windows
+    from kbitc.tensor.activations import use_activations
+
+    if record and not (Path(model) / PLAN_FILE).exists():
+        raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
+    body = read_text(demo.heldout() if text is None else text)
+    with console.progress("loading") as update:
+        loaded = open_model(model)
+        tokenizer = need_tokenizer(loaded, model)
+        left = use_activations(loaded.model, activations) if activations != "float" else {}
+        reference = open_model(against).model if against else None
+        context = min(context, demo.CONTEXT) if text is None else context
+        ids = windows(loaded.model, tokenizer, body, context, limit_tokens)
+        score = perplexity(loaded.model, ids, reference=reference, on_progress=update)
+    evaluation = Evaluation(
+        model,
+        "the demo model's held-out text" if text is None else text.name,
+        context,
+        score.tokens,
+        loaded.bits_per_param,
+        score.loss,
+        loaded.nbytes,
+        activations,
+        left,
+        score.reference_loss,
+        score.divergence,
+    )
+    if record:
+        keep_evaluation(Path(model), evaluation)
+    if as_json:
+        console.print_json(evaluation.to_json())
+        return
+    line = f"perplexity [bold]{score.perplexity:.4f}[/] over {score.tokens:,} tokens (windows of {context})"
+    console.out.print(
+        f"{line}; {loaded.bits_per_param:.4f} bits per parameter, {loaded.nbytes / 1e6:,.2f} MB"
+    )
+    if score.divergence is not None:
+        console.out.print(f"KL divergence from {against}: [bold]{score.divergence:.6f}[/] nats per token")

@@ -1,0 +1,35 @@
+"""The entry point: every command registered, errors as one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from kbitc.cli import console
+from kbitc.cli.app import app
+from kbitc.errors import KbitcError, UsageError
+
+COMMANDS = (
+    *("compile", "plan", "inspect", "passes", "quantizers", "run", "evaluate", "bench", "export", "verify"),
+    "build_kernels",
+)
+"""Files of this folder, in the order of ``kbitc --help``; importing one registers its command."""
+
+for _name in COMMANDS:
+    importlib.import_module(f"kbitc.cli.{_name}")
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors into one paragraph and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UsageError as error:
+        console.fail(str(error), 2)
+    except KbitcError as error:
+        console.fail(str(error), 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+    sys.exit(0)

@@ -1,0 +1,43 @@
+"""``kbitc verify``: an exported folder against PyTorch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from kbitc.cli import console
+from kbitc.cli.app import Json, app, examples
+from kbitc.errors import SourceError
+
+
+@app.command(
+    "verify", epilog=examples("kbitc verify demo-onnx", "kbitc verify demo-onnx --against demo-4bit")
+)
+def verify_folder(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="An exported folder.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="OUT", help="The artifact that it came from. [default: as recorded]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an exported folder in ONNX Runtime with the model in PyTorch."""
+    from kbitc.evaluation.onnx_verify import verify
+
+    with console.progress("comparing"):
+        checks = verify(folder, against)
+    failed = [check for check in checks if not check.is_passed]
+    if as_json:
+        rows = [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.is_passed} for c in checks]
+        console.print_json({"passed": not failed, "checks": rows})
+    else:
+        table = Table(title=folder, title_justify="left")
+        for column in ("check", "found", "limit", ""):
+            table.add_column(column, justify="left" if column == "check" else "right")
+        for check in checks:
+            verdict = "ok" if check.is_passed else "[bold red]FAILED[/]"
+            table.add_row(check.name, f"{check.value:.6g}", f"{check.limit:.6g}", verdict)
+        console.out.print(table)
+    if failed:
+        raise SourceError(f"{folder}: {len(failed)} of {len(checks)} checks failed, first: {failed[0].name}")
