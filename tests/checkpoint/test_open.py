@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from kbitc.checkpoint import TensorInfo, open_checkpoint, opening
+from kbitc.checkpoint import TensorInfo, demo, open_checkpoint
 from kbitc.errors import SourceError, UsageError
 
 
@@ -30,7 +30,7 @@ def test_folder_by_string_and_path(tiny_model, tmp_path):
 
 def test_demo_is_the_folder_in_the_package(tiny_model, tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "demo_model")
-    monkeypatch.setattr(opening.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(demo, "folder", lambda: tmp_path / "demo_model")
     checkpoint = open_checkpoint("demo")
     assert checkpoint.label == "demo"
     assert checkpoint.folder == tmp_path / "demo_model"
