@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.cpu_linear import cpu_name, kernel_set
-from benchmarks.peers import environment, last_line
+from benchmarks.cpu import cpu_name, kernel_set
+from benchmarks.peer_environment import environment
+from benchmarks.peers import last_line
 from benchmarks.tables import Section, markdown_table, print_section
 from kbitc.evaluation.opening import open_model
 
@@ -52,7 +53,6 @@ COLUMNS = (
 
 def measure_here(source: str, kind: str, prompt: int, new: int, runs: int) -> Row:
     """One row in this process; kind is "packed" or the dtype of the dense model."""
-
     dtype = None if kind == "packed" else getattr(torch, kind)
     loaded = open_model(source, dtype)
     model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param

@@ -1,7 +1,7 @@
 """Peers of kbitc on a CPU: ONNX Runtime, bitsandbytes and llama.cpp, in an environment of their own.
 
-Imported, it makes that environment and times calls; run as a script there, it measures. The script
-imports nothing of kbitc and talks JSON on standard output, one line an answer:
+Imported, it times calls; run as a script there (`benchmarks.peer_environment`), it measures. It imports
+nothing of kbitc, and the script talks JSON on standard output, one line an answer:
 
     python peers.py linear SIZE THREADS      # then one request a line on standard input
     python peers.py llama FILE THREADS PROMPT NEW RUNS
@@ -16,16 +16,12 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-PINS = ("onnxruntime==1.32.0", "onnx==1.23.2", "bitsandbytes==0.50.2")
 COLD_BYTES = 256 << 20  # the copies of a weight are at least so large together
 SETTLE = 0.02  # seconds in which the threads of what ran before stop spinning
 WARM_UP = 0.015  # seconds of calls before the first sample: sleeping cores and threads take that long
@@ -88,51 +84,10 @@ def _timed(calls: Sequence[Call], at: int, count: int) -> Sample:
     return taken / count, switches <= taken / SWITCH_EVERY
 
 
-# The environment, for who imports this file.
-
-
-def environment(given: Path | None, torch_version: str) -> Path:
-    """The Python that has the peers: the given one, or that of a cached environment, made now if need be.
-
-    Raises:
-        RuntimeError: it could not be made.
-    """
-    if given is not None:
-        return given
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kbitc"
-    folder = Path(os.environ.get("KBITC_CACHE") or base) / "benchmark-peers"
-    python = folder / "bin" / "python"
-    stamp = folder / "installed.json"
-    wanted = [*PINS, f"torch=={torch_version}"]
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
-        return python
-    sys.stderr.write(f"making {folder}: {', '.join(wanted)}\n")
-    try:
-        venv.create(folder, with_pip=True, clear=True)
-        _install(python, wanted)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(f"no environment in {folder}: {last_line(error)}") from error
-    stamp.write_text(json.dumps(wanted), encoding="utf-8")
-    return python
-
-
-def _install(python: Path, wanted: list[str]) -> None:
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    try:
-        subprocess.run([*command, *wanted], check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError:
-        # An index may not have torch's build for CPUs ("2.13.0+cpu") under that name.
-        public = [name.partition("+")[0] for name in wanted]
-        subprocess.run([*command, *public], check=True, capture_output=True, text=True)
-
-
 def last_line(error: Exception) -> str:
     """What to tell of an error, or of a process that failed."""
     lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-# Contenders, for the script.
 
 
 @dataclass

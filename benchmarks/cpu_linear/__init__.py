@@ -1,0 +1,1 @@
+"""`python -m benchmarks.cpu_linear`; see `benchmarks.cpu_linear.__main__`."""
