@@ -85,10 +85,10 @@ def compare(given: argparse.Namespace, folder: Path) -> list[Row]:
         quantize_with_ort(dense, theirs, given.spec, level)
         folders[f"ONNX Runtime's, {activations}"] = theirs
     models = {name: OnnxModel(path) for name, path in folders.items()}
-    speeds = decode_speeds(models, windows[0][:PROMPT], given.new, given.rounds)
+    speeds = decode_speeds(models, ids[0][:PROMPT], given.new, given.rounds)
     rows = []
     for name, path in folders.items():
-        score = perplexity(models[name], windows)
+        score = perplexity(models[name], ids)
         size = sum(file.stat().st_size for file in path.glob("model.onnx*"))
         rows.append(
             {

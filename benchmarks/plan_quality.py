@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,19 +27,19 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.tables import Section, markdown, print_section
-from kbitc.artifact import pack
+from kbitc.artifact.pack import checked_plain, packed_weight
 from kbitc.checkpoint import open_checkpoint
-from kbitc.compiler.request import Request, calibrator_of, equipped, pipeline_of
+from kbitc.compiler.request import Request, pipeline_of, unmeasured
+from kbitc.compiler.source_path import run_passes
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import perplexity, read_text, windows
 from kbitc.formats.spec import Spec, parse
-from kbitc.graph.capture import capture
 from kbitc.graph.plan import Choice, Plan
 from kbitc.graph.program import Program
-from kbitc.kernels import ops
+from kbitc.graph.stored import stored_bytes
 from kbitc.pipeline.manager import PassManager
 from kbitc.planning.allocation import allocate
-from kbitc.sensitivity.score_table import Option, ScoreTable
+from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable
 
 Row = dict[str, Any]
 
@@ -89,14 +89,14 @@ class Bench:
     def loss(self, program: Program, specs: Mapping[str, Spec]) -> float:
         """Increase of the loss under a spec for each weight, in nats per token."""
         parameters = dict(self.model.named_parameters())
+        program = planned(program, specs)
         for name, spec in specs.items():
             weight = program.weights[name]
             source = self.dense[name]
             if spec.is_left_alone:
-                parameters[name].data.copy_(pack.to_rest(name, source, must_be_finite=True))
+                parameters[name].data.copy_(checked_plain(name, source, must_be_finite=True))
                 continue
-            oriented = source.mT if weight.is_transposed else source
-            packed = ops.quantize(oriented, spec, name=name, **pack.quantizer_of(program, name, spec))
+            _, packed = packed_weight(program, name, source.mT if weight.is_transposed else source)
             back = torch.ops.kbit.dequantize(*packed.operands(), torch.float32)
             parameters[name].data.copy_(back.mT if weight.is_transposed else back)
         return perplexity(self.model, self.ids).loss - self.before
@@ -106,26 +106,36 @@ def scored(source: str, calibrate: str) -> tuple[Program, ScoreTable]:
     """The program of a model with its moments and the table that plans are made from."""
     request = Request(bits=4.0, calibrate=calibrate)
     with open_checkpoint(source) as checkpoint:
-        program = capture(checkpoint.skeleton(), read=checkpoint.read)
-        calibrator = calibrator_of(request, checkpoint, _say)
-        program = PassManager(equipped(pipeline_of(request), request, calibrator)).run(program)
-    return program, cast("ScoreTable", program.facts["scores"])
+        run = run_passes(
+            checkpoint,
+            PassManager(pipeline_of(request)),
+            calibrate,
+            is_measured=request.wants_moments(),
+            without=lambda: unmeasured(request),
+            on_progress=_say,
+        )
+    return run.program, run.program.known(SCORES)
 
 
 def _say(what: str, done: int, total: int) -> None:
-    if done == total:
+    del done
+    if total == 0:  # a phase
         print(what, file=sys.stderr)
+
+
+def planned(program: Program, specs: Mapping[str, Spec]) -> Program:
+    """The program with a spec for each weight."""
+    return replace(program, plan=Plan({name: Choice(spec) for name, spec in specs.items()}))
 
 
 def bits_of(program: Program, specs: Mapping[str, Spec]) -> float:
     """Stored bits per parameter."""
-    planned = replace(program, plan=Plan({name: Choice(spec, "") for name, spec in specs.items()}))
-    return 8 * pack.payload_bytes(planned) / program.parameter_count
+    return 8 * stored_bytes(planned(program, specs)) / program.parameter_count
 
 
 def predicted(scores: ScoreTable, specs: Mapping[str, Spec]) -> float:
     """Sum of the costs of a plan, in the table's unit."""
-    costs = {name: {option.spec: option.cost for option in found} for name, found in scores.options.items()}
+    costs = {name: {option.spec: option.cost for option in own} for name, own in scores.options.items()}
     return sum(costs[name][spec] for name, spec in specs.items())
 
 
@@ -182,8 +192,8 @@ def random_plans(scores: ScoreTable, count: int, seed: int, size: float | None) 
             return abs(8 * option.nbytes / scores.numel[name] - level) <= 1
 
         yield {
-            name: draw.choice([option for option in found if near(option, name)]).spec
-            for name, found in scores.options.items()
+            name: draw.choice([option for option in own if near(option, name)]).spec
+            for name, own in scores.options.items()
         }
 
 
