@@ -34,14 +34,14 @@ def test_contents(wheel, tmp_path):
             if path.suffix in (".py", ".cpp", ".h"):
                 assert f"kbitc/{path.relative_to(ROOT)}" in names
     assert "kbitc/demo_model/model.safetensors" in names
-    assert {"kbitc/py.typed", "kbitc/page.css", "kbitc/page.js"} <= set(names)
+    assert {"kbitc/py.typed", "kbitc/report/page.css", "kbitc/report/page.js"} <= set(names)
     (points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
     declared = zipfile.ZipFile(wheel).read(points).decode()
-    assert "[torch_dynamo_backends]\nkbit = kbitc.backends.dynamo:kbit\n" in declared
+    assert "[torch_dynamo_backends]\nkbit = kbitc.backends.dynamo.backend:kbit\n" in declared
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import kbitc, torch; w = kbitc.quantize(torch.ones(2, 64), 'nf4:64'); print(kbitc.__file__, w.dequantize().sum().item());"
-        "from kbitc.passes import Canonicalize; from kbitc import demo; print(demo.heldout().is_file())"
+        "from kbitc.passes import Canonicalize; from kbitc.checkpoint import demo; print(demo.heldout().is_file())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
