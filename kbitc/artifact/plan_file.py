@@ -72,13 +72,17 @@ class WeightEntry:
         choice = Choice(
             parse(entry["spec"]),
             str(entry.get("reason", "")),
-            entry.get("error"),
-            entry.get("bits"),
+            _number(entry.get("error")),
+            _number(entry.get("bits")),
             str(entry.get("quantizer", "")),
         )
         dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"'{entry['dtype']}' is no dtype")
         shape, aliases = tuple(map(int, entry["shape"])), tuple(map(str, entry["aliases"]))
         features = entry.get("outlier_features")
+        if features is not None and not isinstance(features, Mapping):
+            raise TypeError(f"outlier_features: {features!r}")
         return WeightEntry(choice, shape, dtype, bool(entry["is_transposed"]), aliases, features)
 
 
@@ -124,9 +128,8 @@ class Prediction:
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Prediction:
         """The inverse of :meth:`to_json`."""
-        gap = entry.get("gap")
-        own = None if gap is None else float(gap)
-        return Prediction(float(entry["cost"]), str(entry["unit"]), str(entry.get("source", "")), own)
+        cost, gap = float(entry["cost"]), _number(entry.get("gap"))
+        return Prediction(cost, str(entry["unit"]), str(entry.get("source", "")), gap)
 
 
 @dataclass(frozen=True)
@@ -240,13 +243,13 @@ class PlanFile:
             return PlanFile(
                 source=str(data["source"]["name"]),
                 source_hash=data["source"]["sha256"],
-                parameters=int(data["parameters"]),
+                parameters=_positive(data["parameters"]),
                 nbytes=int(data["bytes"]),
                 source_bytes=int(data["source_bytes"]),
                 weights={name: WeightEntry.from_json(entry) for name, entry in data["weights"].items()},
                 left_alone={name: LeftAlone.from_json(entry) for name, entry in data["left_alone"].items()},
                 checksums={str(name): str(digest) for name, digest in data["checksums"].items()},
-                budget=data.get("budget"),
+                budget=_number(data.get("budget")),
                 calibration=data.get("calibration"),
                 predicted=None if predicted is None else Prediction.from_json(predicted),
                 passes=tuple(PassEntry.from_json(entry) for entry in data.get("passes", ())),
@@ -258,3 +261,14 @@ class PlanFile:
             if isinstance(error, UsageError):
                 raise SourceError(f"{path}: {error}") from error
             raise SourceError(f"{path}: damaged ({error}); compile the model again") from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _positive(value: Any) -> int:
+    count = int(value)
+    if count <= 0:
+        raise ValueError(f"parameters: {value}")
+    return count
