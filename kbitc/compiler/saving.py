@@ -66,6 +66,7 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
         data = config.to_dict() if hasattr(config, "to_dict") else None
         if data is not None:
             data.pop("quantization_config", None)
+            data["architectures"] = [type(model).__name__]  # none yet, if the model was made in memory
         plan = PlanFile(
             source=type(model).__name__,
             source_hash=None,
