@@ -19,7 +19,7 @@ from kbitc.graph.plan import read_rules
 from kbitc.graph.queries import KINDS
 from kbitc.pipeline.defaults import planning_pipeline
 from kbitc.pipeline.order import edit_pipeline
-from kbitc.pipeline.registry import Pass, name_of
+from kbitc.pipeline.registry import Pass, name_of, provided
 from kbitc.planning.allocation import DEFAULT_BUDGET, check_budget
 from kbitc.quantizers import AUTO as ANY_QUANTIZER
 from kbitc.quantizers import find_quantizer
@@ -155,6 +155,15 @@ def pipeline_of(request: Request) -> list[Pass]:
         options=request.options(),
     )
     passes = edit_pipeline(usual, request.passes, request.disabled)
+    if request.passes is None and "measure_moments" in request.disabled and not request.asks_for_outliers():
+        # Outlier features by weights alone cost a reading of the model: nobody asked for that.
+        passes = [pass_ for pass_ in passes if name_of(pass_) != "find_outliers"]
+    if request.needs_moments() and not any(MOMENTS in provided(pass_) for pass_ in passes):
+        raise UsageError(
+            f"the quantizer that was asked for, or that the plan names, needs the fact '{MOMENTS}', which "
+            f"none of the passes {[name_of(pass_) for pass_ in passes]} provides; add measure_moments, or "
+            "give --quantizer absmax"
+        )
     planner = usual[-1]
     if request.bits is None and planner not in passes:
         option = "--spec" if request.spec is not None else "--plan"
