@@ -20,6 +20,7 @@ from kbitc.compiler.driver import compile_to
 from kbitc.compiler.request import Request
 from kbitc.errors import BudgetError, KbitcError, SourceError, UsageError
 from kbitc.evaluation.opening import open_model
+from kbitc.graph.stored import stored_bytes
 from kbitc.planning.replanning import replan
 from kbitc.tensor.kbit_tensor import KbitTensor
 
@@ -116,7 +117,7 @@ def test_budget_is_exact(llama, planned, tmp_path, budget):
     result = compile_to(str(llama), tmp_path / "out", Request(plan=plan))
     artifact = Artifact.open(tmp_path / "out")
     stored = sum(tensor.nbytes for _, tensor in artifact.tensors())
-    assert stored == result.payload_bytes == artifact.payload_bytes == pack.payload_bytes(result.program)
+    assert stored == result.payload_bytes == artifact.payload_bytes == stored_bytes(result.program)
     assert 8 * stored <= budget * result.program.parameter_count
     assert plan["bits_per_param"] == pytest.approx(8 * stored / result.program.parameter_count)
     on_disk = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
@@ -183,8 +184,8 @@ def test_kill_9_leaves_no_half_artifact_and_resume_finishes(llama, tmp_path):
     compile_to(str(llama), tmp_path / "whole", Request(spec="nf4:64"))
     # The process stops itself hard in the middle of packing: no handler, no clean-up runs.
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom kbitc.driver import compile_to\n"
-        "from kbitc.request import Request\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom kbitc.compiler.driver import compile_to\n"
+        "from kbitc.compiler.request import Request\n"
         "seen = []\n"
         "def event(name, done, total):\n"
         "    seen.append(name)\n"

@@ -11,6 +11,7 @@ from torch import fx
 
 from kbitc.formats.layout import operand_slots
 from kbitc.graph.capture import capture
+from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs
 from kbitc.graph.program import CANONICAL
 from kbitc.graph.weight_reads import is_move, op_name
@@ -20,6 +21,7 @@ from kbitc.passes.fold_norms import FoldNorms
 from kbitc.pipeline.defaults import LOWERING
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import records
+from kbitc.quantizers import quantize_weight
 
 kbit = torch.ops.kbit
 FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "llama", "mixtral", "roberta", "bart", "t5", "clip"]
@@ -113,7 +115,7 @@ def steps(request, tiny_model):
         for value in example_inputs(model).values()
         if isinstance(value, torch.Tensor)
     ]
-    program = PassManager(["canonicalize"]).run(capture(model, read=state.__getitem__))
+    program = PassManager(["canonicalize"]).run(capture(model, context=Context(state.__getitem__)))
     found = [("canonicalize", program, run(program, state, inputs))]
     program = PassManager([FoldNorms()], is_checked=True).run(program)
     state = {name: program.as_stored(state.__getitem__)(name) for name in state}
