@@ -57,6 +57,11 @@ def _print_model(seen: Inspection) -> None:
         table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(seen.outliers[name].to_json()))
     console.out.print(table)
     _print_left({name: rest.reason for name, rest in seen.program.rest.items()})
+    if seen.ignored:
+        named = f"{', '.join(seen.ignored[:2])}{' ...' if len(seen.ignored) > 2 else ''}"
+        console.out.print(
+            f"{len(seen.ignored)} tensors of the source have no place in the model: {named}", highlight=False
+        )
 
 
 def _print_plan(seen: Inspection, plan: PlanFile) -> None:

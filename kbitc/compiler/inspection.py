@@ -56,6 +56,7 @@ class Inspection:
         measured: what was recorded of an artifact's loss.
         fusions: what fusion and clean-up passes did to the graph; for a model, what they would do if
             every weight were packed, by the pass.
+        ignored: tensors of a source, by its own names, that the model has no place for.
     """
 
     label: str
@@ -66,6 +67,7 @@ class Inspection:
     scores: ScoreTable | None = None
     measured: Sequence[Evaluation] = ()
     fusions: Mapping[str, Fired] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The ``--json`` output."""
@@ -90,6 +92,7 @@ class Inspection:
             "parameters": self.program.parameter_count,
             "weights": weights,
             "left_alone": left,
+            "ignored": list(self.ignored),
             "fusions": fusions,
         }
 
@@ -158,7 +161,14 @@ def inspect(
         )
         program = run.program
         outliers = program.known(OUTLIERS)
-        return Inspection(source, program, outliers, captured=run.captured, fusions=possible_fusions(program))
+        return Inspection(
+            source,
+            program,
+            outliers,
+            captured=run.captured,
+            fusions=possible_fusions(program),
+            ignored=checkpoint.ignored(),
+        )
 
 
 def _planned(captured: Program, plan: PlanFile) -> Program:
