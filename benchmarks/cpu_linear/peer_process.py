@@ -48,7 +48,7 @@ class PeerProcess:
     def _timers(self, name: str) -> dict[str, Timer]:
         return {mode: partial(self._time, name, mode) for mode in ("cold", "warm")}
 
-    def _time(self, name: str, mode: str, seconds: float) -> list[float]:
+    def _time(self, name: str, mode: str, seconds: float) -> list[Sample]:
         line = json.dumps({"name": name, "mode": mode, "seconds": seconds})
         _pipe(self._process.stdin).write(line + "\n")
         _pipe(self._process.stdin).flush()
