@@ -45,14 +45,15 @@ class ApplyPlan:
 
 
 def _resolved(program: Program, name: str, choice: Choice) -> Choice:
-    if not choice.spec.wants_found:
+    if not choice.keeps_outliers:
         return choice
     features = (program.get(OUTLIERS) or {}).get(name)
     if features is None:
         raise UsageError(
-            f"{name}: {choice.spec}: +out needs the outlier features; run the pass 'find_outliers' first"
+            f"{name}: {choice.spec}+out needs the outlier features; run the pass 'find_outliers' first"
         )
-    return replace(choice, spec=features.resolved(choice.spec), reason=f"{choice.reason}; {features.reason}")
+    reason = f"{choice.reason}; {features.reason}"
+    return replace(choice, spec=features.kept_under(choice.spec), reason=reason, keeps_outliers=False)
 
 
 PASS = ApplyPlan

@@ -14,7 +14,7 @@ from typing import Any
 
 from kbitc.compiler.calibrator import AUTO, NONE, Calibrate
 from kbitc.errors import UsageError, did_you_mean
-from kbitc.formats.spec import parse
+from kbitc.formats.spec import parse_wish
 from kbitc.graph.plan import read_rules
 from kbitc.graph.queries import KINDS
 from kbitc.pipeline.defaults import planning_pipeline
@@ -105,8 +105,8 @@ class Request:
     def asks_for_outliers(self) -> bool:
         """Whether a spec that the user gave keeps outlier features."""
         if self.plan is None:
-            spec = None if self.spec is None else parse(self.spec)
-            return spec is not None and (spec.wants_found or spec.outliers > 0)
+            wish = None if self.spec is None else parse_wish(self.spec)
+            return wish is not None and (wish.keeps_outliers or wish.spec.outliers > 0)
         return any("+out" in str(rule) for rule in self.rules.values())
 
     @cached_property
@@ -128,7 +128,7 @@ class Request:
                 "allocate_bits": {"budget": self.bits, "agree": self.agree, "quantizer": quantizer},
             }
         if self.spec is not None:
-            parse(self.spec)
+            parse_wish(self.spec)
             entry = {"spec": self.spec, "reason": f"uniform {self.spec}"}
             rules: Mapping[str, Any] = {"weights": {"*": entry}}
             return {"apply_plan": {"rules": rules, "label": "--spec", "quantizer": quantizer}}

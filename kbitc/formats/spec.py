@@ -1,8 +1,7 @@
 """Spec strings: one short name for the format of one weight, e.g. ``nf4:64+dq``.
 
-Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq] [+out | +outP%] [+VARIANT]``, or ``fp16`` for a
-weight that is left at 16 bits. ``+out`` means the outlier features that the pass ``find_outliers`` finds;
-``apply_plan`` makes a share of it, weight by weight. ``parse(str(spec)) == spec`` always.
+Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq] [+outP%] [+VARIANT]``, or ``fp16`` for a weight that
+is left at 16 bits. ``parse(str(spec)) == spec`` always. A plan may also say ``+out`` without a share: `Wish`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Spec:
         has_zero_point: ``+zp``: each block is centred on the middle of its range.
         has_double_quant: ``+dq``: scales are stored as 8-bit dynamic codes in groups of 256.
         outliers: share of input features kept at 16 bits, in percent; 0 for none.
-        wants_found: ``+out``: not a format yet, but as many outlier features as will be found.
         variant: "" or the name of a published construction of the data type.
     """
 
@@ -45,7 +43,6 @@ class Spec:
     has_double_quant: bool = False
     outliers: float = 0.0
     variant: str = ""
-    wants_found: bool = False
 
     def __post_init__(self) -> None:
         if self.is_left_alone:
@@ -60,8 +57,6 @@ class Spec:
             raise UsageError(f"{self}: only fp takes exponent bits, 1 to {self.bits - 1} of them here")
         if not 0.0 <= self.outliers < 100.0:
             raise UsageError(f"{self}: outlier share {self.outliers} %; it must be in [0, 100)")
-        if self.outliers and self.wants_found:
-            raise UsageError(f"{self}: +out is given with a share and without; choose one")
         if self.variant and self.variant not in family.variants:
             raise UsageError(
                 f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, family.variants)
@@ -101,8 +96,6 @@ class Spec:
             return "fp16"
         exponent = "" if self.exponent is None else f"e{self.exponent}"
         flags = ("+zp" if self.has_zero_point else "") + ("+dq" if self.has_double_quant else "")
-        if self.wants_found:
-            flags += "+out"
         if self.outliers:
             flags += f"+out{self.outliers:.12g}%"
         if self.variant:
@@ -111,11 +104,6 @@ class Spec:
 
     def outlier_count(self, in_features: int) -> int:
         """Input features kept at 16 bits: at least one when any share was asked for."""
-        if self.wants_found:
-            raise UsageError(
-                f"{self}: +out means the outlier features that are found in compiling a model; name a share "
-                "here, for example +out1%"
-            )
         if not self.outliers:
             return 0
         return min(in_features, max(1, round(in_features * self.outliers / 100)))
@@ -145,7 +133,7 @@ def parse(text: str) -> Spec:
     options: dict[str, bool | float | str] = {}
     for flag in flags:
         key, value = _parse_flag(text, flag)
-        if key in options or {key, *options} >= {"wants_found", "outliers"}:
+        if key in options:
             raise UsageError(f"'{text}': +{flag} is given twice; name each flag once")
         options[key] = value
     exponent = match["exponent"]
@@ -158,13 +146,53 @@ def parse(text: str) -> Spec:
     )
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What a plan may ask for: a format, and those outlier features at 16 bits that are found.
+
+    Attributes:
+        spec: without ``+out``.
+        keeps_outliers: ``+out`` without a share, which ``apply_plan`` makes a share of, weight by weight.
+    """
+
+    spec: Spec
+    keeps_outliers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.spec}+out" if self.keeps_outliers else str(self.spec)
+
+
+def parse_wish(text: str) -> Wish:
+    """The wish that a string names; ``parse_wish(str(wish)) == wish``.
+
+    >>> str(parse_wish("int8:64+out+dq"))
+    'int8:64+dq+out'
+
+    Raises:
+        UsageError: as :func:`parse`, or ``+out`` twice.
+    """
+    head, *flags = text.strip().split("+")
+    rest = [flag for flag in flags if flag != "out"]
+    if len(rest) == len(flags):
+        return Wish(parse(text))
+    spec = parse("+".join([head, *rest]))
+    if len(flags) - len(rest) > 1 or spec.outliers:
+        raise UsageError(f"'{text}': +out is given twice; name it once, with a share or without")
+    if spec.is_left_alone:
+        raise UsageError(f"'{text}': fp16 keeps every feature at 16 bits; leave +out away")
+    return Wish(spec, keeps_outliers=True)
+
+
 def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
     if flag == "zp":
         return "has_zero_point", True
     if flag == "dq":
         return "has_double_quant", True
     if flag == "out":
-        return "wants_found", True
+        raise UsageError(
+            f"'{text}': +out means the outlier features that are found in compiling a model; name a share "
+            "here, for example +out1%"
+        )
     outliers = _OUTLIERS.fullmatch(flag)
     if outliers is not None:
         return "outliers", float(outliers["percent"])

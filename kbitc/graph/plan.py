@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.errors import UsageError, did_you_mean
-from kbitc.formats.spec import Spec, parse
+from kbitc.formats.spec import Spec, Wish, parse_wish
 
 PLAN_FORMAT = 1
 
@@ -29,6 +29,8 @@ class Choice:
         reason: why, in a few words.
         error: relative error ``||W - dequantize(quantize(W))|| / ||W||``, once measured.
         bits: stored bits a parameter of this weight, once known.
+        keeps_outliers: those outlier features that are found stay at 16 bits; ``apply_plan`` puts them
+            into the spec.
         quantizer: name of what chooses its scales and codes; "" for the strongest one that there is
             evidence for.
     """
@@ -38,10 +40,11 @@ class Choice:
     error: float | None = None
     bits: float | None = None
     quantizer: str = ""
+    keeps_outliers: bool = False
 
     def to_json(self) -> dict[str, object]:
         """As it stands in a plan file."""
-        entry: dict[str, object] = {"spec": str(self.spec)}
+        entry: dict[str, object] = {"spec": str(Wish(self.spec, self.keeps_outliers))}
         if self.bits is not None:
             entry["bits"] = round(self.bits, 6)
         if self.error is not None:
@@ -110,7 +113,7 @@ def _choice(label: str, key: str, entry: object) -> Choice:
     if not isinstance(text, str):
         raise UsageError(f'{label}: {key}: expected a spec such as "nf4:64", got {entry!r}')
     try:
-        spec = parse(text)
+        wish = parse_wish(text)
     except UsageError as error:
         raise UsageError(f"{label}: {key}: {error}") from error
     reason = entry.get("reason") if isinstance(entry, dict) else None
@@ -118,7 +121,7 @@ def _choice(label: str, key: str, entry: object) -> Choice:
     if not isinstance(quantizer, str):
         raise UsageError(f"{label}: {key}: expected the name of a quantizer, got {quantizer!r}")
     known = reason if isinstance(reason, str) and reason else "given by the plan"
-    return Choice(spec, known, quantizer=quantizer)
+    return Choice(wish.spec, known, quantizer=quantizer, keeps_outliers=wish.keeps_outliers)
 
 
 def _match(label: str, name: str, rules: Mapping[str, Choice]) -> Choice:

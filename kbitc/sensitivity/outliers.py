@@ -38,14 +38,11 @@ class OutlierFeatures:
         figures = {name: [float(f"{v:.4g}") for v in values] for name, values in self.figures.items()}
         return {"index": list(self.index), **figures, "reason": self.reason}
 
-    def resolved(self, spec: Spec) -> Spec:
-        """``spec`` with ``+out`` replaced by the share that was found, or dropped where that is none."""
-        if not spec.wants_found:
-            return spec
-        known = replace(spec, wants_found=False)
+    def kept_under(self, spec: Spec) -> Spec:
+        """``spec`` with these features at 16 bits: with their share, or as it is where there are none."""
         if not self.index or self.ranking is None or len(self.index) == len(self.ranking):
-            return known
-        return replace(known, outliers=share_of(len(self.index), len(self.ranking)))
+            return spec
+        return replace(spec, outliers=share_of(len(self.index), len(self.ranking)))
 
     def picked(self, spec: Spec) -> Tensor | None:
         """The sorted input features that ``spec`` keeps at 16 bits; None where nothing ranks them."""

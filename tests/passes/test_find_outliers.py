@@ -236,15 +236,15 @@ def test_found_features_are_candidates_and_are_packed(planted, tmp_path):
 
 
 def test_plus_out_means_what_was_found():
-    assert str(parse("int8:64+dq+out")) == "int8:64+dq+out"
+    assert str(parse_wish("int8:64+out+dq")) == "int8:64+dq+out"
     found = OutlierFeatures((1, 5), {}, "two", torch.tensor([5, 1, 0, 2, 3, 4]))
-    spec = found.resolved(parse("nf4:32+out"))
+    spec = found.kept_under(parse("nf4:32"))
     assert found.picked(spec).tolist() == [1, 5]
-    assert str(OutlierFeatures(ranking=torch.arange(4)).resolved(parse("nf4:32+out"))) == "nf4:32"
+    assert str(OutlierFeatures(ranking=torch.arange(4)).kept_under(parse("nf4:32"))) == "nf4:32"
     with pytest.raises(UsageError, match="name a share"):
         kbitc.quantize(torch.ones(2, 8), "int8:8+out")
     with pytest.raises(UsageError, match="twice|with a share"):
-        parse("int8:8+out+out1%")
+        parse_wish("int8:8+out+out1%")
 
 
 def test_pipelines(tiny_model):
