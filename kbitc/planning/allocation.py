@@ -6,8 +6,7 @@ from kbitc.errors import BudgetError, UsageError, did_you_mean
 from kbitc.formats.layout import shared_bytes
 from kbitc.graph.facts import Fact
 from kbitc.graph.plan import Choice, Plan
-from kbitc.planning.knapsack.problem import Infeasible, Item, Solution, agreed
-from kbitc.planning.knapsack.solver import solve
+from kbitc.planning.knapsack import Infeasible, Item, Solution, agreed, solve
 from kbitc.sensitivity.score_table import Option, ScoreTable
 
 DEFAULT_BUDGET = 4.0

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kbitc.formats.spec import Spec
-from kbitc.planning.knapsack.frontier import frontier, hull
-from kbitc.planning.knapsack.problem import Item
+from kbitc.planning.knapsack import Item, frontier, hull
 from kbitc.sensitivity.score_table import Option, ScoreTable
 
 

@@ -8,9 +8,7 @@ import random
 
 import pytest
 
-from kbitc.planning.knapsack.frontier import frontier
-from kbitc.planning.knapsack.problem import Infeasible, Item, agreed
-from kbitc.planning.knapsack.solver import solve
+from kbitc.planning.knapsack import Infeasible, Item, agreed, frontier, solve
 
 
 def brute_force(groups, room, shared):

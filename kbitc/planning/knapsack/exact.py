@@ -1,32 +1,33 @@
-"""What the relaxation leaves open, solved by HiGHS as an integer program."""
+"""What the relaxation leaves open, solved as an integer program.
+
+The one thing to know: the solver works in floats within tolerances, so a choice is only believed once its
+bytes are counted again as whole numbers; a bound is only a proof where the solver says that it finished.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, sparse
 
+from kbitc.planning.knapsack.highs import INFEASIBLE, OPTIMAL, milp
 from kbitc.planning.knapsack.problem import GAP, Floats, ItemGroups, total_bytes, total_cost
 from kbitc.planning.knapsack.relaxation import Branch
 
 NODES = 2_000  # of the solver's tree: a limit that does not depend on the machine's speed
-INFEASIBLE = 2  # scipy's status
 
 
 def smallest(groups: ItemGroups, kept: list[list[int]], shared: Mapping[str, int]) -> list[int]:
     """The choice of fewest bytes: with tables, not simply the smallest item of each group."""
     chosen = [own[0] for own in kept]
-    problem = _IntegerProgram(groups, kept, shared)
-    found = problem.solve(problem.nbytes, None)
-    if found is None:
+    program = _IntegerProgram(groups, kept, shared)
+    answer = program.solve(program.nbytes, None)
+    if answer is None:
         return chosen
-    return min(chosen, found.chosen, key=lambda choice: total_bytes(groups, choice, shared))
+    return min(chosen, answer.chosen, key=lambda choice: total_bytes(groups, choice, shared))
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,16 @@ def branch_and_bound(
         open_items.append([i for i in own if reduced[i] - least <= slack])
     if not all(open_items):
         return Answer(best, total_cost(groups, best), is_proved=True)
-    problem = _IntegerProgram(groups, open_items, shared)
-    found = first = problem.solve(problem.costs, room)
+    program = _IntegerProgram(groups, open_items, shared)
+    answer = first = program.solve(program.costs, room)
     # Bytes are whole, the solver's are not: a choice too large by a few is solved again with less room.
     margin = 0
-    while found is not None and found.chosen and total_bytes(groups, found.chosen, shared) > room:
-        margin += total_bytes(groups, found.chosen, shared) - room
-        found = problem.solve(problem.costs, room - margin)
-    if found is None or first is None:  # the solver gave up
+    while answer is not None and answer.chosen and total_bytes(groups, answer.chosen, shared) > room:
+        margin += total_bytes(groups, answer.chosen, shared) - room
+        answer = program.solve(program.costs, room - margin)
+    if answer is None or first is None:  # the solver gave up
         return Answer(best, bound, is_proved=False)
-    return Answer(found.chosen or best, first.bound, first.is_proved and found is first)
+    return Answer(answer.chosen or best, first.bound, first.is_proved and answer is first)
 
 
 class _IntegerProgram:
@@ -107,36 +108,20 @@ class _IntegerProgram:
         if room is not None:
             unit = max(1.0, float(self.nbytes.max()))
             constraints.append(optimize.LinearConstraint(self.nbytes[None, :] / unit, -np.inf, room / unit))
-        with _silent():
-            found = optimize.milp(
-                objective / scale,
-                constraints=constraints,
-                bounds=optimize.Bounds(0, 1),
-                integrality=np.ones(len(objective)),
-                options={"mip_rel_gap": GAP, "node_limit": NODES},
-            )
-        if found.status == INFEASIBLE:
+        answer = milp(
+            c=objective / scale,
+            constraints=constraints,
+            bounds=optimize.Bounds(0, 1),
+            integrality=np.ones(len(objective)),
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
+        if answer.status == INFEASIBLE:
             return Answer([], math.inf, is_proved=True)
-        if found.x is None:
+        if answer.x is None:
             return None
         chosen, column = [], 0
         for own in self.open_items:
-            part = found.x[column : column + len(own)]
+            part = answer.x[column : column + len(own)]
             chosen.append(own[int(np.argmax(part))])
             column += len(own)
-        return Answer(chosen, scale * (found.mip_dual_bound or 0.0), is_proved=found.status == 0)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Standard output closed to HiGHS, which prints a line of its own now and then, past Python."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
+        return Answer(chosen, scale * (answer.bound or 0.0), is_proved=answer.status == OPTIMAL)

@@ -1,4 +1,8 @@
-"""The multiple-choice knapsack: items, groups that must agree, and what a choice costs."""
+"""The multiple-choice knapsack: items, groups that must agree, and what a choice costs.
+
+The one thing to know: a choice is the index of one item for each group, and a shared table is paid once, so
+that the bytes of a choice are not the sum of its items'.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +117,7 @@ def _merged(groups: ItemGroups) -> list[Item]:
 
 
 def check(groups: ItemGroups, shared: Mapping[str, int]) -> None:
+    """Raises ValueError for what is no instance: an empty group, a number out of range, an unknown table."""
     for items in groups:
         if not items:
             raise ValueError("a group without items has no solution")
@@ -135,15 +140,18 @@ def undominated(items: Sequence[Item]) -> list[int]:
 
 
 def total_bytes(groups: ItemGroups, chosen: Sequence[int], shared: Mapping[str, int]) -> int:
+    """Bytes of a choice, each table that it needs counted once."""
     picked = [items[i] for items, i in zip(groups, chosen, strict=True)]
     tables = {name for item in picked for name in item.shared}
     return sum(item.nbytes for item in picked) + sum(shared[name] for name in tables)
 
 
 def total_cost(groups: ItemGroups, chosen: Sequence[int]) -> float:
+    """Cost of a choice."""
     return math.fsum(items[i].cost for items, i in zip(groups, chosen, strict=True))
 
 
-def better(groups: ItemGroups, shared: Mapping[str, int], room: int, *choices: list[int]) -> list[int]:
+def best_of(groups: ItemGroups, shared: Mapping[str, int], room: int, *choices: list[int]) -> list[int]:
+    """Of the choices that fit, the one of least cost, then least bytes, then lower indices."""
     fitting = [c for c in choices if total_bytes(groups, c, shared) <= room]
     return min(fitting, key=lambda c: (total_cost(groups, c), total_bytes(groups, c, shared), c))

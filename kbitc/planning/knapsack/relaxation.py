@@ -1,4 +1,8 @@
-"""Bounds by the Lagrangian relaxation, and the choices that its multipliers lead to."""
+"""Bounds by the Lagrangian relaxation, and the choices that its multipliers lead to.
+
+The one thing to know: a multiplier is a price for a byte. At any price, the cheapest item of each group
+gives a bound on every choice that fits; the price at which those items just fill the room gives the best.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack, solved exactly: one item of each group, least cost, within a number of bytes.
+"""The solver: relaxation, branches, and the integer program of what is left.
 
 Items may need shared tables (codebooks), each paid once however many items need it.
 
@@ -22,7 +22,7 @@ from kbitc.planning.knapsack.problem import (
     Infeasible,
     ItemGroups,
     Solution,
-    better,
+    best_of,
     check,
     total_bytes,
     total_cost,
@@ -63,7 +63,7 @@ def solve(groups: ItemGroups, room: int, shared: Mapping[str, int] = NO_TABLES) 
         branch = Branch(own, *lagrangian(groups, own, room))
         chosen = _improved(groups, branch, room, shared, chosen)
         exact = branch_and_bound(groups, branch, room, shared, chosen)
-        chosen = better(groups, shared, room, chosen, exact.chosen)
+        chosen = best_of(groups, shared, room, chosen, exact.chosen)
         relaxed = min(relaxed, branch.bound)
         bound = min(bound, exact.bound)
         is_proved = is_proved and exact.is_proved
@@ -89,7 +89,7 @@ def _improved(
 ) -> list[int]:
     """The choice, or a better one of a branch that its multipliers lead to."""
     tried = (greedy(groups, branch.kept, room, shared, m, chosen) for m in branch.multipliers)
-    return better(groups, shared, room, chosen, *tried)
+    return best_of(groups, shared, room, chosen, *tried)
 
 
 def _branches(groups: ItemGroups, kept: list[list[int]], room: int) -> list[tuple[list[list[int]], float]]:
@@ -113,12 +113,12 @@ def _branches(groups: ItemGroups, kept: list[list[int]], room: int) -> list[tupl
     rest = whole - min(map(priced, kept[widest]))
     least = sum(items[own[0]].nbytes for items, own in zip(groups, kept, strict=True))
     left = room - least + groups[widest][kept[widest][0]].nbytes
-    found = [
+    branches = [
         ([*kept[:widest], [i], *kept[widest + 1 :]], rest + priced(i))
         for i in kept[widest]
         if groups[widest][i].nbytes <= left
     ]
-    return sorted(found, key=lambda branch: branch[1])
+    return sorted(branches, key=lambda branch: branch[1])
 
 
 def _together(branches: Iterable[list[list[int]]]) -> list[list[int]]:

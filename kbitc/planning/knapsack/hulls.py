@@ -1,4 +1,8 @@
-"""Convex hulls of options, and the trade-off curve of all groups together."""
+"""Convex hulls of options, and the trade-off curve of all groups together.
+
+The one thing to know: the curve's points are optima of the relaxation that are whole choices, one for each
+step of a hull; between two of them the exact optimum may lie above their line, never below.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,19 @@ from kbitc.planning.knapsack.problem import Item, ItemGroups, undominated
 
 def hull(items: Sequence[Item]) -> list[int]:
     """Indices of the items on the lower convex hull of (bytes, cost), smallest first."""
-    found: list[int] = []
+    corners: list[int] = []
     for i in undominated(items):
-        if found and items[i].cost >= items[found[-1]].cost:
+        if corners and items[i].cost >= items[corners[-1]].cost:
             continue
-        while len(found) > 1:
-            a, b = items[found[-2]], items[found[-1]]
+        while len(corners) > 1:
+            a, b = items[corners[-2]], items[corners[-1]]
             if (items[i].cost - a.cost) * (b.nbytes - a.nbytes) > (b.cost - a.cost) * (
                 items[i].nbytes - a.nbytes
             ):
                 break
-            found.pop()
-        found.append(i)
-    return found
+            corners.pop()
+        corners.append(i)
+    return corners
 
 
 def frontier(groups: ItemGroups) -> list[tuple[int, float]]:
