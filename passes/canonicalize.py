@@ -18,7 +18,7 @@ from torch import fx
 from kbitc.graph.matching import Match, Miss, match
 from kbitc.graph.program import Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +71,7 @@ def _decide(program: Program) -> dict[str, Outcomes]:
         for node in program.graph.graph.nodes
         if node.name in program.parameters
     ]
-    read_by = {name: reads(node) for name, node in lifted}
+    read_by = {name: reads_of(node) for name, node in lifted}
     views = {node for _, node in lifted} | {read.view for all_ in read_by.values() for read in all_}
     return {
         name: [(read, match(read, views.__contains__)) for read in read_by[name]]

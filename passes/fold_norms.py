@@ -28,7 +28,7 @@ from kbitc.graph import weight_reads
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import CANONICAL, Program, Stage
-from kbitc.graph.weight_reads import keeps_features, op_name, reads, value_of
+from kbitc.graph.weight_reads import keeps_features, op_name, reads_of, value_of
 from kbitc.pipeline.records import Fired
 from kbitc.sensitivity.moments import MOMENTS
 
@@ -61,7 +61,7 @@ class FoldNorms:
         left: dict[str, str] = {}
         for scale in program.graph.graph.nodes:
             name = program.parameters.get(scale.name, "")
-            if not _is_parameter(program, scale) or not any(_is_scale(read) for read in reads(scale)):
+            if not _is_parameter(program, scale) or not any(_is_scale(read) for read in reads_of(scale)):
                 continue
             norm = _norm(program, scale)
             if isinstance(norm, str):
@@ -99,7 +99,7 @@ def _norm(program: Program, scale: fx.Node) -> _Norm | str:
     """What a scale can be folded into; or why it cannot be."""
     if not _is_own(program, scale):
         return "read in several places"
-    node = reads(scale)[0].node
+    node = reads_of(scale)[0].node
     shift = node.args[SHIFT] if op_name(node) == "aten.layer_norm" and len(node.args) > SHIFT else None
     if isinstance(shift, fx.Node) and not _is_own(program, shift):
         return "what the norm adds is no parameter, or read in several places"
@@ -120,7 +120,7 @@ def _norm(program: Program, scale: fx.Node) -> _Norm | str:
 
 def _is_own(program: Program, node: fx.Node) -> bool:
     """Whether a node is a parameter with one reader, so that its values are free to change."""
-    return _is_parameter(program, node) and len(reads(node)) == 1
+    return _is_parameter(program, node) and len(reads_of(node)) == 1
 
 
 def _is_parameter(program: Program, node: fx.Node) -> bool:

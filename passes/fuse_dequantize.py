@@ -24,7 +24,7 @@ from kbitc.graph.facts import Fact
 from kbitc.graph.matching import Miss, match
 from kbitc.graph.program import CANONICAL, Program, Stage
 from kbitc.graph.rewriting import build, copy_of
-from kbitc.graph.weight_reads import WeightRead, op_name, reads, value_of
+from kbitc.graph.weight_reads import WeightRead, op_name, reads_of, value_of
 from kbitc.kernels import ops
 from kbitc.pipeline.records import Fired
 
@@ -49,7 +49,7 @@ class FuseDequantize:
         dequantizations = [node for node in graph.nodes if node.target is kbit.dequantize.default]
         views = {view for node in dequantizations for view in _views(node)}
         for node in dequantizations:
-            readers = reads(node)
+            readers = reads_of(node)
             reasons: dict[str, None] = {} if readers else {"nothing reads it": None}
             count = Counter(read.node for read in readers)
             for read in readers:
@@ -70,7 +70,7 @@ class FuseDequantize:
 
 def _views(node: fx.Node) -> Iterator[fx.Node]:
     yield node
-    yield from (read.view for read in reads(node))
+    yield from (read.view for read in reads_of(node))
 
 
 def _fuse(graph: fx.Graph, dequantize: fx.Node, read: WeightRead, views: set[fx.Node]) -> str | None:

@@ -85,10 +85,10 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
         return _unknown(read)
     if _count(node, read.view) > 1:
         return Miss(f"both operands of {name}", is_matmul=True)
-    found = matcher(read, _bound(node))
-    if isinstance(found, Match) and found.is_left and is_parameter(found.x):
+    match = matcher(read, _bound(node))
+    if isinstance(match, Match) and match.is_left and is_parameter(match.x):
         return Miss(f"left operand of {name} of two parameters", is_matmul=True)
-    return found
+    return match
 
 
 def _count(node: fx.Node, operand: fx.Node) -> int:
@@ -189,12 +189,12 @@ def _addmm(read: WeightRead, args: dict[str, Any]) -> Match | Miss:
         return Miss(f"added by {name}")
     if (args["alpha"], args["beta"]) != (1, 1):
         return Miss(f"{name} with alpha {args['alpha']} and beta {args['beta']}", is_matmul=True)
-    found = _product(read, *(args[operand] for operand in operands))
-    if isinstance(found, Miss):
-        return found
+    product = _product(read, *(args[operand] for operand in operands))
+    if isinstance(product, Miss):
+        return product
     out = value_of(read.node).shape[-1:]
-    is_bias = value_of(addend).shape == out and not found.is_left and found.kind == "linear"
-    return replace(found, bias=addend) if is_bias else replace(found, addend=addend)
+    is_bias = value_of(addend).shape == out and not product.is_left and product.kind == "linear"
+    return replace(product, bias=addend) if is_bias else replace(product, addend=addend)
 
 
 def _grouped(read: WeightRead, args: dict[str, Any]) -> Match | Miss:

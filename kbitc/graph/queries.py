@@ -7,18 +7,20 @@ the FX graph. Answers about weights are in the weights' names and order, as plan
 from __future__ import annotations
 
 import heapq
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import pairwise
+from typing import TypeAlias
 
 import networkx as nx
 from torch import fx
 
 from kbitc.errors import UsageError, did_you_mean
 from kbitc.graph.program import CANONICAL, Program, Weight
+from kbitc.graph.roles import repeated
 from kbitc.graph.weight_reads import op_name
 
-NameGroups = list[tuple[str, ...]]
+NameGroups: TypeAlias = list[tuple[str, ...]]
+"""Names of weights that go together."""
 
 
 def to_networkx(program: Program) -> nx.DiGraph[str]:
@@ -75,11 +77,8 @@ def shared_inputs(program: Program) -> NameGroups:
 
 
 def same_roles(program: Program) -> NameGroups:
-    """Weights whose names differ in numbers alone and that have one shape: a projection in every layer."""
-    groups: dict[object, list[str]] = {}
-    for name, weight in program.weights.items():
-        groups.setdefault((re.sub(r"\d+", "#", name), weight.shape), []).append(name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
+    """Weights of one role (`kbitc.graph.roles`) and one shape: a projection in every layer."""
+    return repeated({name: weight.shape for name, weight in program.weights.items()})
 
 
 KINDS: Mapping[str, Callable[[Program], NameGroups]] = {"input": shared_inputs, "role": same_roles}
@@ -94,28 +93,36 @@ def previous_weights(program: Program) -> dict[str, tuple[str, str]]:
     """
     graph = to_networkx(program)
     nodes = {node.name: node for node in program.graph.graph.nodes}
-    order = {name: i for i, name in enumerate(nodes)}
     made_by = {use.node: (weight, use.kind) for weight in program.weights.values() for use in weight.uses}
-    found = {}
+    previous = {}
     for weight in program.weights.values():
         starts = [nodes[use.node].args[0].name for use in weight.uses if use.kind != "embedding"]
-        heap = [-order[name] for name in dict.fromkeys(starts)]
-        seen = set(heap)
-        names = list(nodes)
-        while heap:
-            name = names[-heapq.heappop(heap)]
-            if name in made_by:
-                source, kind = made_by[name]
-                if _outputs(source, kind) == weight.in_features:
-                    found[weight.name] = (source.name, "embedding" if kind == "embedding" else "linear")
-                    break
-                continue
-            before = _feature_sources(nodes[name], graph.predecessors(name))
-            fresh = {-order[source] for source in before} - seen
-            seen |= fresh
-            for position in fresh:
-                heapq.heappush(heap, position)
-    return found
+        for name in _upwards(graph, nodes, starts, made_by):
+            source, kind = made_by[name]
+            if _outputs(source, kind) == weight.in_features:
+                previous[weight.name] = (source.name, "embedding" if kind == "embedding" else "linear")
+                break
+    return previous
+
+
+def _upwards(
+    graph: nx.DiGraph[str], nodes: Mapping[str, fx.Node], starts: Iterable[str], ends: Container[str]
+) -> Iterator[str]:
+    """The ``ends`` that reach ``starts`` along features through no other one, the last in the graph first."""
+    names = list(nodes)
+    order = {name: i for i, name in enumerate(names)}
+    heap = [-order[name] for name in dict.fromkeys(starts)]
+    heapq.heapify(heap)
+    seen = set(heap)
+    while heap:
+        name = names[-heapq.heappop(heap)]
+        if name in ends:
+            yield name
+            continue
+        fresh = {-order[source] for source in _feature_sources(nodes[name], graph.predecessors(name))} - seen
+        seen |= fresh
+        for position in fresh:
+            heapq.heappush(heap, position)
 
 
 def _outputs(weight: Weight, kind: str) -> int:
@@ -158,5 +165,5 @@ def agreeing_groups(program: Program, kind: str = "input") -> NameGroups:
     for names in KINDS[kind](program):
         graph.add_edges_from(pairwise(names))
     order = {name: i for i, name in enumerate(program.weights)}
-    groups = (tuple(sorted(found, key=order.__getitem__)) for found in nx.connected_components(graph))
+    groups = (tuple(sorted(names, key=order.__getitem__)) for names in nx.connected_components(graph))
     return sorted(groups, key=lambda names: order[names[0]])

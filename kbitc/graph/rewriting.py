@@ -40,51 +40,51 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any)
 
 
 def build(
-    graph: fx.Graph, old: fx.Node, found: Match, weight: fx.Node, new: Callable[[fx.Node], fx.Node]
+    graph: fx.Graph, old: fx.Node, match: Match, weight: fx.Node, new: Callable[[fx.Node], fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
     """The canonical call with what moves its operands there and back.
 
     Args:
         graph: where to make it.
         old: the call that it takes the place of.
-        found: what that call is.
+        match: what that call is.
         weight: in ``graph``, as it is stored.
         new: a node of the match to that of ``graph``.
 
     Returns:
         What has the old call's value, and the canonical node.
     """
-    x = new(found.x)
-    if found.is_left:
+    x = new(match.x)
+    if match.is_left:
         x = call(graph, old, aten.transpose.int, x, -2, -1)
-    offsets = None if found.offsets is None else new(found.offsets)
+    offsets = None if match.offsets is None else new(match.offsets)
     batch = value_of(x).shape[:-1]
-    if found.is_batched:
+    if match.is_batched:
         experts, rows = batch
         x = call(graph, old, aten.reshape.default, x, [experts * rows, value_of(x).shape[-1]])
         steps = (rows, experts * rows + 1, rows)
         options = {"dtype": torch.int32, "device": value_of(x).device}
         offsets = call(graph, old, aten.arange.start_step, *steps, **options)
-    flags: dict[str, Any] = {"is_transposed": True} if found.is_transposed else {}
-    if found.kind == "embedding":
+    flags: dict[str, Any] = {"is_transposed": True} if match.is_transposed else {}
+    if match.kind == "embedding":
         out = graph.call_function(program.embedding, (x, weight))
-    elif found.kind == "grouped_linear":
+    elif match.kind == "grouped_linear":
         out = graph.call_function(program.grouped_linear, (x, weight, offsets), flags)
     else:
-        bias = None if found.bias is None else new(found.bias)
+        bias = None if match.bias is None else new(match.bias)
         operands = (x, weight) if bias is None else (x, weight, bias)
         out = graph.call_function(program.linear, operands, flags)
     canonical = out
     # Its shape follows from the old call's by undoing, in reverse, what is redone below.
     value = value_of(old)
-    value = value.mT if found.is_left else value
-    out.meta = {**old.meta, "val": value.flatten(0, 1) if found.is_batched else value}
-    if found.is_batched:
+    value = value.mT if match.is_left else value
+    out.meta = {**old.meta, "val": value.flatten(0, 1) if match.is_batched else value}
+    if match.is_batched:
         out = call(graph, old, aten.reshape.default, out, [*batch, value.shape[-1]])
-    if found.is_left:
+    if match.is_left:
         out = call(graph, old, aten.transpose.int, out, -2, -1)
-    if found.addend is not None:
-        out = call(graph, old, aten.add.Tensor, new(found.addend), out)
+    if match.addend is not None:
+        out = call(graph, old, aten.add.Tensor, new(match.addend), out)
     return out, canonical
 
 

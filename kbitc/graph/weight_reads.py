@@ -98,9 +98,9 @@ def keeps_features(node: fx.Node) -> bool:
     return is_known and all(dim % before.dim() != last for dim in dims)
 
 
-def reads(parameter: fx.Node) -> list[WeightRead]:
+def reads_of(parameter: fx.Node) -> list[WeightRead]:
     """Every call that reads a parameter, looking through aliases and transposes."""
-    found, stack = [], [(parameter, False)]
+    calls, stack = [], [(parameter, False)]
     while stack:
         view, is_turned = stack.pop()
         for user in view.users:
@@ -108,10 +108,10 @@ def reads(parameter: fx.Node) -> list[WeightRead]:
                 continue
             turns = _turns(user, view)
             if turns is None:
-                found.append(WeightRead(user, view, is_turned))
+                calls.append(WeightRead(user, view, is_turned))
             else:
                 stack.append((user, is_turned ^ turns))
-    return found
+    return calls
 
 
 def _turns(node: fx.Node, view: fx.Node) -> bool | None:

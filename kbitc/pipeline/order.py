@@ -44,12 +44,12 @@ def edit_pipeline(
     fault = order_fault(edited, start)
     if fault is not None:
         raise UsageError(fault)
-    found = edited[-1].gives if edited else start
-    if found is not end:
+    reached = edited[-1].gives if edited else start
+    if reached is not end:
         use = "packed" if end is Stage.PLANNED else "used here"
         raise UsageError(
-            f"the passes {[name_of(pass_) for pass_ in edited]} end at stage {found.name}, but only a "
-            f"program of stage {end.name} can be {use}; {_advice(end, found)}"
+            f"the passes {[name_of(pass_) for pass_ in edited]} end at stage {reached.name}, but only a "
+            f"program of stage {end.name} can be {use}; {_advice(end, reached)}"
         )
     return edited
 
@@ -114,8 +114,8 @@ def where(pass_: Pass, history: Sequence[str]) -> str:
     return f"pass '{name_of(pass_)}', {ran}"
 
 
-def _advice(needed: Stage, found: Stage) -> str:
-    if needed < found:
+def _advice(needed: Stage, reached: Stage) -> str:
+    if needed < reached:
         return "it has already been run, or belongs before a pass that has"
     # Passes that only refine a stage need it themselves.
     makers = [name for name, p in loadable_passes() if p.gives is needed is not p.needs]  # type: ignore[comparison-overlap]  # a class variable

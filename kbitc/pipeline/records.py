@@ -46,13 +46,13 @@ def records(program: Program) -> dict[str, Fired]:
     return {fact.name: record for fact, record in program.facts.items() if isinstance(record, Fired)}
 
 
-def lines(found: Mapping[str, Fired]) -> Iterator[str]:
+def lines(fired: Mapping[str, Fired]) -> Iterator[str]:
     """Records for people: how often each pass fired, then each reason with how often it was one.
 
     >>> list(lines({"merge_linears": Fired((("q", "k"),), {"o": "alone", "d": "alone"})}))
     ['merge_linears: fired 1 times (2 names), left 2', '  2 left: alone']
     """
-    for name, record in found.items():
+    for name, record in fired.items():
         names = sum(map(len, record.groups))
         yield f"{name}: fired {len(record.groups)} times ({names} names), left {len(record.left)}"
         for reason, count in Counter(record.left.values()).most_common():

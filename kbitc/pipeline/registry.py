@@ -162,8 +162,8 @@ def describe(name: str) -> dict[str, object]:
 
 def loadable_passes() -> list[tuple[str, type[Pass]]]:
     """The registered passes, for advice: one that is broken must not hide what the advice is about."""
-    found = []
+    loadable = []
     for name in pass_names():
         with contextlib.suppress(PassError):
-            found.append((name, load_pass(name)))
-    return found
+            loadable.append((name, load_pass(name)))
+    return loadable

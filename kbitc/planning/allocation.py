@@ -43,13 +43,13 @@ def allocate(
         UsageError: no such kind of groups.
     """
     room = int(budget * scores.parameters / 8) - scores.fixed
-    specs = {option.spec for found in scores.options.values() for option in found}
+    specs = {option.spec for options in scores.options.values() for option in options}
     tables = {spec: {} if spec.is_left_alone else shared_bytes(spec) for spec in specs}
     names = {spec: tuple(shared) for spec, shared in tables.items()}
     sizes = {name: size for shared in tables.values() for name, size in shared.items()}
     groups = [
-        [Item(o.nbytes, o.cost, names[o.spec], key=str(o.spec)) for o in found]
-        for found in scores.options.values()
+        [Item(o.nbytes, o.cost, names[o.spec], key=str(o.spec)) for o in options]
+        for options in scores.options.values()
     ]
     merged, members = agreed(groups, _together(scores, agree))
     try:

@@ -34,7 +34,7 @@ class Point:
 
 def curve(scores: ScoreTable) -> list[Point]:
     """The best plans, from the smallest to 16 bits; cost falls and is convex in bits."""
-    groups = [_items(found) for found in scores.options.values()]
+    groups = [_items(options) for options in scores.options.values()]
     return [Point(_bits(scores, size), cost) for size, cost in frontier(groups)]
 
 
@@ -51,7 +51,7 @@ def at(points: Sequence[Point], bits: float) -> float | None:
 
 def uniform(scores: ScoreTable) -> list[Point]:
     """One spec for every weight, for each spec that every weight was priced at, smallest first."""
-    tables = [{o.spec: o for o in found} for found in scores.options.values()]
+    tables = [{o.spec: o for o in options} for options in scores.options.values()]
     common = [spec for spec in tables[0] if not spec.is_left_alone and all(spec in table for table in tables)]
     points = [
         Point(
@@ -71,13 +71,13 @@ def best_uniform(points: Sequence[Point], bits: float) -> Point | None:
 
 def priced(scores: ScoreTable, specs: Mapping[str, Spec]) -> dict[str, Option] | None:
     """The option behind each weight's spec; None when a spec is not in the table."""
-    found = {}
+    chosen = {}
     for name, options in scores.options.items():
         option = next((o for o in options if o.spec == specs.get(name)), None)
         if option is None:
             return None
-        found[name] = option
-    return found
+        chosen[name] = option
+    return chosen
 
 
 def neighbours(options: Sequence[Option], chosen: Option) -> tuple[Option | None, Option | None]:

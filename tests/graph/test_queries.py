@@ -106,6 +106,24 @@ def test_weights_of_one_role(llama):
     assert len(groups) == 7  # the embedding and the head have none
 
 
+def test_weights_of_one_role_stand_at_one_place_of_one_stack(tiny_model):
+    t5 = same_roles(canonical(tiny_model("t5", is_meta=True)))
+    for stack, place in (("encoder", 1), ("decoder", 2)):
+        for part in ("wi_0", "wi_1"):  # of one shape, gate and up
+            names = tuple(
+                f"{stack}.block.{block}.layer.{place}.DenseReluDense.{part}.weight" for block in (0, 1)
+            )
+            assert names in t5
+    gpt2 = same_roles(canonical(tiny_model("gpt2", is_meta=True)))
+    assert gpt2 == [
+        tuple(f"transformer.h.{layer}.{part}.weight" for layer in (0, 1))
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    bart = same_roles(canonical(tiny_model("bart", is_meta=True)))
+    assert len(bart) == 6 + 10
+    assert all(len(names) == 2 for names in [*t5, *gpt2, *bart])  # two layers
+
+
 def test_an_unknown_kind(diamond):
     with pytest.raises(UsageError, match="no kind of group 'inputs'; did you mean 'input'"):
         agreeing_groups(diamond, "inputs")

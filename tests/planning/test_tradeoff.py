@@ -8,7 +8,6 @@ import random
 import pytest
 
 from kbitc.formats.spec import parse
-from kbitc.graph.roles import by_role, role_of
 from kbitc.planning import tradeoff
 from kbitc.report.charts import Point, trade_off
 from kbitc.sensitivity.score_table import Option, ScoreTable
@@ -79,23 +78,3 @@ def test_best_uniform():
 
 def test_a_chart_of_one_point_is_none():
     assert trade_off([Point(4, 1.0)], [], None, [], "nats") == ""
-
-
-def test_roles():
-    names = [
-        "embed.weight",
-        "enc.0.q.weight",
-        "enc.1.q.weight",
-        "enc.1.block.7.k.weight",
-        "fc.2",
-        "12.weight",
-    ]
-    found = {(role.stack, role.name): layers for role, layers in by_role(names).items()}
-    assert found == {
-        ("", "embed"): {0: "embed.weight"},
-        ("enc", "q"): {0: "enc.0.q.weight", 1: "enc.1.q.weight"},
-        ("enc", "block.7.k"): {1: "enc.1.block.7.k.weight"},
-        ("", "fc.2"): {0: "fc.2"},
-        ("", "12"): {0: "12.weight"},
-    }
-    assert not role_of("12.weight")[0].has_layers
