@@ -1,216 +1,16 @@
-from __future__ import annotations
+"""The pass `canonicalize` on plain modules: each form becomes one call, each near miss stays and says why."""
 
-import functools
+from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from kbitc.graph.capture import capture
-from kbitc.graph.example_inputs import example_inputs
-from kbitc.graph.program import CANONICAL, Stage
+from kbitc.graph.program import Stage
 from kbitc.graph.weight_reads import op_name
 from kbitc.passes.canonicalize import Canonicalize
-from kbitc.pipeline.manager import PassManager
-
-# family: packable weights and the rest, of the two-layer models in conftest.py
-COUNTS = {
-    "gpt2": (10, 18),  # wte (tied), wpe, 2 x (c_attn, c_proj, c_fc, c_proj)
-    "opt": (16, 22),  # embed (tied), positions, project_in, project_out, 2 x (q, k, v, out, fc1, fc2)
-    "bloom": (9, 20),  # embed (tied), 2 x (qkv, dense, h_to_4h, 4h_to_h)
-    "gpt_neox": (10, 18),  # embed_in, embed_out, 2 x 4
-    "llama": (16, 5),  # embed, head, 2 x 7
-    "mixtral": (16, 5),  # embed, head, 2 x (q, k, v, o, router, gate_up, down)
-    "roberta": (16, 26),  # word (tied), position, type, lm_head.dense, 2 x 6
-    "bart": (35, 57),  # shared (tied 4 times), 2 positions, 2 x 6 + 2 x 10; final_logits_bias is rest
-    "t5": (39, 12),  # shared (tied), 2 position biases, 2 x 7 + 2 x 11
-    "clip": (29, 49),  # token, 2 positions, 2 projections, 4 x 6; patches, logit_scale are rest
-}
-TIED = {
-    "gpt2": ("transformer.wte.weight", ("lm_head.weight",)),
-    "opt": ("model.decoder.embed_tokens.weight", ("lm_head.weight",)),
-    "bloom": ("transformer.word_embeddings.weight", ("lm_head.weight",)),
-    "roberta": ("roberta.embeddings.word_embeddings.weight", ("lm_head.decoder.weight",)),
-    "bart": (
-        "model.shared.weight",
-        ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"),
-    ),
-    "t5": ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")),
-}
-
-
-@pytest.fixture(scope="module")
-def family_program(tiny_model):
-    """``family_program(family)``: the canonical program of the family's meta model, made once."""
-    return functools.cache(lambda family: canonicalize(tiny_model(family, is_meta=True)))
-
-
-def canonicalize(model, inputs=None):
-    return PassManager([Canonicalize()], is_checked=True).run(capture(model, inputs))
-
-
-def run(program, model, inputs):
-    """The program's graph on a model's real tensors and real inputs."""
-    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    names = [node.name for node in program.graph.graph.nodes if node.op == "placeholder"]
-    given = iter(inputs)
-    lifted = program.parameters
-    return program.graph(*(state[lifted[name]] if name in lifted else next(given) for name in names))
-
-
-def check(model, *inputs):
-    """Canonicalize a module; its outputs must not change."""
-    program = canonicalize(model, inputs)
-    expected = pytree.tree_leaves(model(*inputs))
-    for got, want in zip(run(program, model, inputs), expected, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    return program
-
-
-def calls(program):
-    return [n for n in program.graph.graph.nodes if n.op == "call_function" and n.target in CANONICAL]
-
-
-def lines(program):
-    """The canonical calls as text, in order."""
-    return [
-        f"{CANONICAL[n.target]}({', '.join(str(a) for a in (*n.args, *n.kwargs))})" for n in calls(program)
-    ]
-
-
-def modules_weights(model):
-    """First names of what must be found: weights of Linear, Conv1D, Embedding, and 3-D experts."""
-    from transformers.pytorch_utils import Conv1D
-
-    wanted = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or type(module).__name__.endswith("Router")
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in wanted or (parameter.dim() == 3 and "experts" in name)
-    ]
-
-
-@pytest.mark.parametrize("family", COUNTS)
-def test_every_matmul_weight_of_a_family_is_found_once(tiny_model, family_program, family):
-    model = tiny_model(family, is_meta=True)
-    program = family_program(family)
-    assert program.stage is Stage.CANONICAL
-    assert list(program.weights) == modules_weights(model)
-    assert (len(program.weights), len(program.rest)) == COUNTS[family]
-    assert not any(rest.is_matmul for rest in program.rest.values())
-    assert program.parameter_count == sum(parameter.numel() for parameter in model.parameters())
-    for name, weight in program.weights.items():
-        assert weight.shape == tuple(model.get_parameter(name).shape)
-        assert {use.kind for use in weight.uses} <= set(CANONICAL.values())
-        assert {use.parameter for use in weight.uses} <= {name, *weight.aliases}
-
-
-@pytest.mark.parametrize("family", COUNTS)
-def test_no_call_with_a_weight_is_left_in_another_form(family_program, family):
-    program = family_program(family)
-    lifted = {n for n in program.graph.graph.nodes if program.parameters.get(n.name) in program.weights}
-    for node in lifted:
-        assert {user.target for user in node.users} <= set(CANONICAL)
-    uses = [use.node for weight in program.weights.values() for use in weight.uses]
-    assert sorted(uses) == sorted(node.name for node in calls(program))
-    for node in program.graph.graph.nodes:
-        assert op_name(node) not in ("aten.linear", "aten.addmm", "aten.mm", "aten.embedding")
-        assert op_name(node) != "aten._assert_tensor_metadata"
-
-
-@pytest.mark.parametrize("family", COUNTS)
-def test_outputs_of_a_family_do_not_change(tiny_model, family):
-    model = tiny_model(family)
-    program = canonicalize(model)
-    made = example_inputs(model)
-    torch.manual_seed(1)
-    inputs = {}
-    for name, like in made.items():
-        if name == "attention_mask":
-            inputs[name] = torch.ones(like.shape, dtype=like.dtype)
-        elif like.dtype is torch.int64:
-            inputs[name] = torch.randint(3, 100, like.shape)
-        else:
-            inputs[name] = torch.randn(like.shape, dtype=like.dtype)
-    names = [
-        n.name
-        for n in program.graph.graph.nodes
-        if n.op == "placeholder" and n.name not in program.parameters
-    ]
-    model.config.use_cache = False
-    with torch.no_grad():
-        got = run(program, model, [inputs[name] for name in names])
-        expected = pytree.tree_leaves(model(**inputs, **({} if family == "clip" else {"use_cache": False})))
-    assert len(got) == len(expected)
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", TIED)
-def test_tied_weights_are_one_decision_with_all_uses(family_program, family):
-    name, aliases = TIED[family]
-    program = family_program(family)
-    weight = program.weights[name]
-    assert weight.aliases == aliases
-    assert weight.kinds == ("embedding", "linear")
-    assert not set(aliases) & {*program.weights, *program.rest}
-    heads = [use.parameter for use in weight.uses if use.kind == "linear"]
-    assert heads == [aliases[-1]]
-    assert [w.name for w in program.weights.values() if w.is_head] == [name]
-
-
-def test_heads_are_marked(family_program):
-    llama = family_program("llama")
-    assert [weight.name for weight in llama.weights.values() if weight.is_head] == ["lm_head.weight"]
-
-
-def test_reasons_of_the_rest(family_program):
-    clip = family_program("clip").rest
-    assert clip["vision_model.embeddings.patch_embedding.weight"].reason == "convolution kernel"
-    assert clip["logit_scale"].reason == "a scalar"
-    assert clip["vision_model.pre_layrnorm.weight"].reason == "1-D: norm weight or bias"
-    bart = family_program("bart").rest
-    assert bart["final_logits_bias"].reason == "persistent buffer, not a parameter"
-
-
-def test_experts_are_grouped_and_conv1d_is_transposed(family_program):
-    mixtral = family_program("mixtral").weights
-    experts = mixtral["model.layers.0.mlp.experts.down_proj"]
-    assert (experts.kinds, experts.is_transposed) == (("grouped_linear",), False)
-    assert (experts.in_features, experts.rows) == (40, 3 * 48)
-    gpt2 = family_program("gpt2").weights
-    attention = gpt2["transformer.h.0.attn.c_attn.weight"]
-    assert (attention.shape, attention.is_transposed, attention.in_features) == ((36, 108), True, 36)
-    assert not gpt2["transformer.wte.weight"].is_transposed
-
-
-def test_half_precision_models_are_canonical_too():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config).to(torch.bfloat16)
-    program = canonicalize(model)
-    assert {weight.dtype for weight in program.weights.values()} == {torch.bfloat16}
-    assert sum(weight.kinds == ("grouped_linear",) for weight in program.weights.values()) == 2
-
-
-# Plain modules: one form each.
 
 
 class Product(nn.Module):
@@ -227,7 +27,7 @@ class Product(nn.Module):
         return self.function(*inputs, *self.parameters())
 
 
-def test_a_sequential():
+def test_a_sequential(check, lines):
     model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)).requires_grad_(False)
     program = check(model, torch.randn(2, 7))
     assert lines(program) == ["linear(input_1, p_0_weight, p_0_bias)", "linear(relu, p_2_weight)"]
@@ -261,7 +61,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_product_is_one_linear(name):
+def test_a_product_is_one_linear(name, check, calls):
     function, x, shape, is_transposed = FORMS[name]
     program = check(Product(function, shape), x)
     weight = program.weights["w"]
@@ -283,7 +83,7 @@ BATCHED = {
 
 
 @pytest.mark.parametrize("name", BATCHED)
-def test_a_batched_product_is_one_grouped_linear(name):
+def test_a_batched_product_is_one_grouped_linear(name, check):
     function, x, shape, is_transposed = BATCHED[name]
     program = check(Product(function, shape), x)
     weight = program.weights["w"]
@@ -292,7 +92,7 @@ def test_a_batched_product_is_one_grouped_linear(name):
     assert not program.rest
 
 
-def test_addmm_keeps_its_bias_or_adds_what_is_none():
+def test_addmm_keeps_its_bias_or_adds_what_is_none(check, lines):
     program = check(Product(lambda x, w, b: torch.addmm(b, x, w), (7, 5), (5,)), FLAT)
     assert lines(program) == ["linear(inputs_0, p_w, p_v, is_transposed)"]
     assert "aten.add" not in {op_name(node) for node in program.graph.graph.nodes}
@@ -303,7 +103,7 @@ def test_addmm_keeps_its_bias_or_adds_what_is_none():
     assert program.weights["w"].kinds == ("grouped_linear",)
 
 
-def test_grouped_mm_through_torch():
+def test_grouped_mm_through_torch(check):
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     x = torch.randn(5, 8, dtype=torch.bfloat16)  # tracing allows no other dtype
     model = Product(lambda x, n, w: F.grouped_mm(x, w.mT, offs=n), (3, 16, 8)).to(torch.bfloat16)
@@ -312,7 +112,7 @@ def test_grouped_mm_through_torch():
     assert not program.weights["w"].is_transposed
 
 
-def test_weights_shared_by_two_modules_keep_their_names_at_each_use():
+def test_weights_shared_by_two_modules_keep_their_names_at_each_use(check):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -404,7 +204,7 @@ NEAR_MISSES = {
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
-def test_a_near_miss_stays_and_says_why(name):
+def test_a_near_miss_stays_and_says_why(name, check, calls):
     function, x, shape, reason, is_matmul = NEAR_MISSES[name]
     program = check(Product(function, shape), x)
     assert not program.weights
@@ -412,14 +212,14 @@ def test_a_near_miss_stays_and_says_why(name):
     assert (program.rest["w"].reason, program.rest["w"].is_matmul) == (reason, is_matmul)
 
 
-def test_of_a_product_of_two_parameters_the_right_one_is_the_weight():
+def test_of_a_product_of_two_parameters_the_right_one_is_the_weight(check):
     program = check(Product(lambda x, a, b: x @ (a @ b), (7, 2), (2, 5)), X)
     assert list(program.weights) == ["v"]
     assert program.rest["w"].reason == "left operand of aten.matmul of two parameters"
     assert program.rest["w"].is_matmul
 
 
-def test_multihead_attention_is_left_alone_for_it_cannot_run_packed():
+def test_multihead_attention_is_left_alone_for_it_cannot_run_packed(check):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -439,7 +239,7 @@ def test_multihead_attention_is_left_alone_for_it_cannot_run_packed():
     assert (bias.reason, bias.is_matmul) == ("1-D: norm weight or bias", False)
 
 
-def test_learned_queries_are_activations():
+def test_learned_queries_are_activations(check):
     program = check(
         Product(lambda x, q, w: F.linear(q.expand(2, 3, 7), w) + x[..., :5], (1, 3, 7), (5, 7)), X
     )
@@ -447,7 +247,7 @@ def test_learned_queries_are_activations():
     assert (program.rest["w"].reason, program.rest["w"].is_matmul) == ("read by aten.expand", False)
 
 
-def test_recurrent_weights_are_reported_as_matmuls():
+def test_recurrent_weights_are_reported_as_matmuls(check):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -461,7 +261,7 @@ def test_recurrent_weights_are_reported_as_matmuls():
     assert program.rest["lstm.weight_ih_l0"].is_matmul
 
 
-def test_what_happens_inside_a_sub_graph_is_not_passed_over():
+def test_what_happens_inside_a_sub_graph_is_not_passed_over(check):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -476,7 +276,7 @@ def test_what_happens_inside_a_sub_graph_is_not_passed_over():
     assert (rest.reason, rest.is_matmul) == ("read inside the sub-graph of 'wrap_with_autocast'", True)
 
 
-def test_a_buffer_as_a_weight_and_an_integer_parameter_stay():
+def test_a_buffer_as_a_weight_and_an_integer_parameter_stay(check):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -500,7 +300,7 @@ def test_the_captured_program_is_not_changed(tiny_model):
     assert (captured.graph.code, dict(captured.rest), captured.stage) == (code, rest, Stage.CAPTURED)
 
 
-def test_dead_code_goes_and_updates_in_place_stay():
+def test_dead_code_goes_and_updates_in_place_stay(canonicalize):
     def function(x, w):
         y = x @ w
         y.add_(1)
