@@ -118,6 +118,7 @@ class ScoreSensitivity:
             program.parameter_count,
             source="fisher" if moments else "error",
             unit="nats per token" if moments else "relative",
+            quantizer=self.quantizer,
             groups={kind: _joined(agreeing_groups(program, kind)) for kind in KINDS},
         )
         return program.with_fact(SCORES, scores)

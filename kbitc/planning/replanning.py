@@ -26,7 +26,7 @@ def replan(folder: Path, bits: float, agree: str = "") -> dict[str, Any]:
     """
     check_budget(bits)
     scores = ScoreTable.open(folder)
-    plan, solution = allocate(scores, bits, agree)
+    plan, solution = allocate(scores, bits, agree, scores.quantizer)
     stored = 8 * (solution.nbytes + scores.fixed) / scores.parameters
     return plan.to_json() | {
         "bits_per_param": stored,

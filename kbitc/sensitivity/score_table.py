@@ -48,6 +48,7 @@ class ScoreTable:
         parameters: of the whole model, tied ones once.
         source: how costs were measured: "fisher" (gradients on calibration text) or "error" (weights alone).
         unit: of a cost: "nats per token" or "relative".
+        quantizer: that the prices are of; "" for the strongest one that there was evidence for.
         groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graph.queries.KINDS`).
     """
 
@@ -57,6 +58,7 @@ class ScoreTable:
     parameters: int
     source: str
     unit: str
+    quantizer: str = ""
     groups: Mapping[str, NameGroups] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class ScoreTable:
             "format": FORMAT,
             "source": self.source,
             "unit": self.unit,
+            "quantizer": self.quantizer,
             "fixed_bytes": self.fixed,
             "parameters": self.parameters,
             "groups": {kind: [list(names) for names in groups] for kind, groups in self.groups.items()},
@@ -122,6 +125,7 @@ class ScoreTable:
                 int(data["parameters"]),
                 data["source"],
                 data["unit"],
+                str(data.get("quantizer", "")),
                 {kind: [tuple(names) for names in groups] for kind, groups in data["groups"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
