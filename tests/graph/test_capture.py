@@ -6,6 +6,7 @@ from torch import nn
 
 from kbitc.errors import SourceError, UsageError
 from kbitc.graph.capture import NOT_LOOKED_AT, capture
+from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs
 from kbitc.graph.program import Stage
 
@@ -185,4 +186,4 @@ def test_the_reader_is_kept(tiny_model):
     def read(name):
         raise AssertionError(name)
 
-    assert capture(tiny_model("llama", is_meta=True), read=read).read is read
+    assert capture(tiny_model("llama", is_meta=True), context=Context(read)).read is read

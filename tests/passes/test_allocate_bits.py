@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import fx, nn
 
-from kbitc.artifact import pack
 from kbitc.errors import BudgetError, UsageError
-from kbitc.formats.dequantize import dequantize
 from kbitc.formats.spec import parse
+from kbitc.graph.context import Context
 from kbitc.graph.program import Program, Rest, Stage, Weight
+from kbitc.graph.stored import stored_bytes
 from kbitc.passes.allocate_bits import AllocateBits
-from kbitc.passes.score_sensitivity import ScoreSensitivity, default_candidates
-from kbitc.planning.allocation import allocate
-from kbitc.quantizers import quantize_weight
-from kbitc.sensitivity.moments import Factor, Moments
-from kbitc.sensitivity.sampled_error import Sample
-from kbitc.sensitivity.score_table import Option, ScoreTable, monotone
+from kbitc.passes.score_sensitivity import ScoreSensitivity
+from kbitc.planning.allocation import ALLOCATION, allocate
+from kbitc.sensitivity.moments import MOMENTS, Factor, Moments
+from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable, monotone
 
 
 def make_program(shapes, rest=64, scale=None):
@@ -32,7 +30,7 @@ def make_program(shapes, rest=64, scale=None):
     weights = {name: Weight(name, tuple(t.shape), torch.float16) for name, t in data.items()}
     norm = {"norm": Rest("norm", (rest,), torch.float16, "1-D")}
     graph = fx.GraphModule(nn.Module(), fx.Graph())
-    return Program(graph, {}, weights, norm, stage=Stage.CANONICAL, read=data.__getitem__)
+    return Program(graph, {}, weights, norm, stage=Stage.CANONICAL, context=Context(data.__getitem__))
 
 
 @functools.cache
@@ -47,7 +45,7 @@ SHAPES = [(300, 256), (256, 300), (512, 172), (64, 2048), (1000, 256)]
 def test_budget_is_never_exceeded_and_is_spent(budget):
     program = AllocateBits(budget=budget).run(scored())
     room = budget * program.parameter_count / 8
-    stored = pack.payload_bytes(program)
+    stored = stored_bytes(program)
     assert stored <= room
     assert stored >= 0.99 * room  # five weights, so the last change is a large one
     assert program.stage == Stage.PLANNED
@@ -92,26 +90,16 @@ def test_reasons_and_errors_are_given():
         assert choice.error is not None
 
 
-def test_without_a_source_it_says_so():
-    program = make_program([(4, 4)])
-    with pytest.raises(UsageError, match="no source"):
-        ScoreSensitivity().run(Program(program.graph, {}, program.weights, stage=Stage.CANONICAL))
-
-
-def test_candidates_span_all_bits():
-    assert {spec.bits for spec in default_candidates()} == set(range(2, 9))
-
-
 def test_the_solution_is_told():
     program = AllocateBits(budget=3.5).run(scored())
-    solution = program.facts[FACT]
+    solution = program.known(ALLOCATION)
     assert solution.is_proved
     assert solution.gap < 1e-3
     assert solution.lagrangian <= solution.cost
 
 
 def test_scores_give_another_budget_without_the_model():
-    scores = scored().facts[FACT]
+    scores = scored().known(SCORES)
     again = ScoreTable.from_json(json.loads(json.dumps(scores.to_json())))
     assert again.unit == "relative"
     for budget in (2.7, 4, 6):
@@ -141,7 +129,7 @@ def test_moments_turn_errors_into_nats():
         for i, gradient in enumerate((1.0, 100.0, 0.0))
     }
     program = ScoreSensitivity().run(program.with_fact(MOMENTS, moments))
-    scores = program.facts[FACT]
+    scores = program.known(SCORES)
     assert (scores.source, scores.unit) == ("fisher", "nats per token")
     first, second = ({o.spec: o.cost for o in scores.options[name]} for name in ("w0", "w1"))
     for spec in first:
@@ -152,20 +140,8 @@ def test_moments_turn_errors_into_nats():
     assert bits[1] > bits[0] > bits[2] == 2
 
 
-def test_price_is_half_the_weighted_squared_error():
-    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(5))
-    factor = Factor(torch.rand(40, generator=torch.Generator().manual_seed(6)), torch.rand(96))
-    sample = Sample.of(weight, Moments((factor,)))
-    price, error = sample.price(parse("int3:32"))
-    packed = quantize_weight(weight, "int3:32", quantizer="weighted", importance=factor.columns)
-    wrong = weight - dequantize(packed)
-    expected = float((factor.rows[:, None] * factor.columns * wrong**2).sum()) / 2
-    assert price == pytest.approx(expected, rel=1e-2)
-    assert error == pytest.approx(float(wrong.norm() / weight.norm()), rel=1e-2)
-
-
 def grouped(*names):
-    scores = scored((64, 256), (256, 256), (64, 256), (96, 256), scale=(("w1", 30.0),)).facts[FACT]
+    scores = scored((64, 256), (256, 256), (64, 256), (96, 256), scale=(("w1", 30.0),)).known(SCORES)
     return dataclasses.replace(scores, groups={"input": [names]})
 
 

@@ -15,12 +15,13 @@ from kbitc.checkpoint import demo, open_checkpoint
 from kbitc.compiler.calibrator import Calibrator, text_windows
 from kbitc.compiler.driver import compile_to
 from kbitc.compiler.inspection import inspect
-from kbitc.compiler.request import Request, equipped, pipeline_of
+from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.errors import UsageError
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.perplexity import perplexity
 from kbitc.formats.spec import Spec, parse
 from kbitc.graph.capture import capture
+from kbitc.graph.context import Context
 from kbitc.graph.queries import previous_weights
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.find_outliers import FindOutliers
@@ -28,9 +29,9 @@ from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.passes.score_sensitivity import ScoreSensitivity
 from kbitc.pipeline.manager import PassManager
 from kbitc.report.outlier_map import outlier_map, summary
-from kbitc.sensitivity import outliers
-from kbitc.sensitivity.moments import Moments, Reach
+from kbitc.sensitivity.moments import MOMENTS, Moments, Reach
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
+from kbitc.sensitivity.score_table import SCORES
 from kbitc.tensor.activations import use_activations
 
 PLANTED = [11, 100, 201]
@@ -75,9 +76,9 @@ def planted():
 
 def found_on_text(model, tokens, **options):
     with open_checkpoint(model) as checkpoint:
-        program = capture(checkpoint.skeleton(), context=Context(checkpoint.read))
-        measure = MeasureMoments(Calibrator(checkpoint, tokens))
-        return PassManager([Canonicalize(), measure, FindOutliers(**options)]).run(program)
+        context = Context(checkpoint.read, Calibrator(checkpoint, tokens))
+        program = capture(checkpoint.skeleton(), context=context)
+        return PassManager([Canonicalize(), MeasureMoments(), FindOutliers(**options)]).run(program)
 
 
 def found_on_weights(model, **options):
@@ -228,7 +229,7 @@ def test_found_features_are_candidates_and_are_packed(planted, tmp_path):
     kept = artifact.state()["model.layers.3.mlp.gate_proj.weight"].packed.outlier_index.tolist()
     assert len(kept) == 5
     assert set(kept) > set(PLANTED)
-    entry = artifact.plan["weights"]["model.layers.3.mlp.gate_proj.weight"]["outlier_features"]
+    entry = artifact.plan.weights["model.layers.3.mlp.gate_proj.weight"].outlier_features
     assert (entry["index"], entry["kept"]) == (PLANTED, 5)
     assert "of positions" in entry["reason"]
     assert "3: 11, 100, 201 (|x| up to" in summary(entry)
@@ -250,7 +251,8 @@ def test_plus_out_means_what_was_found():
 def test_pipelines(tiny_model):
     def names(**request):
         asked = Request(**request)
-        return [type(pass_).__name__ for pass_ in equipped(pipeline_of(asked), asked, None)]
+        manager = PassManager(pipeline_of(asked)).without(unmeasured(asked))
+        return [type(pass_).__name__ for pass_ in manager.passes]
 
     assert "FindOutliers" not in names(bits=4)  # no text, so nobody waits for it
     assert "FindOutliers" not in names(spec="nf4:64")
@@ -260,7 +262,7 @@ def test_pipelines(tiny_model):
         kbitc.compile(tiny_model("llama"), spec="int8:64+out", passes=["canonicalize", "apply_plan"])
     program = PassManager([Canonicalize()]).run(capture(tiny_model("llama")))
     with pytest.raises(UsageError, match="neither text nor weights"):
-        FindOutliers().run(replace(program, read=None))
+        FindOutliers().run(replace(program, context=Context()))
 
 
 def test_two_runs_agree_also_from_the_cache(tiny_model):
@@ -290,4 +292,3 @@ def test_shown_as_a_table_and_a_map(tiny_model):
     assert page.count("q_proj") == 1
     assert "http" not in page
     assert "No weight" in outlier_map({"w": OutlierFeatures().to_json()})
-    assert outliers.of_weight({}, "w") is None

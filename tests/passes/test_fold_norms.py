@@ -17,9 +17,11 @@ from kbitc.compiler.driver import compile_to
 from kbitc.compiler.request import Request
 from kbitc.errors import UsageError
 from kbitc.graph.capture import capture
+from kbitc.graph.context import Context
 from kbitc.passes.fold_norms import FACT, FoldNorms
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline.manager import PassManager
+from kbitc.sensitivity.moments import MOMENTS
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 FOLDED = ["canonicalize", "fold_norms", "apply_plan"]
@@ -73,16 +75,16 @@ def test_inputs_are_measured_as_they_are_after_folding(tiny_model, tmp_path, mon
     tokens = torch.randint(101, (2, 16), generator=torch.Generator().manual_seed(0))
     with open_checkpoint(model) as checkpoint:
         program = PassManager(["canonicalize"]).run(
-            capture(checkpoint.skeleton(), context=Context(checkpoint.read))
+            capture(checkpoint.skeleton(), context=Context(checkpoint.read, Calibrator(checkpoint, tokens)))
         )
-        measure = MeasureMoments(Calibrator(checkpoint, tokens))
+        measure = MeasureMoments()
         plain = PassManager([measure]).run(program)
         folded = PassManager([FoldNorms(), measure]).run(program)
         name, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
         scale = model.get_parameter(norm)
-        found, wanted = folded.facts[MOMENTS][name], plain.facts[MOMENTS][name]
-        torch.testing.assert_close(found.inputs, wanted.inputs / scale.square(), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.factors[0].rows, wanted.factors[0].rows, rtol=1e-3, atol=1e-9)
+        moments, wanted = folded.facts[MOMENTS][name], plain.facts[MOMENTS][name]
+        torch.testing.assert_close(moments.inputs, wanted.inputs / scale.square(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moments.factors[0].rows, wanted.factors[0].rows, rtol=1e-3, atol=1e-9)
         torch.testing.assert_close(folded.read(name), model.get_parameter(name) * scale)
         with pytest.raises(UsageError, match="put it before"):
             PassManager([FoldNorms()]).run(plain)
@@ -109,7 +111,7 @@ X = torch.linspace(-1, 1, 36).view(2, 3, 6) ** 3
 
 def fold(module):
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    program = capture(module.requires_grad_(False), (X,), read=state.__getitem__)
+    program = capture(module.requires_grad_(False), (X,), context=Context(state.__getitem__))
     return PassManager(["canonicalize", "fold_norms"], is_checked=True).run(program)
 
 

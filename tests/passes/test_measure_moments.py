@@ -12,6 +12,7 @@ from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.calibrator import RANDOM, Calibrator
 from kbitc.errors import UsageError
 from kbitc.graph.capture import capture
+from kbitc.graph.context import Context
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline.manager import PassManager
@@ -29,9 +30,9 @@ def cache(tmp_path, monkeypatch):
 def measured(model, tokens=TOKENS):
     with open_checkpoint(model) as checkpoint:
         program = PassManager([Canonicalize()]).run(
-            capture(checkpoint.skeleton(), context=Context(checkpoint.read))
+            capture(checkpoint.skeleton(), context=Context(checkpoint.read, Calibrator(checkpoint, tokens)))
         )
-        return PassManager([MeasureMoments(Calibrator(checkpoint, tokens))]).run(program)
+        return PassManager([MeasureMoments()]).run(program)
 
 
 def in_memory(model, name, tokens=TOKENS):
@@ -139,7 +140,7 @@ def test_kept_in_the_cache_and_no_seed_is_touched(tiny_model, cache, monkeypatch
     assert first.facts[CALIBRATION] == "3 windows of 16 given tokens"
     assert len(list(cache.rglob("*.safetensors"))) == 1
     assert not list(cache.rglob("*.part"))
-    monkeypatch.setattr(Calibrator, "trace", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(MeasureMoments, "_measure", lambda *_: pytest.fail("measured again"))
     again = measured(model)
     for name, moments in first.facts[MOMENTS].items():
         assert torch.equal(again.facts[MOMENTS][name].importance(), moments.importance())

@@ -9,8 +9,8 @@ from torch import nn
 import kbitc
 from kbitc.graph.program import Program, Stage
 from kbitc.passes.merge_linears import FACT, MergeLinears
-from kbitc.pipeline import load_pass
 from kbitc.pipeline.manager import PassManager
+from kbitc.pipeline.registry import load_pass
 from kbitc.quantizers import quantize
 
 linear = torch.ops.kbit.linear.default

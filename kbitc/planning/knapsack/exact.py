@@ -17,7 +17,11 @@ from kbitc.planning.knapsack.highs import INFEASIBLE, OPTIMAL, milp
 from kbitc.planning.knapsack.problem import GAP, Floats, ItemGroups, total_bytes, total_cost
 from kbitc.planning.knapsack.relaxation import Branch
 
-NODES = 2_000  # of the solver's tree: a limit that does not depend on the machine's speed
+# Of the solver's tree: a limit that does not depend on the machine's speed. SmolLM2-135M, 24476 options, one
+# core of a Xeon: up to 4 bits it finishes before 100. Gap and seconds at 100, 500, 2000, 5000, 20000 nodes:
+# at 4.25 bits 28e-6 2.0, 8.7e-6 5.8, 7.5e-6 7.1, 8.7e-6 10.0, 8.7e-6 10.4;
+# at 5 bits 45e-5 1.5, 42e-5 2.0, 41e-5 4.3, 28e-5 7.5, 1e-5 16.4.
+NODES = 2_000
 
 
 def smallest(groups: ItemGroups, kept: list[list[int]], shared: Mapping[str, int]) -> list[int]:
