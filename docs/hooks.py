@@ -25,24 +25,28 @@ def cli_page() -> str:
     for name, command in group.commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        usage = " ".join(
-            f"{'' if p.required else '['}{p.metavar or p.name.upper()}{'' if p.required else ']'}"
-            for p in arguments
-        )
-        lines += [f"## kbitc {name}", "", f"`kbitc {name} {usage} [OPTIONS]`".replace("  ", " "), ""]
-        lines += [_plain(command.help), "", "| option | what it does |", "| --- | --- |"]
-        for parameter in (*arguments, *options):
-            shown = (
-                ", ".join(parameter.opts)
-                if parameter in options
-                else parameter.metavar or parameter.name.upper()
-            )
-            value = f" {parameter.metavar}" if parameter in options and parameter.metavar else ""
-            text = _plain(parameter.help).replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| `{shown}{value}`".replace("|", "\\|").replace("\\|", "|", 1) + f" | {text} |")
+        usage = " ".join(["kbitc", name, *map(_metavar, arguments), "[OPTIONS]"])
+        lines += [f"## kbitc {name}", "", f"`{usage}`", "", _plain(command.help), ""]
+        lines += ["| | |", "| --- | --- |"]
+        lines += [f"| `{_cell(_metavar(p))}` | {_cell(_plain(p.help))} |" for p in arguments]
+        lines += [f"| `{_cell(_option(p))}` | {_cell(_plain(p.help))} |" for p in options]
         examples = re.findall(r"\$ (.*)", command.epilog or "")
         lines += ["", "```console", *(f"$ {line}" for line in examples), "```", ""]
     return "\n".join(lines)
+
+
+def _metavar(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _option(parameter: Any) -> str:
+    return " ".join([", ".join(parameter.opts), *([parameter.metavar] if parameter.metavar else [])])
+
+
+def _cell(text: str) -> str:
+    """Text inside a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _plain(text: str | None) -> str:
