@@ -32,7 +32,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from kbitc.formats import scale_search
 from kbitc.formats.bit_planes import row_bytes
 from kbitc.formats.encode import encode_rows
-from kbitc.formats.packed import Operands
+from kbitc.formats.packed import TENSOR_FIELDS, Operands
 from kbitc.kernels import reference
 from kbitc.kernels.cpu import build as native
 
@@ -41,8 +41,8 @@ WEIGHT = (
     "Tensor? scale_absmax, Tensor? scale_mean, Tensor? outlier_values, Tensor? outlier_index, "
     "int in_features, int bits, int block"
 )
-TENSORS = 9
-OPERANDS = 12
+TENSORS = len(TENSOR_FIELDS)
+OPERANDS = len(Operands._fields)
 
 library = torch.library.Library("kbit", "DEF")
 
@@ -102,23 +102,34 @@ def _check_input(name: str, x: Tensor, features: int) -> None:
         )
 
 
-def _fake_linear(x: Tensor, planes: Tensor, *rest: Any) -> Tensor:
-    _check_input("linear", x, rest[8])
-    return x.new_empty(*x.shape[:-1], planes.shape[0])
+def _weight(flat: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
+    """The operands that a flat argument list begins with, and what follows them."""
+    return Operands(*flat[:OPERANDS]), flat[OPERANDS:]
+
+
+def _with_bias(flat: Sequence[Any]) -> tuple[Operands, Tensor | None]:
+    operands, rest = _weight(flat)
+    return operands, rest[0] if rest else None
+
+
+def _fake_linear(x: Tensor, *flat: Any) -> Tensor:
+    operands, _ = _weight(flat)
+    _check_input("linear", x, operands.in_features)
+    return x.new_empty(*x.shape[:-1], operands.planes.shape[0])
 
 
 @_op("linear", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
-def _linear(x: Tensor, *rest: Any) -> Tensor:
-    operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
-    _check_input("linear", x, operands[9])
-    return reference.linear(x, operands, bias)  # type: ignore[arg-type]
+def _linear(x: Tensor, *flat: Any) -> Tensor:
+    operands, bias = _with_bias(flat)
+    _check_input("linear", x, operands.in_features)
+    return reference.linear(x, operands, bias)
 
 
 @_op("linear_int8", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
-def _linear_int8(x: Tensor, *rest: Any) -> Tensor:
-    operands, bias = rest[:OPERANDS], rest[OPERANDS] if len(rest) > OPERANDS else None
-    _check_input("linear_int8", x, operands[9])
-    return reference.linear_int8(x, operands, bias)  # type: ignore[arg-type]
+def _linear_int8(x: Tensor, *flat: Any) -> Tensor:
+    operands, bias = _with_bias(flat)
+    _check_input("linear_int8", x, operands.in_features)
+    return reference.linear_int8(x, operands, bias)
 
 
 def _split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Operands]:
@@ -129,8 +140,9 @@ def _split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> 
             f"kbit::linears: expected {TENSORS} tensors and 3 numbers for each weight, "
             f"got {len(weights)} and {len(numbers)}"
         )
+    tensors: Sequence[Any] = weights
     return [
-        (*weights[TENSORS * i : TENSORS * (i + 1)], *numbers[3 * i : 3 * (i + 1)])  # type: ignore[misc]
+        Operands(*tensors[TENSORS * i : TENSORS * (i + 1)], *numbers[3 * i : 3 * (i + 1)])
         for i in range(count)
     ]
 
@@ -144,8 +156,8 @@ def _fake_linears(
     del biases
     each = _split_weights(weights, numbers)
     for operands in each:
-        _check_input("linears", x, operands[9])
-    return x.new_empty(*x.shape[:-1], sum(operands[0].shape[0] for operands in each))
+        _check_input("linears", x, operands.in_features)
+    return x.new_empty(*x.shape[:-1], sum(operands.planes.shape[0] for operands in each))
 
 
 @_op("linears", "(Tensor x, Tensor?[] weights, int[] numbers, Tensor?[] biases) -> Tensor", _fake_linears)
@@ -170,20 +182,23 @@ def _linears(
 @_op(
     "input_grad",
     f"(Tensor grad, {WEIGHT}) -> Tensor",
-    lambda grad, *operands: grad.new_empty(*grad.shape[:-1], operands[9]),
+    lambda grad, *flat: grad.new_empty(*grad.shape[:-1], Operands(*flat).in_features),
 )
-def _input_grad(grad: Tensor, *operands: Any) -> Tensor:
-    _check_input("input_grad", grad, operands[0].shape[0])
-    return reference.input_grad(grad, operands)  # type: ignore[arg-type]
+def _input_grad(grad: Tensor, *flat: Any) -> Tensor:
+    operands = Operands(*flat)
+    _check_input("input_grad", grad, operands.planes.shape[0])
+    return reference.input_grad(grad, operands)
 
 
-@_op(
-    "embedding",
-    f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor",
-    lambda ids, *rest: rest[0].new_empty(*ids.shape, rest[9], dtype=rest[OPERANDS]),
-)
-def _embedding(ids: Tensor, *rest: Any) -> Tensor:
-    return reference.embedding(ids, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+def _fake_embedding(ids: Tensor, *flat: Any) -> Tensor:
+    operands, (dtype,) = _weight(flat)
+    return operands.planes.new_empty(*ids.shape, operands.in_features, dtype=dtype)
+
+
+@_op("embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor", _fake_embedding)
+def _embedding(ids: Tensor, *flat: Any) -> Tensor:
+    operands, (dtype,) = _weight(flat)
+    return reference.embedding(ids, operands, dtype)
 
 
 @_op(
@@ -191,42 +206,44 @@ def _embedding(ids: Tensor, *rest: Any) -> Tensor:
     f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor",
     lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[1]),
 )
-def _grouped_linear(x: Tensor, *rest: Any) -> Tensor:
-    _check_input("grouped_linear", x, rest[9])
-    return reference.grouped_linear(x, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+def _grouped_linear(x: Tensor, *flat: Any) -> Tensor:
+    operands, (offsets,) = _weight(flat)
+    _check_input("grouped_linear", x, operands.in_features)
+    return reference.grouped_linear(x, operands, offsets)
 
 
 @_op(
     "grouped_input_grad",
     f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor",
-    lambda grad, *rest: grad.new_empty(grad.shape[0], rest[9]),
+    lambda grad, *flat: grad.new_empty(grad.shape[0], _weight(flat)[0].in_features),
 )
-def _grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
-    return reference.grouped_input_grad(grad, rest[:OPERANDS], rest[OPERANDS])  # type: ignore[arg-type]
+def _grouped_input_grad(grad: Tensor, *flat: Any) -> Tensor:
+    operands, (offsets,) = _weight(flat)
+    return reference.grouped_input_grad(grad, operands, offsets)
 
 
-@_op(
-    "dequantize",
-    f"({WEIGHT}, ScalarType dtype) -> Tensor",
-    lambda planes, *rest: planes.new_empty(*planes.shape[:-1], rest[8], dtype=rest[OPERANDS - 1]),
-)
-def _dequantize(*rest: Any) -> Tensor:
-    return reference.dequantize(*rest[:OPERANDS], dtype=rest[OPERANDS])
+def _fake_dequantize(*flat: Any) -> Tensor:
+    operands, (dtype,) = _weight(flat)
+    return operands.planes.new_empty(*operands.planes.shape[:-1], operands.in_features, dtype=dtype)
 
 
-def _select_shapes(experts: Tensor, operands: Sequence[Any]) -> list[Tensor]:
-    parts = [operands[0], operands[1], operands[3], operands[7]]
-    plain = torch.float32 if operands[4] is not None else operands[1].dtype
-    dtypes = [torch.uint8, plain, None, None]
-    return [
-        part.new_empty(*experts.shape, *part.shape[1:], dtype=dtype or part.dtype)
-        for part, dtype in zip(parts, dtypes, strict=True)
-        if part is not None
-    ]
+@_op("dequantize", f"({WEIGHT}, ScalarType dtype) -> Tensor", _fake_dequantize)
+def _dequantize(*flat: Any) -> Tensor:
+    operands, (dtype,) = _weight(flat)
+    return reference.dequantize(*operands, dtype=dtype)
 
 
-def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
-    return _select_shapes(experts, operands)
+def _of_experts(operands: Operands) -> list[Tensor]:
+    """The tensors of a weight that have a leading dimension of experts."""
+    parts = (operands.planes, operands.scales, operands.zeros, operands.outlier_values)
+    return [part for part in parts if part is not None]
+
+
+def _fake_select(experts: Tensor, *flat: Any) -> list[Tensor]:
+    operands = Operands(*flat)
+    if operands.scale_codebook is not None:  # read into float32
+        operands = operands._replace(scales=operands.scales.to(torch.float32))
+    return [part.new_empty(*experts.shape, *part.shape[1:]) for part in _of_experts(operands)]
 
 
 @_op(
@@ -235,19 +252,31 @@ def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
     _fake_select,
     is_native=False,
 )
-def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
-    at = experts.long()
-    if operands[4] is not None:
-        operands = reference.plain_scales(operands)  # type: ignore[arg-type]
-    parts = [operands[0], operands[1], operands[3], operands[7]]
-    return [part[at] for part in parts if part is not None]
+def _select(experts: Tensor, *flat: Any) -> list[Tensor]:
+    at, operands = experts.long(), Operands(*flat)
+    if operands.scale_codebook is not None:
+        operands = reference.plain_scales(operands)
+    return [part[at] for part in _of_experts(operands)]
+
+
+def _fake_encode(
+    rows: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor,
+    outlier_index: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    del scales, zeros, codebook, outlier_index, block
+    return rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], bits), dtype=torch.uint8)
 
 
 @_op(
     "encode",
     "(Tensor rows, Tensor scales, Tensor? zeros, Tensor codebook, Tensor? outlier_index, int bits, int block)"
     " -> Tensor",
-    lambda rows, *rest: rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], rest[4]), dtype=torch.uint8),
+    _fake_encode,
 )
 def _encode(*given: Any) -> Tensor:
     return encode_rows(*given)
@@ -314,7 +343,7 @@ def _save_linears(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linears_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     each = _split_weights([next(saved) if is_present else None for is_present in ctx.present], ctx.numbers)
-    parts = grad.split([operands[0].shape[0] for operands in each], dim=-1)
+    parts = grad.split([operands.planes.shape[0] for operands in each], dim=-1)
     grad_x = sum(
         torch.ops.kbit.input_grad(part.contiguous(), *operands)
         for part, operands in zip(parts, each, strict=True)

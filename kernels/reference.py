@@ -33,7 +33,7 @@ def dequantize(*operands: object, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias``: ``x`` (..., in_features), W (rows, in_features)."""
-    out = x.new_empty(*x.shape[:-1], operands[0].shape[0])
+    out = x.new_empty(*x.shape[:-1], operands.planes.shape[0])
     for rows, weight in _tiles(operands, x.dtype):
         out[..., rows] = dense_linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
     return out
@@ -48,10 +48,11 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     Raises:
         RuntimeError: the weight is not `int8` with one scale a row.
     """
-    planes, scales, codebook, zeros, *_, values, index, in_features, bits, _ = operands
+    codebook, index, values = operands.codebook, operands.outlier_index, operands.outlier_values
     even = torch.arange(-INT8_MOST, INT8_MOST + 1, device=codebook.device) * (codebook[-1] / INT8_MOST)
     is_even = codebook.shape == even.shape and torch.allclose(codebook, even, rtol=1e-6, atol=1e-8)
-    if bits != INT8_BITS or not is_even or scales.shape[-1] != 1 or zeros is not None:
+    has_one_scale = operands.scales.shape[-1] == 1 and operands.zeros is None
+    if operands.bits != INT8_BITS or not is_even or not has_one_scale:
         raise RuntimeError(INT8_NEEDS)
     rest = x.float()
     if index is not None:
@@ -59,9 +60,9 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     absmax = rest.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(absmax, INT8_MOST) / absmax  # a number over a tensor would round twice
     rounded = torch.where(inverse.isfinite(), (rest * inverse).round(), 0.0 * rest)
-    weight = unpack(planes, in_features, 8).double() - INT8_MOST
+    weight = unpack(operands.planes, operands.in_features, INT8_BITS).double() - INT8_MOST
     sums = rounded.double() @ weight.mT  # whole numbers below 2**53: exact
-    steps = plain_scales(operands)[1].float().mT * (codebook[-1] / INT8_MOST)
+    steps = plain_scales(operands).scales.float().mT * (codebook[-1] / INT8_MOST)
     out = sums.float() * (absmax / INT8_MOST * steps)
     if index is not None and values is not None:
         out = out + x.float()[..., index.long()] @ values.float().mT
@@ -72,7 +73,7 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
 
 def input_grad(grad: Tensor, operands: Operands) -> Tensor:
     """``grad @ W``: the gradient of :func:`linear` with respect to ``x``; ``grad`` (..., rows)."""
-    out = grad.new_zeros(*grad.shape[:-1], operands[9])
+    out = grad.new_zeros(*grad.shape[:-1], operands.in_features)
     for rows, weight in _tiles(operands, grad.dtype):
         out += grad[..., rows] @ weight
     return out
@@ -80,16 +81,16 @@ def input_grad(grad: Tensor, operands: Operands) -> Tensor:
 
 def embedding(ids: Tensor, operands: Operands, dtype: torch.dtype) -> Tensor:
     """Rows ``ids`` (any shape, integers) of W as ``(*ids.shape, in_features)`` of ``dtype``."""
-    vocabulary = operands[0].shape[0]
+    vocabulary = operands.planes.shape[0]
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         raise IndexError(f"kbit::embedding: an id is outside 0 … {vocabulary - 1}")
     rows = dequantize_operands(*operands, dtype=dtype, rows=ids.flatten().long())
-    return rows.view(*ids.shape, operands[9])
+    return rows.view(*ids.shape, operands.in_features)
 
 
 def grouped_linear(x: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
     """Rows of ``x`` (tokens, in), sorted by expert, times their expert's W (experts, rows, in)."""
-    out = x.new_zeros(x.shape[0], operands[0].shape[1])
+    out = x.new_zeros(x.shape[0], operands.planes.shape[1])
     for expert, tokens in _groups(offsets):
         out[tokens] = linear(x[tokens], expert_operands(operands, expert), None)
     return out
@@ -97,7 +98,7 @@ def grouped_linear(x: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
 
 def grouped_input_grad(grad: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
     """The gradient of :func:`grouped_linear` with respect to ``x``; ``grad`` (tokens, rows)."""
-    out = grad.new_zeros(grad.shape[0], operands[9])
+    out = grad.new_zeros(grad.shape[0], operands.in_features)
     for expert, tokens in _groups(offsets):
         out[tokens] = input_grad(grad[tokens], expert_operands(operands, expert))
     return out
@@ -105,9 +106,10 @@ def grouped_input_grad(grad: Tensor, operands: Operands, offsets: Tensor) -> Ten
 
 def plain_scales(operands: Operands) -> Operands:
     """The same weight with its double-quantized scales, if any, read into float32."""
-    planes, scales, codebook, zeros, scale_codebook, absmax, mean, values, index, *numbers = operands
-    read = effective_scales(scales.flatten(0, -2), scale_codebook, absmax, mean).view(scales.shape)
-    return (planes, read, codebook, zeros, None, None, None, values, index, *numbers)  # type: ignore[return-value]
+    scales = operands.scales
+    constants = (operands.scale_codebook, operands.scale_absmax, operands.scale_mean)
+    read = effective_scales(scales.flatten(0, -2), *constants).view(scales.shape)
+    return operands._replace(scales=read, scale_codebook=None, scale_absmax=None, scale_mean=None)
 
 
 def expert_operands(operands: Operands, expert: int | Tensor) -> Operands:
@@ -116,26 +118,21 @@ def expert_operands(operands: Operands, expert: int | Tensor) -> Operands:
 
 
 def _index_rows(operands: Operands, at: int | slice | Tensor) -> Operands:
-    planes, scales, codebook, zeros, _, _, _, values, index, *numbers = operands
-    return (
-        planes[at],
-        scales[at],
-        codebook,
-        None if zeros is None else zeros[at],
-        None,
-        None,
-        None,
-        None if values is None else values[at],
-        index,
-        *numbers,
-    )  # type: ignore[return-value]  # mypy cannot see that three numbers are left
+    """Some rows, or experts, of a weight with plain scales."""
+    zeros, values = operands.zeros, operands.outlier_values
+    return operands._replace(
+        planes=operands.planes[at],
+        scales=operands.scales[at],
+        zeros=None if zeros is None else zeros[at],
+        outlier_values=None if values is None else values[at],
+    )
 
 
 def _tiles(operands: Operands, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """``(rows, dequantized rows)`` over a 2-D weight."""
     plain = plain_scales(operands)
-    step = max(1, TILE // operands[9])
-    for start in range(0, operands[0].shape[0], step):
+    step = max(1, TILE // operands.in_features)
+    for start in range(0, operands.planes.shape[0], step):
         rows = slice(start, start + step)
         yield rows, dequantize_operands(*_index_rows(plain, rows), dtype=dtype)
 

@@ -31,8 +31,12 @@ from kbitc.kernels.gpu.int8 import int8_kernel
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE
 
-MANY = 64
-SLAB = 2**25
+OPERANDS = len(Operands._fields)
+# No GPU has measured these two yet.
+MANY = 64  # rows of x; beyond them the vendor's matmul on a dequantized slab reads the weight once for all
+SLAB = (
+    2**25
+)  # weights dequantized at a time: 64 MB at 16 bits, about what an L2 cache of this size class holds
 PROGRAMS = 1024  # to aim at when K is split
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -62,7 +66,7 @@ def scales_a_chunk(block: int) -> int:
 
 
 @dataclass(frozen=True)
-class Weight:
+class KernelWeight:
     """A packed weight as kernels take it.
 
     Attributes:
@@ -80,23 +84,23 @@ class Weight:
     @property
     def rows(self) -> int:
         """Of all experts together."""
-        return self.operands[0].shape[:-1].numel()
+        return self.operands.planes.shape[:-1].numel()
 
     @property
     def features(self) -> int:
         """Columns."""
-        return self.operands[9]
+        return self.operands.in_features
 
     @property
     def outliers(self) -> tuple[list[Tensor], int]:
         """Values, columns, and how many there are."""
-        values, index = self.operands[7], self.operands[8]
+        values, index = self.operands.outlier_values, self.operands.outlier_index
         if values is None or index is None:
             return [self.pointers[3], self.pointers[3]], 0
         return [values.contiguous(), index], index.numel()
 
 
-def read_weight(operands: Operands) -> Weight:
+def read_weight(operands: Operands) -> KernelWeight:
     """Pointers, sizes and compile-time numbers of a weight."""
     planes, scales, codebook, zeros, scale_codebook, absmax, mean, _, _, features, bits, block = operands
     planes = planes.contiguous()
@@ -114,7 +118,7 @@ def read_weight(operands: Operands) -> Weight:
         "IS_ALIGNED": is_aligned,
     }
     pointers = [planes, words, scales.contiguous(), codebook, *optional]
-    return Weight(operands, pointers, [planes.shape[-1], features, scales.shape[-1]], flags)
+    return KernelWeight(operands, pointers, [planes.shape[-1], features, scales.shape[-1]], flags)
 
 
 def _as_words(x: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _as_words(x: Tensor) -> Tensor:
 # Rows of the weight -----------------------------------------------------------------------------
 
 
-def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+def _rows(weight: KernelWeight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
     """Rows ``ids``, or ``count`` rows from ``begin`` on, ``(count, features)``."""
     features, flags = weight.features, weight.flags
     out = torch.empty(count, features, dtype=dtype, device=weight.pointers[0].device)
@@ -149,7 +153,7 @@ def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: tor
             **{name: flags[name] for name in ("BITS", "BLOCK", "HAS_ZEROS", "HAS_DQ")},
             HAS_IDS=ids is not None, COLUMNS=columns,
         )  # fmt: skip
-    values, index = weight.operands[7], weight.operands[8]
+    values, index = weight.operands.outlier_values, weight.operands.outlier_index
     if values is not None and index is not None:
         kept = values.flatten(0, -2)
         picked = kept.narrow(0, begin, count) if ids is None else kept.index_select(0, ids)
@@ -165,7 +169,7 @@ def _grid_of(count: int, features: int) -> Grid:
     )
 
 
-def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _slabs(weight: KernelWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The weight in 16 bits, a slab of rows at a time, and the first of these."""
     step = max(1, SLAB // weight.features)
     for begin in range(0, weight.rows, step):
@@ -175,16 +179,16 @@ def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
 
 def dequantize(*given: Any) -> Tensor:
     """``kbit::dequantize``."""
-    weight = read_weight(given[:12])
+    weight = read_weight(Operands(*given[:OPERANDS]))
     lead = given[0].shape[:-1]
-    return _rows(weight, None, 0, weight.rows, given[12]).view(*lead, weight.features)
+    return _rows(weight, None, 0, weight.rows, given[OPERANDS]).view(*lead, weight.features)
 
 
 def embedding(ids: Tensor, *rest: Any) -> Tensor:
     """``kbit::embedding``; ids must be inside the vocabulary: checking would stop the device."""
-    weight = read_weight(rest[:12])
+    weight = read_weight(Operands(*rest[:OPERANDS]))
     flat = ids.flatten().long()
-    return _rows(weight, flat, 0, flat.numel(), rest[12]).view(*ids.shape, weight.features)
+    return _rows(weight, flat, 0, flat.numel(), rest[OPERANDS]).view(*ids.shape, weight.features)
 
 
 # Products ---------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ def _splits(kernel: str, slots: int, rows: int, features: int) -> int:
     return max(1, min(PROGRAMS // programs, features // (CHUNK * tiles.chunks)))
 
 
-def _gemv(x: Tensor, weight: Weight) -> Tensor:
+def _gemv(x: Tensor, weight: KernelWeight) -> Tensor:
     """``x @ W.T`` in float32 for one row of x."""
     count = weight.rows
     splits = _splits("gemv", 1, count, weight.features)
@@ -210,12 +214,12 @@ def _gemv(x: Tensor, weight: Weight) -> Tensor:
     return parts.sum(0, keepdim=True)
 
 
-def _fits_tensor_cores(x: Tensor, weight: Weight) -> bool:
+def _fits_tensor_cores(x: Tensor, weight: KernelWeight) -> bool:
     """Whether `matmul_kernel` takes them: float32 is left to the vendor's library."""
     return x.dtype != torch.float32 and weight.flags["SCALES"] > 0
 
 
-def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
+def _matmul(x: Tensor, weight: KernelWeight, offsets: Tensor | None = None) -> Tensor:
     """``x @ W.T`` in float32 on tensor cores; with offsets, each row of x with the weight of its expert."""
     m = x.shape[0]
     experts = 1 if offsets is None else offsets.numel()
@@ -243,8 +247,8 @@ def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
 
 def linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::linear``."""
-    operands, bias = rest[:12], rest[12] if len(rest) > 12 else None
-    _check_input("linear", x, operands[9])
+    operands, bias = Operands(*rest[:OPERANDS]), rest[OPERANDS] if len(rest) > OPERANDS else None
+    _check_input("linear", x, operands.in_features)
     weight = read_weight(operands)
     flat = x.reshape(-1, weight.features).contiguous()
     m = flat.shape[0]
@@ -274,7 +278,7 @@ def input_grad(grad: Tensor, *operands: Any) -> Tensor:
 
 def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::grouped_linear``."""
-    weight, offsets = read_weight(rest[:12]), rest[12]
+    weight, offsets = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS]
     _check_input("grouped_linear", x, weight.features)
     count = rest[0].shape[1]
     if x.shape[0] == 0:
@@ -289,7 +293,7 @@ def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
 
 def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     """``kbit::grouped_input_grad``."""
-    weight, offsets = read_weight(rest[:12]), rest[12]
+    weight, offsets = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS]
     count = rest[0].shape[1]
     _check_input("grouped_input_grad", grad, count)
     out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
@@ -298,7 +302,7 @@ def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     return out.to(grad.dtype)
 
 
-def _experts(x: Tensor, weight: Weight, count: int, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _experts(x: Tensor, weight: KernelWeight, count: int, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Which rows of x meet each expert, and its weight dense: how many rows, only the device knows."""
     tokens = torch.arange(x.shape[0], device=x.device)
     expert = torch.bucketize(tokens, offsets, right=True)
@@ -308,13 +312,13 @@ def _experts(x: Tensor, weight: Weight, count: int, offsets: Tensor) -> Iterator
 
 def linear_int8(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::linear_int8``; what the weight must be, `reference.linear_int8` says."""
-    weight, bias = read_weight(rest[:12]), rest[12] if len(rest) > 12 else None
+    weight, bias = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS] if len(rest) > OPERANDS else None
     _check_input("linear_int8", x, weight.features)
     planes, scales, codebook, zeros, *_ = weight.operands
     if weight.flags["BITS"] != reference.INT8_BITS or scales.shape[-1] != 1 or zeros is not None:
         raise RuntimeError(reference.INT8_NEEDS)
     flat = x.reshape(-1, weight.features).float()
-    index, values = weight.operands[8], weight.operands[7]
+    index, values = weight.operands.outlier_index, weight.operands.outlier_values
     inside = flat if index is None else flat.index_fill(1, index.long(), 0.0)
     absmax = inside.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(absmax, reference.INT8_MOST) / absmax

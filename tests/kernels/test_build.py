@@ -112,7 +112,7 @@ def test_without_a_compiler_one_warning_and_the_right_answer(cache):
     done = run(
         """
         import torch, warnings
-        from kbitc.tensor import quantize
+        from kbitc.quantizers import quantize
         weight = quantize(torch.randn(33, 70), "nf4:64+dq")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -138,7 +138,7 @@ def test_library_that_does_not_load(compiler, cache):
         library = build.cache_folder() / "kernels" / (build.kernel_recipe().key(build.find_compiler()) + ".so")
         library.parent.mkdir(parents=True)
         library.write_text("damaged")
-        from kbitc.tensor import quantize
+        from kbitc.quantizers import quantize
         weight = quantize(torch.randn(4, 70), "nf4:64")
         print(torch.nn.functional.linear(torch.ones(70), weight).shape)
         """
@@ -154,7 +154,7 @@ def test_switched_off_every_op_runs_on_the_reference(cache):
         """
         import torch
         from torch.library import opcheck
-        from kbitc.tensor import quantize
+        from kbitc.quantizers import quantize
         weight, experts = quantize(torch.randn(6, 70), "nf4:64+zp"), quantize(torch.randn(2, 6, 70), "int3:32+dq")
         w, e = weight.operands(), experts.operands()
         x = torch.randn(3, 70, requires_grad=True)
@@ -182,7 +182,7 @@ def test_wrong_setting_is_an_error(compiler):
     done = run(
         """
         import torch
-        from kbitc.tensor import quantize
+        from kbitc.quantizers import quantize
         quantize(torch.randn(4, 70), "nf4:64").dequantize()
         """,
         KBITC_CPU="avx1024",
