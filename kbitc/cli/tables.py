@@ -32,7 +32,7 @@ def print_inspection(seen: Inspection) -> None:
 
 def trade_off_table(scores: ScoreTable, bits: float) -> Table:
     """Budgets around one, what the best plan and the best uniform spec would cost there."""
-    from kbitc.report.artifact_page import trade_off_rows
+    from kbitc.planning.tradeoff import trade_off_rows
 
     table = Table(title=f"trade-off, predicted {scores.unit}", title_justify="left")
     for column in ("stored bits", "best plan", "best uniform spec", "its cost"):

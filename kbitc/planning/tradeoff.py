@@ -16,6 +16,12 @@ from kbitc.formats.spec import Spec
 from kbitc.planning.knapsack import Item, frontier, hull
 from kbitc.sensitivity.score_table import Option, ScoreTable
 
+STEP = 0.25
+"""Bits per parameter from one budget to the next in "what would change"."""
+
+MOST_STEPS = 4
+"""Budgets below and above the one at hand that are listed."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -67,6 +73,19 @@ def uniform(scores: ScoreTable) -> list[Point]:
 def best_uniform(points: Sequence[Point], bits: float) -> Point | None:
     """Of uniform plans, the one of least cost that takes at most ``bits``."""
     return min((p for p in points if p.bits <= bits), key=lambda p: p.cost, default=None)
+
+
+def trade_off_rows(scores: ScoreTable, around: float) -> list[tuple[float, float, Point | None]]:
+    """Budgets around one: ``(bits, predicted cost of the best plan, best uniform plan that fits)``."""
+    best, uniforms = curve(scores), uniform(scores)
+    centre = round(around / STEP) * STEP
+    rows = []
+    for i in range(-MOST_STEPS, MOST_STEPS + 1):
+        bits = centre + i * STEP
+        cost = at(best, bits)
+        if cost is not None:
+            rows.append((bits, cost, best_uniform(uniforms, bits)))
+    return rows
 
 
 def priced(scores: ScoreTable, specs: Mapping[str, Spec]) -> dict[str, Option] | None:

@@ -17,15 +17,12 @@ from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction,
 from kbitc.graph.roles import by_role
 from kbitc.pipeline.records import Fired
 from kbitc.planning import tradeoff
-from kbitc.planning.tradeoff import Point
+from kbitc.planning.tradeoff import STEP, Point
 from kbitc.report import charts
 from kbitc.report.charts import HeatCell, HeatRow
 from kbitc.report.outlier_map import outlier_map
 from kbitc.report.page import Cell, Section, bar, code, join, page, paragraph, table
 from kbitc.sensitivity.score_table import Option, ScoreTable
-
-STEP = 0.25
-"""Bits per parameter up and down in "what would change"."""
 
 MOST_ROLES = 60
 """Of a heat map; models with more name their layers in a way that we cannot read."""
@@ -218,21 +215,8 @@ def _trade_off(plan: PlanFile, scores: ScoreTable, measured: Sequence[Evaluation
     )
 
 
-def trade_off_rows(scores: ScoreTable, around: float) -> list[tuple[float, float, Point | None]]:
-    """Budgets around one: ``(bits, predicted cost of the best plan, best uniform plan that fits)``."""
-    curve, uniform = tradeoff.curve(scores), tradeoff.uniform(scores)
-    centre = round(around / STEP) * STEP
-    rows = []
-    for i in range(-4, 5):
-        bits = centre + i * STEP
-        cost = tradeoff.at(curve, bits)
-        if cost is not None:
-            rows.append((bits, cost, tradeoff.best_uniform(uniform, bits)))
-    return rows
-
-
 def trade_off_table(scores: ScoreTable, around: float) -> Markup:
-    """:func:`trade_off_rows` for a page."""
+    """:func:`tradeoff.trade_off_rows` for a page."""
     rows: list[list[Cell | str]] = [
         [
             Cell(f"{bits:.2f}", bits),
@@ -241,7 +225,7 @@ def trade_off_table(scores: ScoreTable, around: float) -> Markup:
             number(None if best is None else best.cost, ".4g"),
             number(None if best is None or not cost else best.cost / cost, ".2f"),
         ]
-        for bits, cost, best in trade_off_rows(scores, around)
+        for bits, cost, best in tradeoff.trade_off_rows(scores, around)
     ]
     columns = ("stored bits", f"best plan: predicted {scores.unit}", "best uniform spec", "its cost", "times")
     return table(columns, rows)

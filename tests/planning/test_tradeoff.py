@@ -76,5 +76,16 @@ def test_best_uniform():
     assert tradeoff.best_uniform(points, 5.5).label == "b"
 
 
+def test_rows_are_a_quarter_bit_apart_and_begin_where_a_plan_exists():
+    scores = random_scores(0)
+    points = tradeoff.curve(scores)
+    rows = tradeoff.trade_off_rows(scores, 3.1)
+    assert [bits for bits, _, _ in rows] == [b / 4 for b in range(8, 17) if b / 4 >= points[0].bits]
+    for bits, cost, best in rows:
+        assert cost == tradeoff.at(points, bits)
+        assert best is None or (best.bits <= bits and best.cost >= cost - 1e-12)
+    assert tradeoff.trade_off_rows(scores, -5.0) == []
+
+
 def test_a_chart_of_one_point_is_none():
     assert trade_off([Point(4, 1.0)], [], None, [], "nats") == ""
