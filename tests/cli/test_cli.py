@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from kbitc.artifact.evaluations import EVAL_FILE, read_evaluations
 
 from kbitc import cli
+from kbitc.artifact.evaluations import EVAL_FILE, read_evaluations
 from kbitc.checkpoint import demo
 
 

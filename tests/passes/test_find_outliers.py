@@ -19,7 +19,7 @@ from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.errors import UsageError
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.perplexity import perplexity
-from kbitc.formats.spec import Spec, parse
+from kbitc.formats.spec import Spec, parse, parse_wish
 from kbitc.graph.capture import capture
 from kbitc.graph.context import Context
 from kbitc.graph.queries import previous_weights

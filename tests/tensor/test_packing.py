@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kbitc.blockwise import Encoder
 
 from kbitc.errors import UsageError
-from kbitc.formats import bit_planes
+from kbitc.formats import bit_planes, blocks
 from kbitc.formats.codebooks import dynamic_map, shared_codebook
 from kbitc.formats.datatypes import FAMILIES, CodebookRequest, codebook
 from kbitc.formats.dequantize import dequantize
-from kbitc.formats.layout import packed_slots
+from kbitc.formats.encoder import Encoder
+from kbitc.formats.layout import packed_slots, weight_bytes
 from kbitc.formats.spec import parse
 from kbitc.quantizers import quantize_weight
 
@@ -118,7 +118,7 @@ def test_any_weight_packs_to_the_promised_bytes_and_back(weight, family, bits, b
     packed = quantize_weight(weight, spec)
     assert packed.shape == tuple(weight.shape)
     rows = weight[..., 0].numel()
-    assert packed.nbytes() == spec.packed_bytes(rows, weight.shape[-1])
+    assert packed.nbytes() == weight_bytes(spec, (rows,), weight.shape[-1])
     slots = packed_slots(spec, tuple(weight.shape[:-1]), weight.shape[-1])
     assert sum(slot.nbytes for slot in slots.values()) == packed.nbytes()
     assert {name: tuple(t.shape) for name, t in packed.tensors().items() if name in slots} == {
@@ -228,7 +228,7 @@ def test_tiling_does_not_change_the_bytes(monkeypatch):
     weight = torch.randn(50, 333, generator=torch.Generator().manual_seed(0))
     for spec in ("nf4:64+dq", "int3:50+zp", "learned4:64", "nf3:64+out2%"):
         whole = quantize_weight(weight, spec).tensors()
-        monkeypatch.setattr(blockwise, "TILE", 1000)
+        monkeypatch.setattr(blocks, "TILE", 1000)
         tiled = quantize_weight(weight, spec).tensors()
         monkeypatch.undo()
         assert all(torch.equal(whole[name], tiled[name]) for name in whole), spec
@@ -255,7 +255,7 @@ def test_given_outliers_are_used():
 def test_bit_accounting_of_the_papers():
     """4.25 bits at block 64; 4.127 with double quantization (QLoRA); 0.24 bits for 1024 to 64."""
     rows, width = 4096, 4096
-    bits = lambda text: 8 * parse(text).packed_bytes(rows, width) / (rows * width)  # noqa: E731
+    bits = lambda text: 8 * weight_bytes(parse(text), (rows,), width) / (rows * width)  # noqa: E731
     assert bits("nf4:64") == 4.25
     assert bits("nf4:64+dq") == pytest.approx(4.127, abs=5e-4)
     assert bits("nf4:64") - bits("nf4:1024") == pytest.approx(0.234375)

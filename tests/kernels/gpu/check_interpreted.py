@@ -1,5 +1,3 @@
-from kbitc.formats import datatypes
-
 """Run with TRITON_INTERPRET=1 and numbers i, n: ops of kernels/gpu against the reference, on CPU tensors.
 
 Every n-th format from the i-th on.
@@ -10,6 +8,7 @@ import sys
 
 import torch
 
+from kbitc.formats import datatypes
 from kbitc.kernels import reference
 from kbitc.kernels.gpu import launch
 from kbitc.quantizers import quantize_weight
