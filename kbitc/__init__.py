@@ -155,7 +155,7 @@ def export_onnx(
     example_inputs: tuple[Any, ...] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a packed model as ONNX; see ``kbitc.backends.onnx_export.backend.export_onnx``.
+    """Write a packed model as ONNX; see ``kbitc.backends.onnx_export.export.export_onnx``.
 
     Raises:
         kbitc.errors.BackendUnavailable: onnx, onnxscript or onnxruntime is not installed.

@@ -53,10 +53,10 @@ def _attend(
     query: (1, heads, 1, size); key, value: (1, key heads, tokens, size).
     """
     if options.get("position_bias") is not None or query.shape[2] != 1:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
         )
-        return found
+        return attended
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
     out = F.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")

@@ -11,15 +11,17 @@ weights' values, and serves every length. It is kept under ``$KBITC_CACHE/decode
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from kbitc.backends.cpu.compiled_decoder import CompiledDecoder
+from kbitc.backends._compiler import missing_compiler
 from kbitc.pipeline import Pass
 from kbitc.pipeline.defaults import lowering_pipeline
+
+if TYPE_CHECKING:
+    from kbitc.backends.cpu.compiled_decoder import CompiledDecoder
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Cpu:
     disabled: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
-        """What to install; None if nothing."""
-        named = os.environ.get("CXX")
-        if any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"])):
+        """A compiler, unless a step that was compiled before is kept: that may be the one that is wanted."""
+        missing = missing_compiler()
+        if missing is None:
             return None
-        return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
+        from kbitc.backends.cpu.step_package import kept_packages
+
+        return None if kept_packages() else missing
 
     def decoder(self, model: nn.Module) -> CompiledDecoder:
         """See `CompiledDecoder`.
@@ -47,6 +51,8 @@ class Cpu:
         Raises:
             UsageError: also for unknown or misplaced lowering passes.
         """
+        from kbitc.backends.cpu.compiled_decoder import CompiledDecoder
+
         return CompiledDecoder(model, lowering_pipeline(self.passes, self.disabled))
 
 

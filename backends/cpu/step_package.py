@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from kbitc import cache
+from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding import decode_step, decoder
 from kbitc.backends._decoding.decode_step import TracedStep, export_step
-from kbitc.backends.cpu.backend import Cpu
 from kbitc.errors import BackendUnavailable, UsageError, first_line
 from kbitc.graph import matching, rewriting, weight_reads
 from kbitc.pipeline import Pass
@@ -40,6 +40,12 @@ OPTIONS: dict[str, Any] = {
 def package_folder() -> Path:
     """Where packages are kept."""
     return cache.cache_folder() / "decode"
+
+
+def kept_packages() -> list[Path]:
+    """The packages that are there, of any model."""
+    folders = (file.parent for file in package_folder().glob(f"*/{PACKAGE}"))
+    return sorted(folder for folder in folders if not folder.name.startswith("."))  # those are not complete
 
 
 def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequence[Pass]) -> str:
@@ -90,7 +96,7 @@ def compile_package(
     model: nn.Module, root: Path, target: Path, state: dict[str, Tensor], passes: Sequence[Pass]
 ) -> None:
     """Export, compile, and put the package in place at once, complete or not at all."""
-    missing = Cpu().missing()
+    missing = missing_compiler()
     if missing is not None:
         raise BackendUnavailable(f"the decode step cannot be compiled: {missing}")
     try:
@@ -128,7 +134,8 @@ def _build(model: nn.Module, folder: Path, state: dict[str, Tensor], passes: Seq
             raise
         except Exception as error:
             raise UsageError(
-                f"{name}: torch.export cannot trace the decode step: {type(error).__name__}: {first_line(error)}"
+                f"{name}: torch.export cannot trace the decode step: {type(error).__name__}: "
+                f"{first_line(error)}"
             ) from error
         try:
             torch._inductor.aoti_compile_and_package(

@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import tracing
 
-from kbitc.backends.cpu.backend import Cpu
-from kbitc.backends.dynamo import graph
-from kbitc.backends.dynamo.options import Options
+from kbitc.backends._compiler import missing_compiler
+from kbitc.backends.dynamo.graph import Lowered, is_differentiated, lower_graph, trace
+from kbitc.backends.dynamo.options import CompileOptions
 from kbitc.backends.dynamo.owner import owner
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.module import is_freed
@@ -32,6 +32,7 @@ from kbitc.compiler.modules import packed_weights, plan_module
 from kbitc.errors import UsageError, first_line
 from kbitc.formats.layout import operand_slots
 from kbitc.graph.capture import StoredNames, capture
+from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.program import Program
 from kbitc.passes.canonicalize import NEVER_READ
@@ -40,7 +41,7 @@ Compiled = Callable[..., Any]
 
 
 @dataclass
-class Model:
+class PlannedModel:
     """What is kept of a model that is compiled: its plan and packed weights, for all of its graphs.
 
     Attributes:
@@ -51,7 +52,7 @@ class Model:
         warned: what was said already.
     """
 
-    options: Options
+    options: CompileOptions
     program: Program
     operands: Mapping[str, Tensor]
     is_freed: bool = False
@@ -65,10 +66,10 @@ class Model:
         return [name for name, choice in plan.weights.items() if not choice.spec.is_left_alone]
 
 
-_models: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Model]] = WeakKeyDictionary()
+_models: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], PlannedModel]] = WeakKeyDictionary()
 
 
-def models_of(root: nn.Module) -> tuple[Model, ...]:
+def models_of(root: nn.Module) -> tuple[PlannedModel, ...]:
     """What is kept of a module that was compiled, one for each request."""
     return tuple(_models.get(root, {}).values())
 
@@ -88,13 +89,14 @@ def kbit(
     Args:
         graph: of Dynamo, parameters lifted to inputs.
         inputs: the real ones.
-        options: by name, see `Options`.
-        mode: see `Options`.
+        options: by name, see `CompileOptions`.
+        mode: see `CompileOptions`.
 
     Raises:
-        KbitcError: see `Options.of` and `kbitc.driver.plan_module`; torch wraps it in BackendCompilerFailed.
+        KbitcError: see `CompileOptions.of` and `kbitc.compiler.modules.plan_module`; torch wraps it in
+            BackendCompilerFailed.
     """
-    settings = Options.of({**({} if mode is None else {"mode": mode}), **(options or {})})
+    settings = CompileOptions.of({**({} if mode is None else {"mode": mode}), **(options or {})})
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
     if not parameters:
         return _inner(settings, graph, inputs)
@@ -106,7 +108,7 @@ def kbit(
     if root.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return _unquantized(settings, label, graph, inputs, "it is in training mode with gradients enabled")
     try:
-        traced = graph.trace(graph, inputs)
+        traced = trace(graph, inputs)
     except Exception as error:  # noqa: BLE001  # whatever a model's operators raise
         reason = f"it cannot be traced on fake tensors: {type(error).__name__}: {first_line(error)}"
         return _unquantized(settings, label, graph, inputs, reason)
@@ -114,8 +116,8 @@ def kbit(
     with _plain_state(root):
         model = _model_of(root, settings, Program(traced.graph, lifted))
     given = [value for value in inputs if not isinstance(value, nn.Parameter)]
-    has_gradients = graph.is_differentiated(given)
-    lowered = graph.lower_graph(traced, lifted, model.program, has_gradients=has_gradients)
+    has_gradients = is_differentiated(given)
+    lowered = lower_graph(traced, lifted, model.program, has_gradients=has_gradients)
     _tell(model, lifted.values(), lowered.left)
     compiled = _compiled(settings, model, lowered, has_gradients=has_gradients)
     if settings.free_source and not model.is_freed:
@@ -123,7 +125,9 @@ def kbit(
     return compiled
 
 
-def _compiled(settings: Options, model: Model, lowered: graph.Lowered, *, has_gradients: bool) -> Compiled:
+def _compiled(
+    settings: CompileOptions, model: PlannedModel, lowered: Lowered, *, has_gradients: bool
+) -> Compiled:
     """A function of Dynamo's inputs; those that are packed it does not look at."""
     arguments = [None if isinstance(source, int) else model.operands[source] for source in lowered.sources]
     places = [(at, source) for at, source in enumerate(lowered.sources) if isinstance(source, int)]
@@ -140,7 +144,7 @@ def _compiled(settings: Options, model: Model, lowered: graph.Lowered, *, has_gr
     return call
 
 
-def _inner(settings: Options, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+def _inner(settings: CompileOptions, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     if settings.inner == "inductor":
         options = torch._inductor.list_mode_options(settings.mode) if settings.mode else None
         compiled: Compiled = torch._inductor.compile(graph, list(inputs), options)
@@ -150,7 +154,7 @@ def _inner(settings: Options, graph: fx.GraphModule, inputs: Sequence[Any]) -> C
 
 
 def _unquantized(
-    settings: Options, label: str, graph: fx.GraphModule, inputs: Sequence[Any], reason: str
+    settings: CompileOptions, label: str, graph: fx.GraphModule, inputs: Sequence[Any], reason: str
 ) -> Compiled:
     """The graph as it is, if there are weights to run it on.
 
@@ -166,13 +170,13 @@ def _unquantized(
     return _inner(settings, graph, inputs)
 
 
-def _model_of(root: nn.Module, settings: Options, found: Program) -> Model:
+def _model_of(root: nn.Module, settings: CompileOptions, piece: Program) -> PlannedModel:
     """The plan and packed weights of a model, made the first time.
 
     Args:
         root: the model.
         settings: of the call.
-        found: the graph that Dynamo found.
+        piece: the graph that Dynamo found.
 
     Raises:
         KbitcError: they cannot be made.
@@ -181,39 +185,42 @@ def _model_of(root: nn.Module, settings: Options, found: Program) -> Model:
     first = next(root.parameters())
     key = (*settings.key(), first.device, first.dtype)  # a model that was moved is packed anew
     if key not in known:
-        program = plan_module(
-            root, settings.request(), lambda source: _captured(source, settings.example_inputs, root, found)
-        )
+
+        def captured(source: Checkpoint, context: Context) -> Program:
+            return _captured(source, context, settings.example_inputs, root, piece)
+
+        program = plan_module(root, settings.request(), captured)
         operands = _packed(root, program)
-        known[key] = Model(settings, replace(program, facts={}, read=None, changes=()), operands)
+        bare = replace(program, facts={}, context=Context(), changes=(), packed={})
+        known[key] = PlannedModel(settings, bare, operands)
     return known[key]
 
 
-def _captured(source: Checkpoint, inputs: Any, root: nn.Module, found: Program) -> Program:
+def _captured(source: Checkpoint, context: Context, inputs: Any, root: nn.Module, piece: Program) -> Program:
     """The whole model where its inputs are known; else what Dynamo found of it."""
     if inputs is None:
         try:
             inputs = make_example_inputs(source.skeleton())
         except UsageError:
-            return replace(found, rest=StoredNames.of(root).as_rest(root), read=source.read)
-    return capture(source.skeleton(), inputs, read=source.read)
+            return replace(piece, rest=StoredNames.of(root).as_rest(root), context=context)
+    return capture(source.skeleton(), inputs, context=context)
 
 
 def _packed(root: nn.Module, program: Program) -> dict[str, Tensor]:
     """The tensors of all packed weights by stored name."""
-    found: dict[str, Tensor] = {}
+    operands: dict[str, Tensor] = {}
     for name, packed in packed_weights(root, program):
         weight = program.weights[name]
         slots = operand_slots(name, packed.spec, weight.oriented_shape[:-1], weight.in_features)
         for part, (stored, _) in slots.items():
-            found.setdefault(stored, getattr(packed.packed, part))
-    devices = {str(tensor.device) for tensor in found.values()}
+            operands.setdefault(stored, getattr(packed.packed, part))
+    devices = {str(tensor.device) for tensor in operands.values()}
     if len(devices) > 1:
         raise UsageError(
             f"{type(root).__name__}: its weights are on {' and '.join(sorted(devices))}; the backend 'kbit' "
             "of torch.compile runs models that are on one device"
         )
-    return found
+    return operands
 
 
 def _names(root: nn.Module) -> dict[int, str]:
@@ -221,7 +228,7 @@ def _names(root: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in (*root.named_buffers(), *root.named_parameters())}
 
 
-def _free(root: nn.Module, model: Model) -> None:
+def _free(root: nn.Module, model: PlannedModel) -> None:
     """Leave packed parameters their shapes, which guards look at, and no data.
 
     A storage is replaced and not emptied: other tensors may share it. What another request of the same
@@ -262,14 +269,14 @@ def _plain_state(root: nn.Module) -> Iterator[None]:
         yield
 
 
-def _tell(model: Model, names: Iterable[str], left: Mapping[str, str]) -> None:
+def _tell(model: PlannedModel, names: Iterable[str], left: Mapping[str, str]) -> None:
     """Warn once of each weight of a matmul that a graph reads at 16 bits or dequantizes."""
     rest = model.program.rest
-    found = {name: rest[name] for name in names if name in rest}
-    reasons = {name: tensor.reason for name, tensor in found.items() if tensor.is_matmul}
+    dense = {name: rest[name] for name in names if name in rest}
+    reasons = {name: tensor.reason for name, tensor in dense.items() if tensor.is_matmul}
     reasons |= {
         name: f"{NEVER_READ} that the plan is made of; give the option 'example_inputs'"
-        for name, tensor in found.items()
+        for name, tensor in dense.items()
         if tensor.reason == NEVER_READ and len(tensor.shape) > 1
     }
     reasons |= {name: f"dequantized in each call: {reason}" for name, reason in left.items()}
@@ -291,7 +298,7 @@ class Dynamo:
 
     def missing(self) -> str | None:
         """What Inductor needs: a C++ compiler."""
-        return Cpu().missing()
+        return missing_compiler()
 
 
 BACKEND = Dynamo

@@ -24,11 +24,10 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.fx.traceback import preserve_node_meta
 
 from kbitc.graph.program import Program, Stage
-from kbitc.passes import fuse_dequantize
+from kbitc.passes.fuse_dequantize import FACT
 from kbitc.passes.insert_dequantize import InsertDequantize
 from kbitc.pipeline.defaults import lowering_pipeline
 from kbitc.pipeline.manager import PassManager
-from kbitc.pipeline.records import records
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Lowered:
 
 
 @dataclass(frozen=True)
-class Traced:
+class AtenGraph:
     """A graph of Dynamo in aten calls.
 
     Attributes:
@@ -77,7 +76,7 @@ def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
     return list(graph.graph.find_nodes(op="placeholder"))
 
 
-def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
+def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> AtenGraph:
     """A graph that Dynamo is compiling, in aten calls, without a look at any data.
 
     Args:
@@ -92,7 +91,7 @@ def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
     with mode, torch.no_grad(), preserve_node_meta():
         run = PropagateUnbackedSymInts(graph).run
         flat = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
-    return Traced(graph, flat, values)
+    return AtenGraph(graph, flat, values)
 
 
 def _fake(value: Any, context: TracingContext, mode: FakeTensorMode) -> Any:
@@ -106,13 +105,13 @@ def _fake(value: Any, context: TracingContext, mode: FakeTensorMode) -> Any:
 
 
 def lower_graph(
-    traced: Traced, parameters: Mapping[str, str], model: Program, *, has_gradients: bool
+    traced: AtenGraph, parameters: Mapping[str, str], model: Program, *, has_gradients: bool
 ) -> Lowered:
     """Put packed weights into a graph.
 
     Args:
         traced: the graph.
-        parameters: the model's tensors among its inputs, see :meth:`Traced.named`.
+        parameters: the model's tensors among its inputs, see :meth:`AtenGraph.named`.
         model: planned, of the whole model.
         has_gradients: gradients with respect to inputs will be taken: only what has one may be made.
     """
@@ -150,12 +149,12 @@ def _mark(node: fx.Node, about: Mapping[str, Any], source: object) -> None:
 def _left(lowered: Program) -> dict[str, str]:
     """Weights that are still dequantized, and why, of the record of ``fuse_dequantize``."""
     nodes = {node.name: node for node in lowered.graph.graph.nodes}
-    found: dict[str, str] = {}
-    for name, reason in records(lowered)[fuse_dequantize.FACT].left.items():
+    reasons: dict[str, str] = {}
+    for name, reason in lowered.known(FACT).left.items():
         if name in nodes:
             planes: Any = nodes[name].args[0]
-            found[lowered.parameters[planes.name].removesuffix(".planes")] = reason
-    return found
+            reasons[lowered.parameters[planes.name].removesuffix(".planes")] = reason
+    return reasons
 
 
 def is_differentiated(values: Sequence[Any]) -> bool:

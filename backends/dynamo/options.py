@@ -15,7 +15,7 @@ INNER = ("inductor", "aot_eager", "eager")
 
 
 @dataclass(frozen=True)
-class Options:
+class CompileOptions:
     """What ``options`` of torch.compile may say.
 
     Attributes:
@@ -48,13 +48,13 @@ class Options:
     mode: str | None = None
 
     @staticmethod
-    def of(given: Mapping[str, Any]) -> Options:
-        """Options by name; "calibration" is another name of "calibrate".
+    def of(given: Mapping[str, Any]) -> CompileOptions:
+        """CompileOptions by name; "calibration" is another name of "calibrate".
 
         Raises:
             UsageError: an unknown option or inner compiler, or what `Request` refuses.
         """
-        known = [option.name for option in fields(Options)]
+        known = [option.name for option in fields(CompileOptions)]
         named = {("calibrate" if name == "calibration" else name): value for name, value in given.items()}
         for name in named:
             if name not in known:
@@ -63,7 +63,7 @@ class Options:
             raise UsageError("torch.compile, backend 'kbit': 'calibration' and 'calibrate' are one option")
         if isinstance(named.get("plan"), str):
             named["plan"] = Path(named["plan"])
-        options = Options(**named)
+        options = CompileOptions(**named)
         if options.inner not in INNER:
             raise UsageError(did_you_mean("inner compiler", options.inner, INNER))
         options.request()

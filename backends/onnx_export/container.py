@@ -150,7 +150,7 @@ def _best_grid(
     bias = _bias(widths)
     most, least = (1 << sum(widths)) - 1 - bias, -bias
     high, low = float(codebook.max()), float(codebook.min())
-    found: tuple[float, float, float] | None = None
+    best: tuple[float, float, float] | None = None
     for shift in shifts:
         finest = min(
             (most + shift) / high if high > 0 else math.inf, (least + shift) / low if low < 0 else math.inf
@@ -166,7 +166,7 @@ def _best_grid(
                 return float(grids[is_exact.argmax()]), shift, 0.0
             lost = gap**2 @ mass
             at = int(lost.argmin()) if lost.size else -1
-            if at >= 0 and (found is None or lost[at] < found[2]):
-                found = float(grids[at]), shift, float(lost[at])
-    assert found is not None
-    return found
+            if at >= 0 and (best is None or lost[at] < best[2]):
+                best = float(grids[at]), shift, float(lost[at])
+    assert best is not None
+    return best

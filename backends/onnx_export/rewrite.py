@@ -1,7 +1,7 @@
 """Marked nodes of a traced graph to packed matmuls and look-ups.
 
 before:  kbitc::linear(x, planes, bias)
-after:   MatMulNBits and what it needs (`_onnx_weight`)
+after:   MatMulNBits and what it needs (`OnnxWeight`)
 
 The one thing to know: all marked nodes of one weight share its initializers; the marker's own planes
 leave the graph.
@@ -15,16 +15,16 @@ from typing import Any
 import onnx_ir as ir
 
 from kbitc.backends.onnx_export.emit import MICROSOFT, Emitter, tensor_bytes
-from kbitc.backends.onnx_export.stored import Options, expert_of
-from kbitc.backends.onnx_export.trace import DOMAIN, Traced
-from kbitc.backends.onnx_export.weight import LoweredWeight
+from kbitc.backends.onnx_export.initializers import ExportOptions, expert_of
+from kbitc.backends.onnx_export.trace import DOMAIN, MarkedGraph
+from kbitc.backends.onnx_export.weight import OnnxWeight
 from kbitc.errors import SourceError
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 Report = dict[str, dict[str, Any]]
 
 
-def rewrite(traced: Traced, options: Options) -> Report:
+def rewrite(traced: MarkedGraph, options: ExportOptions) -> Report:
     """Replace every marked node, in place.
 
     Returns:
@@ -40,7 +40,7 @@ def rewrite(traced: Traced, options: Options) -> Report:
     for node in marked:
         uses.setdefault(_planes(node), []).append(node.op_type)
     emitter = Emitter(graph)
-    lowered: dict[str, list[LoweredWeight]] = {}
+    lowered: dict[str, list[OnnxWeight]] = {}
     for node in marked:
         key = _planes(node)
         name, weight = traced.weights[key]
@@ -78,16 +78,16 @@ def _planes(node: ir.Node) -> str:
     return planes.name
 
 
-def _lower(emitter: Emitter, name: str, weight: KbitTensor, options: Options) -> list[LoweredWeight]:
+def _lower(emitter: Emitter, name: str, weight: KbitTensor, options: ExportOptions) -> list[OnnxWeight]:
     packed = weight.packed.map(lambda t: t.detach().cpu())
     if packed.planes.dim() == 2:
-        return [LoweredWeight(emitter, name, packed, options)]
+        return [OnnxWeight(emitter, name, packed, options)]
     experts = range(packed.planes.shape[0])
-    return [LoweredWeight(emitter, f"{name}.{i}", expert_of(packed, i), options) for i in experts]
+    return [OnnxWeight(emitter, f"{name}.{i}", expert_of(packed, i), options) for i in experts]
 
 
 def _replacement(
-    emitter: Emitter, node: ir.Node, name: str, weights: list[LoweredWeight], uses: list[str]
+    emitter: Emitter, node: ir.Node, name: str, weights: list[OnnxWeight], uses: list[str]
 ) -> ir.Value:
     x = node.inputs[0]
     if x is None or x.shape is None:
@@ -102,7 +102,7 @@ def _replacement(
     return _grouped(emitter, x, weights, offsets)
 
 
-def _grouped(emitter: Emitter, x: ir.Value, weights: list[LoweredWeight], offsets: ir.Value) -> ir.Value:
+def _grouped(emitter: Emitter, x: ir.Value, weights: list[OnnxWeight], offsets: ir.Value) -> ir.Value:
     """Rows ``offsets[i - 1]`` to ``offsets[i]`` of x times the weight of expert i."""
     e = emitter
     ends = e.op("Cast", offsets, to=ir.DataType.INT64)
@@ -115,7 +115,7 @@ def _grouped(emitter: Emitter, x: ir.Value, weights: list[LoweredWeight], offset
 
 
 def _report(
-    graph: ir.Graph, named: tuple[str, KbitTensor], weights: list[LoweredWeight], uses: list[str]
+    graph: ir.Graph, named: tuple[str, KbitTensor], weights: list[OnnxWeight], uses: list[str]
 ) -> dict[str, Any]:
     name, weight = named
     stored = [value for key, value in graph.initializers.items() if key.startswith(f"{name}.")]
@@ -131,9 +131,9 @@ def _report(
     entry["container_bytes"] = entry["bytes"]
     if set(uses) != {"embedding"}:
         containers = [lowered.container for lowered in weights]
-        entry["container"] = " or ".join(sorted({found.name for found in containers}))
-        entry["error"] = max(found.error for found in containers)
-        entry["share_of_quantization_error"] = max(found.share for found in containers)
+        entry["container"] = " or ".join(sorted({container.name for container in containers}))
+        entry["error"] = max(container.error for container in containers)
+        entry["share_of_quantization_error"] = max(container.share for container in containers)
         entry["container_bytes"] = sum(lowered.container_bytes for lowered in weights)
     return entry
 

@@ -30,8 +30,8 @@ from kbitc.backends._decoding.decoder import layer_count, why_not
 from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import SourceError, UsageError
 from kbitc.kernels.ops import OPERANDS
-from kbitc.tensor.functions import FUNCTIONS, grouped_mm
-from kbitc.tensor.kbit_tensor import KbitTensor
+from kbitc.tensor.functions import grouped_mm
+from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor
 
 DOMAIN = "kbitc"
 OPSET = 21
@@ -56,7 +56,7 @@ class Signature:
     outputs: tuple[str, ...]
 
 
-class _Module(LiftedModel):
+class _FlatModel(LiftedModel):
     """Takes the inputs of a `Signature` flat, gives its outputs flat."""
 
     def __init__(self, model: nn.Module, signature: Signature) -> None:
@@ -71,8 +71,8 @@ class _Module(LiftedModel):
             if signature.kind == "decoder":
                 return _decode(self.model, named)
             if signature.kind == "module":
-                found = self.model(*given)
-                return (found,) if isinstance(found, Tensor) else tuple(found)
+                made = self.model(*given)
+                return (made,) if isinstance(made, Tensor) else tuple(made)
             flags = {"use_cache": False} if signature.kind == "seq2seq" else {}
             out = self.model(**named, **flags)
             return tuple(out[name] for name in signature.outputs)
@@ -135,8 +135,8 @@ def _describe_module(model: nn.Module, example_inputs: Any) -> Signature:
         )
     inputs = {f"input_{i}": x for i, x in enumerate(example_inputs)}
     with torch.no_grad():
-        found = model(*example_inputs)
-    outputs = ("output",) if isinstance(found, Tensor) else tuple(f"output_{i}" for i in range(len(found)))
+        made = model(*example_inputs)
+    outputs = ("output",) if isinstance(made, Tensor) else tuple(f"output_{i}" for i in range(len(made)))
     return Signature("module", inputs, {name: {0: "batch"} for name in inputs}, outputs)
 
 
@@ -145,13 +145,13 @@ def _tensor_outputs(
 ) -> tuple[str, ...]:
     try:
         with torch.no_grad():
-            found = model(**inputs, **flags)
+            made = model(**inputs, **flags)
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__}: does not run on {', '.join(inputs)} alone ({error}); give "
             "example_inputs, a tuple of its positional inputs"
         ) from error
-    return tuple(name for name, value in found.items() if isinstance(value, Tensor))
+    return tuple(name for name, value in made.items() if isinstance(value, Tensor))
 
 
 def _describe_decoder(model: nn.Module, accepted: Mapping[str, Any]) -> Signature:
@@ -188,7 +188,7 @@ def _describe_decoder(model: nn.Module, accepted: Mapping[str, Any]) -> Signatur
 
 
 @dataclass(frozen=True)
-class Traced:
+class MarkedGraph:
     """Result of :func:`trace`.
 
     Attributes:
@@ -200,7 +200,7 @@ class Traced:
     weights: dict[str, tuple[str, KbitTensor]]
 
 
-def trace(model: nn.Module, signature: Signature) -> Traced:
+def trace(model: nn.Module, signature: Signature) -> MarkedGraph:
     """Export a model with packed weights, each use of one a marked node.
 
     Args:
@@ -211,7 +211,7 @@ def trace(model: nn.Module, signature: Signature) -> Traced:
         SourceError: PyTorch cannot trace the model, or an operation has no ONNX form.
     """
     _take_grouped_fallback()
-    lifted = _Module(model, signature)
+    lifted = _FlatModel(model, signature)
     names = {id(tensor): name for name, tensor in model.named_parameters(remove_duplicate=True)}
     weights = {f"{fields['planes']}": (names[id(weight)], weight) for _, _, weight, fields in lifted.places}
     shapes = tuple(
@@ -236,9 +236,9 @@ def trace(model: nn.Module, signature: Signature) -> Traced:
         raise SourceError(_explain(model, error)) from error
     assert program is not None
     with _quiet():
-        found, _ = optimize_for_ort(program.model)
-    _name_dimensions(found, signature)
-    return Traced(found, weights)
+        optimized, _ = optimize_for_ort(program.model)
+    _name_dimensions(optimized, signature)
+    return MarkedGraph(optimized, weights)
 
 
 def _take_grouped_fallback() -> None:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from kbitc.backends.onnx_export.emit import MICROSOFT
-from kbitc.backends.onnx_export.stored import StoredWeight, pack_digits
+from kbitc.backends.onnx_export.initializers import WeightInitializers, pack_digits
 
 INT8 = 4  # accuracy levels of MatMulNBits
 FP32 = 1
 
 
-class LoweredWeight(StoredWeight):
+class OnnxWeight(WeightInitializers):
     """A 2-D packed weight in a graph; initializers appear when something first reads them."""
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from kbitc.errors import UsageError
 
 if TYPE_CHECKING:
-    from kbitc.backends._decoding.decoder import Decoder
+    from kbitc.backends import Decoder
 
 
 def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> Iterator[str]:

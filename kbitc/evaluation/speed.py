@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from kbitc.backends._decoding.decoder import Decoder
+    from kbitc.backends import Decoder
 
 
 @dataclass(frozen=True)

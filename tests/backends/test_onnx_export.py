@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kbitc
 from kbitc import errors
 from kbitc.backends import find_backend, make_decoder
-from kbitc.backends.onnx_export.blocks import make_blocks
+from kbitc.backends.onnx_export.geometry import make_geometry
 from kbitc.checkpoint import demo
 from kbitc.cli import app
 from kbitc.errors import SourceError, UsageError
@@ -28,11 +28,11 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [onnx]"
 ir = pytest.importorskip("onnx_ir", reason="needs the extra [onnx]")
 pytest.importorskip("onnxscript", reason="needs the extra [onnx]")
 
-from kbitc.backends.onnx_export.backend import export_onnx  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.export import export_onnx  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.container import ACTIVATIONS, choose_container  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.emit import Emitter  # noqa: E402  # it needs the packages
-from kbitc.backends.onnx_export.stored import Options  # noqa: E402  # it needs the packages
-from kbitc.backends.onnx_export.weight import LoweredWeight  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.initializers import ExportOptions  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.weight import OnnxWeight  # noqa: E402  # it needs the packages
 
 KINDS = ("linear", "embedding", "tied")
 # What the activations' rounding costs beside the container's, relative to the result.
@@ -48,7 +48,7 @@ def one_graph(weights, options):
     emitter, lowered = Emitter(graph), {}
     for name, packed in weights.items():
         for kind in KINDS:
-            weight = LoweredWeight(emitter, f"{name}.{kind}", packed, options)
+            weight = OnnxWeight(emitter, f"{name}.{kind}", packed, options)
             out = (
                 weight.linear(x, 2, None)
                 if kind == "linear"
@@ -95,7 +95,7 @@ ALL = [f"{family}{bits}" for family in datatypes.FAMILIES for bits in range(2, 9
 
 @pytest.mark.parametrize("flag", ["", "+zp", "+dq"])
 def test_every_format(flag):
-    check([f"{name}:32{flag}" for name in ALL], 37, 100, Options())
+    check([f"{name}:32{flag}" for name in ALL], 37, 100, ExportOptions())
 
 
 @pytest.mark.parametrize("storage", ["direct", "compact"])
@@ -103,7 +103,7 @@ def test_every_format(flag):
 def test_storages_and_activations(storage, activations):
     names = [f"{family}{bits}" for family in ("int", "nf") for bits in range(2, 9)]
     specs = [f"{name}:32{flag}" for name in names for flag in ("", "+zp", "+dq")]
-    check(specs, 19, 76, Options(storage, activations))
+    check(specs, 19, 76, ExportOptions(storage, activations))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_storages_and_activations(storage, activations):
 )
 def test_any_block(block, features, flag):
     specs = [f"{name}:{block}{flag}" for name in ("int2", "int3", "int4", "int8", "nf4", "bof3", "fp5")]
-    for options in (Options(), Options("direct", "split"), Options("compact", "int8")):
+    for options in (ExportOptions(), ExportOptions("direct", "split"), ExportOptions("compact", "int8")):
         check(specs, 13, features, options)
 
 
@@ -130,7 +130,7 @@ def test_blocks_hold_every_weight_once():
     for features in (1, 16, 31, 100, 128, 700):
         for block in (1, 2, 7, 16, 20, 32, 48, 96, 128, 1024):
             for smallest in (16, 32):
-                found = make_blocks(features, block, smallest)
+                found = make_geometry(features, block, smallest)
                 assert found.group in (16, 32, 64, 128)
                 assert found.group >= smallest
                 codes = torch.arange(1, features + 1)[None]

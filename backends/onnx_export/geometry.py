@@ -16,7 +16,7 @@ LARGEST = 128  # a power of two that every kernel takes at full speed
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Geometry:
     """Geometry of one weight's rows.
 
     Attributes:
@@ -74,21 +74,21 @@ class Blocks:
         return scales.repeat_interleave(self.repeats, dim=1)[:, : self.groups]
 
 
-def make_blocks(in_features: int, block: int, smallest: int) -> Blocks:
+def make_geometry(in_features: int, block: int, smallest: int) -> Geometry:
     """The geometry of rows of ``in_features`` weights in blocks of ``block``.
 
     Args:
         smallest: group that the kernel takes: 16, or 32 for 2 bits.
 
-    >>> make_blocks(576, 64, 16)
-    Blocks(in_features=576, block=64, padded=64, group=64)
-    >>> make_blocks(100, 24, 16).padded
+    >>> make_geometry(576, 64, 16)
+    Geometry(in_features=576, block=64, padded=64, group=64)
+    >>> make_geometry(100, 24, 16).padded
     32
     """
     if block >= in_features:
         # One scale a row: any group will do, and its padding lies behind the row.
         group = min(LARGEST, max(smallest, 1 << (in_features - 1).bit_length()))
         whole = math.ceil(in_features / group) * group
-        return Blocks(in_features, whole, whole, group)
+        return Geometry(in_features, whole, whole, group)
     padded = math.ceil(block / smallest) * smallest
-    return Blocks(in_features, block, padded, min(LARGEST, padded & -padded))
+    return Geometry(in_features, block, padded, min(LARGEST, padded & -padded))

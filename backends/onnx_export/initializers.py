@@ -18,9 +18,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from kbitc.backends.onnx_export.blocks import Blocks, make_blocks
 from kbitc.backends.onnx_export.container import Container, choose_container
 from kbitc.backends.onnx_export.emit import Emitter
+from kbitc.backends.onnx_export.geometry import Geometry, make_geometry
 from kbitc.formats import bit_planes
 from kbitc.formats.packed import Packed
 from kbitc.formats.scales import effective_scales
@@ -30,7 +30,7 @@ TILE = 2**22  # codes that are repacked at a time
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What the user chooses.
 
     Attributes:
@@ -52,7 +52,7 @@ class Options:
         return self.is_compact or self.activations == "fp32"
 
 
-class StoredWeight:
+class WeightInitializers:
     """A 2-D packed weight in a graph.
 
     Attributes:
@@ -62,7 +62,7 @@ class StoredWeight:
         blocks: geometry of its matmul.
     """
 
-    def __init__(self, emitter: Emitter, name: str, packed: Packed, options: Options) -> None:
+    def __init__(self, emitter: Emitter, name: str, packed: Packed, options: ExportOptions) -> None:
         self.emitter, self.name, self.packed, self.options = emitter, name, packed, options
 
     @cached_property
@@ -71,10 +71,10 @@ class StoredWeight:
         return choose_container(self.packed, self.options.activations)
 
     @cached_property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> Geometry:
         """See the class."""
         smallest = 32 if 2 in self.container.widths else 16
-        return make_blocks(self.packed.in_features, self.packed.spec.block, smallest)
+        return make_geometry(self.packed.in_features, self.packed.spec.block, smallest)
 
     @property
     def rows(self) -> int:
@@ -129,6 +129,7 @@ class StoredWeight:
         return torch.cat(parts)
 
     def all_scales(self) -> Tensor:
+        """``(rows, count)`` float32, as they are after double quantization."""
         packed = self.packed
         return effective_scales(packed.scales, packed.scale_codebook, packed.scale_absmax, packed.scale_mean)
 
@@ -142,6 +143,7 @@ class StoredWeight:
     def initializer(
         self, field: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Tensor]
     ) -> ir.Value:
+        """One tensor of this weight in the file, made when it is written."""
         return self.emitter.lazy(f"{self.name}.{field}", dtype, shape, make)
 
     @cached_property
