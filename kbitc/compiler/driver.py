@@ -20,6 +20,7 @@ from kbitc.artifact.folders import check_target
 from kbitc.artifact.pack import pack_to, source_hash
 from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction, WeightEntry
 from kbitc.artifact.reader import Artifact
+from kbitc.artifact.stored import checksum, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.checkpoint.folder_checks import read_json
@@ -177,6 +178,10 @@ def _writer(
         "torch": torch.__version__,
         "calibration": program.get(CALIBRATION),
         "changed": sorted(name for changes in program.changes for name in changes),
+        "packed": {
+            name: [checksum(tensor) for tensor in stored_tensors(packed).values()]
+            for name, packed in program.packed.items()
+        },
     }
     return Writer(out, stored_slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
 

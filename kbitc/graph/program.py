@@ -223,7 +223,12 @@ class Program:
         return any(name in changes for changes in self.changes)
 
     def with_packed(self, name: str, packed: Packed) -> Program:
-        """A copy that holds one more packed weight, to be stored as it is."""
+        """A copy that holds one more packed weight, to be stored as it is.
+
+        Args:
+            name: of the weight, whose spec in the plan ``packed`` must have.
+            packed: of its data with the input dimension last, `Weight.oriented_shape`.
+        """
         return replace(self, packed={**self.packed, name: packed})
 
     def get(self, fact: Fact[T]) -> T | None:

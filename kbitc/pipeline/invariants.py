@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, cast
 
+import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
+from kbitc.formats.layout import SCALE_MAP, SHARED, shared_codebooks
+from kbitc.formats.packed import Packed
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Weight, grouped_linear
 from kbitc.graph.text import value_text
 
@@ -119,6 +122,38 @@ def uneven_plan(_: Program, after: Program) -> str | None:
     return None
 
 
+def wrong_packing(before: Program, after: Program) -> str | None:
+    """What is packed already is what the plan says, with nothing of its own that is shared, and not outdated."""
+    planned = {} if after.plan is None else after.plan.weights
+    for name, packed in after.packed.items():
+        if name not in after.weights:
+            return f"packed '{name}', which is no weight of the model"
+        if name not in planned:
+            return f"packed '{name}', which has no spec yet; first run a pass that plans"
+        if packed.spec != planned[name].spec:
+            return f"left '{name}' packed as {packed.spec}, where the plan says {planned[name].spec}"
+        if packed.shape != after.weights[name].oriented_shape:
+            return f"packed '{name}' as {packed.shape}, which is {after.weights[name].oriented_shape}"
+        is_stale = any(name in changes for changes in after.changes[len(before.changes) :])
+        if is_stale and packed is before.packed.get(name):
+            return f"changed '{name}' after it was packed; pack it again, or change it before"
+        if before.packed.get(name) is not packed and not _has_shared_codebooks(packed):
+            return (
+                f"packed '{name}' with a codebook of its own, which {packed.spec} shares with other weights"
+            )
+    return None
+
+
+def _has_shared_codebooks(packed: Packed) -> bool:
+    """Whether the codebooks that do not stand with the weight are those that stand for all."""
+    shared = shared_codebooks([packed.spec])
+    is_common = packed.spec.is_fitted or torch.equal(
+        packed.codebook.cpu(), shared[SHARED + packed.spec.codebook_name]
+    )
+    scales = packed.scale_codebook
+    return is_common and (scales is None or torch.equal(scales.cpu(), shared[SCALE_MAP]))
+
+
 def wrong_values(_: Program, after: Program) -> str | None:
     """The dtypes and shapes that nodes record are those that the graph computes."""
     inputs = [node.meta.get("val") for node in after.graph.graph.nodes if node.op == "placeholder"]
@@ -189,5 +224,6 @@ CHEAP = (
     changed_interface,
     dropped_fact,
     uneven_plan,
+    wrong_packing,
 )
 EXPENSIVE = (wrong_values,)
