@@ -1,4 +1,7 @@
-"""Another budget from a score table alone."""
+"""Another budget from a score table alone.
+
+The one thing to know: neither the model nor a request is needed, so that it takes as long as the solver does.
+"""
 
 from __future__ import annotations
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
 from kbitc.errors import BudgetError, PassError, UsageError
 from kbitc.graph.facts import Fact
 from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline.manager import STEPS, PassManager, Step
+from kbitc.pipeline.registry import name_of
 
 NF4 = ApplyPlan({"weights": {"*": "nf4:64"}})
 
@@ -111,3 +116,25 @@ def test_programs_are_printed(captured):
         UsageError, match=r"print after: no pass of this pipeline 'canonicalise'; did you mean"
     ):
         PassManager(["canonicalize"], print_after=["canonicalise"])
+
+
+def test_compiling_makes_one_manager_and_runs_it_once():
+    """Defect: a second one was made of the same passes once the model was open."""
+    made, ran = [], []
+
+    class Counted(PassManager):
+        def run(self, program):
+            ran.append(self.passes)
+            return super().run(program)
+
+    def manage(passes):
+        made.append(passes)
+        return Counted(passes)
+
+    model = nn.Sequential(nn.Linear(70, 50), nn.ReLU(), nn.Linear(50, 30)).requires_grad_(False)
+    options = {"example_inputs": (torch.zeros(1, 70),), "is_dry": True, "manage": manage}
+    result = compile_to(model, Path("never written"), Request(bits=6.0), **options)
+    assert len(made) == len(ran) == 1
+    # A plain module has nothing to measure on: the same manager, of fewer passes.
+    assert [name_of(pass_) for pass_ in ran[0]] == ["canonicalize", "score_sensitivity", "allocate_bits"]
+    assert result.program.history == ("canonicalize", "score_sensitivity", "allocate_bits")
