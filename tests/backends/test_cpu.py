@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import kbitc
-from kbitc import backends
-from kbitc.backends import find_backend, make_decoder
+from kbitc.backends import make_decoder
+from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding.decode_step import export_step
 from kbitc.backends._decoding.decoder import Decoder, GrowingCache, GrowingLayer
 from kbitc.backends.cpu.backend import Cpu
@@ -21,7 +21,7 @@ from kbitc.errors import BackendUnavailable, UsageError
 from kbitc.kernels.cpu.build import load
 from kbitc.pipeline.defaults import LOWERING, lowering_pipeline
 
-MISSING = Cpu().missing()
+MISSING = missing_compiler()
 needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9]])
 NO_END = {"eos_token_id": None, "pad_token_id": 0}
@@ -70,13 +70,6 @@ def test_growing_cache_gives_what_the_model_gives(tiny_model):
         cache.layers[0].crop(5)
     with pytest.raises(UsageError, match="one sequence"):
         GrowingLayer().update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
-
-
-def test_registry():
-    assert {"cpu", "eager"} <= set(backends.backend_names())
-    assert not any(name.startswith("_") for name in backends.backend_names())
-    with pytest.raises(UsageError, match="did you mean 'cpu'"):
-        find_backend("cqu")
 
 
 def test_lowering_passes_are_edited_by_name(tiny_model):
@@ -233,6 +226,17 @@ def test_a_second_process_does_not_compile(tiny_model, cached, tmp_path):
     was_compiled, worst = done.stdout.split()
     assert was_compiled == "False"
     assert float(worst) < 1e-5
+
+
+@needs_compiler
+def test_a_kept_step_needs_no_compiler(tiny_model, cached, monkeypatch):
+    model = packed(tiny_model)
+    make_decoder(model, "cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert Cpu().missing() is None
+    assert not make_decoder(model, "cpu").was_compiled
+    with pytest.raises(BackendUnavailable, match=r"install g\+\+ or clang"):  # another one is not kept
+        make_decoder(packed(tiny_model, spec="int5:16"), "cpu")
 
 
 @needs_compiler

@@ -28,9 +28,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [onnx]"
 ir = pytest.importorskip("onnx_ir", reason="needs the extra [onnx]")
 pytest.importorskip("onnxscript", reason="needs the extra [onnx]")
 
-from kbitc.backends.onnx_export.export import export_onnx  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.container import ACTIVATIONS, choose_container  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.emit import Emitter  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.export import export_onnx  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.initializers import ExportOptions  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.weight import OnnxWeight  # noqa: E402  # it needs the packages
 
