@@ -71,7 +71,7 @@ class Exporting(Backend, Protocol):
             options: the backend's own.
 
         Returns:
-            A report of what was written, as plain data.
+            A report of what was written, as plain data; with "weights" in it, as `kbit_export.json` has them.
         """
         ...
 

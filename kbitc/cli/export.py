@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +13,9 @@ from rich.table import Table
 from kbitc.cli import console
 from kbitc.cli.app import Json, app, examples
 from kbitc.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbitc.backends import Exporting
 
 
 @app.command(
@@ -24,35 +29,58 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     to: Annotated[str, typer.Option("--format", metavar="onnx", help="Format to write.")] = "onnx",
     storage: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="direct|compact",
-            help="direct stores what the matmul reads; compact k bits a weight, widened at load.",
+            help="direct stores what the matmul reads; compact k bits a weight, widened at load. "
+            "[default: direct]",
         ),
-    ] = "direct",
+    ] = None,
     activations: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="fp32|int8|split",
-            help="Of packed matmuls: as they are, rounded to 8 bits a block, or two such numbers each.",
+            help="Of packed matmuls: as they are, rounded to 8 bits a block, or two such numbers each. "
+            "[default: fp32]",
         ),
-    ] = "fp32",
+    ] = None,
     *,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a compiled model for ONNX Runtime, its weights packed."""
-    from kbitc.backends import find_backend
+    """Write a compiled model for another program, ONNX Runtime first of all, its weights packed."""
+    from kbitc.backends import find_exporter
 
-    if to != "onnx":
-        raise UsageError(f"--format {to}: kbitc exports to onnx only")
+    exporter = find_exporter(to)
+    options = {"storage": storage, "activations": activations}
+    given = {name: value for name, value in options.items() if value is not None}
+    _check_options(exporter, to, given)
     with console.progress("exporting"):
-        exporter = find_backend("onnx_export")()
-        report = exporter.export(model, out, storage=storage, activations=activations, force=force)
+        report = exporter.export(model, out, force=force, **given)
     if as_json:
         console.print_json(report)
+    elif "weights" in report:
+        _print_weights(out, report)
+    else:
+        console.out.print(f"written to [bold]{out}[/]")
+
+
+def _check_options(exporter: Exporting, to: str, given: Mapping[str, str]) -> None:
+    """Raises UsageError for an option that this format does not have."""
+    taken = inspect.signature(exporter.export).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
         return
-    table = Table(title=f"{out}: {report['kind']}, {storage}, {activations}", title_justify="left")
+    known = {parameter.name for parameter in taken}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"--{name}: the format '{to}' has no such option; leave it out")
+
+
+def _print_weights(out: Path, report: Mapping[str, Any]) -> None:
+    """The report of an export that says what became of each weight, as `kbit_export.json` does."""
+    table = Table(
+        title=f"{out}: {report['kind']}, {report['storage']}, {report['activations']}", title_justify="left"
+    )
     for column in ("weight", "format", "container", "bytes", "container error", "of quantization error"):
         table.add_column(column, justify="left" if column in ("weight", "format", "container") else "right")
     for name, entry in report["weights"].items():

@@ -20,6 +20,7 @@ from scipy.special import ndtri
 from scipy.stats import norm
 
 from kbitc.errors import KbitcError, UsageError, did_you_mean
+from kbitc.lazy import load_point
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -122,12 +123,7 @@ def families() -> Mapping[str, Family]:
         KbitcError: an entry point of the group ``kbitc.datatypes`` cannot be loaded, or registers no family.
     """
     for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except (ImportError, AttributeError) as error:
-            raise KbitcError(
-                f"the data type '{point.name}', {point.value}, cannot be loaded: {error}"
-            ) from error
+        load_point("data type", point, KbitcError)
         if point.name not in FAMILIES:
             raise KbitcError(
                 f"the data type '{point.name}', {point.value}, registers no family of that name; "

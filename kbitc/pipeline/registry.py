@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 from kbitc.errors import KbitcError, PassError, UsageError, did_you_mean
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
+from kbitc.lazy import load_point
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,7 @@ class Registry:
             raise UsageError(did_you_mean(self.kind, name, self.names()))
         elsewhere = {point.name: point for point in entry_points(group=self.folder)}
         if name in elsewhere:
-            try:
-                return elsewhere[name].load()
-            except (ImportError, AttributeError) as error:
-                place = elsewhere[name].value
-                raise self.broken(f"the {self.kind} '{name}', {place}, cannot be loaded: {error}") from error
+            return load_point(self.kind, elsewhere[name], self.broken)
         path = f"{self.folder}.{name}.{self.inner}" if self.inner else f"{self.folder}.{name}"
         try:
             module = importlib.import_module(path)

@@ -16,7 +16,7 @@ import kbitc
 from kbitc import errors
 from kbitc.backends import find_backend, make_decoder
 from kbitc.backends.onnx_export.geometry import make_geometry
-from kbitc.checkpoint import demo
+from kbitc.checkpoint.demo import heldout
 from kbitc.cli import app
 from kbitc.errors import SourceError, UsageError
 from kbitc.evaluation import onnx_verify
@@ -198,7 +198,7 @@ def test_demo_decodes_and_scores_as_in_torch(demo):
     ids = theirs.tokenizer("The function returns", return_tensors="pt")["input_ids"]
     wanted = list(make_decoder(theirs.model, "eager").generate(ids, 64))
     assert list(make_decoder(ours.model).generate(ids, 64)) == wanted
-    text = read_text(kbitc_heldout())
+    text = read_text(heldout())
     ids = windows(ours.model, ours.tokenizer, text, 128, 1280)
     scores = [perplexity(found.model, windows).perplexity for found in (ours, theirs)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
@@ -207,11 +207,6 @@ def test_demo_decodes_and_scores_as_in_torch(demo):
     head = report["weights"]["model.embed_tokens.weight"]
     assert head["uses"] == ["embedding", "linear"]
     assert head["container"] == "MatMulNBits 4"
-
-
-def kbitc_heldout():
-
-    return demo.heldout()
 
 
 def test_command_line(demo):
