@@ -1,4 +1,4 @@
-"""`Evaluation`: one result of ``kbitc eval``, for who prints it, keeps it beside an artifact, and reports it.
+"""`Evaluation`: one result of ``kbitc eval``, as it is printed, kept beside an artifact, and reported.
 
 The one thing to know: it stands by itself: it carries the loss of the model that it was compared with, so
 that its increase needs no other result.
@@ -71,11 +71,11 @@ class Evaluation:
             "bytes": self.nbytes,
             "activations": self.activations,
             "float_activations": dict(self.float_activations),
+            "kl_divergence": self.divergence,
+            "reference_loss": self.reference_loss,
         }
-        if self.divergence is not None:
-            entry["kl_divergence"] = self.divergence
-            entry["reference_loss"] = self.reference_loss
-        return entry
+        optional = ("bytes", "kl_divergence", "reference_loss")
+        return {key: value for key, value in entry.items() if key not in optional or value is not None}
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Evaluation:
@@ -90,17 +90,17 @@ class Evaluation:
 
         nbytes = entry.get("bytes")
         return Evaluation(
-            str(entry["model"]),
-            str(entry.get("text", "")),
-            int(entry["context"]),
-            int(entry["tokens"]),
-            float(entry["bits_per_param"]),
-            float(entry["loss"]),
-            None if nbytes is None else int(nbytes),
-            str(entry.get("activations", "float")),
-            dict(entry.get("float_activations", {})),
-            number("reference_loss"),
-            number("kl_divergence"),
+            model=str(entry["model"]),
+            text=str(entry.get("text", "")),
+            context=int(entry["context"]),
+            tokens=int(entry["tokens"]),
+            bits_per_param=float(entry["bits_per_param"]),
+            loss=float(entry["loss"]),
+            nbytes=None if nbytes is None else int(nbytes),
+            activations=str(entry.get("activations", "float")),
+            float_activations=dict(entry.get("float_activations", {})),
+            reference_loss=number("reference_loss"),
+            divergence=number("kl_divergence"),
         )
 
 

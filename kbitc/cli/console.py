@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,40 +16,34 @@ from rich.progress import Progress as Bar
 
 from kbitc.errors import UsageError
 
+if TYPE_CHECKING:
+    from kbitc.graph.context import Progress
+
 out = Console()
 err = Console(stderr=True)
 
-Update: TypeAlias = Callable[[str, int, int], None]
-"""`kbitc.graph.context.Progress`, which is too much to import for a bar."""
 
+@contextmanager
+def progress(title: str) -> Iterator[Progress]:
+    """A bar on standard error, where that is a terminal; yields who is told of the work."""
+    bar = Bar(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    task = bar.add_task(title, total=None)
 
-class progress:  # noqa: N801  # reads as a function
-    """A progress bar on standard error; yields ``update(what, done, total)``."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar = Bar(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
-
-    def __enter__(self) -> Update:
-        self.bar.start()
-        self.task = self.bar.add_task(self.title, total=None)
-        return self._update
-
-    def _update(self, what: str, done: int, total: int) -> None:
+    def update(what: str, done: int, total: int) -> None:
         name = what if len(what) <= 48 else "…" + what[-47:]
-        self.bar.update(self.task, description=f"{self.title}: {name}", completed=done, total=total or None)
+        bar.update(task, description=f"{title}: {name}", completed=done, total=total or None)
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    with bar:
+        yield update
 
 
 def write_file(path: Path, text: str) -> None:

@@ -58,17 +58,17 @@ def evaluate(
         ids = windows(loaded.model, tokenizer, body, context, limit_tokens)
         score = perplexity(loaded.model, ids, reference=reference, on_progress=update)
     evaluation = Evaluation(
-        model,
-        "the demo model's held-out text" if text is None else text.name,
-        context,
-        score.tokens,
-        loaded.bits_per_param,
-        score.loss,
-        loaded.nbytes,
-        activations,
-        left,
-        score.reference_loss,
-        score.divergence,
+        model=model,
+        text="the demo model's held-out text" if text is None else text.name,
+        context=context,
+        tokens=score.tokens,
+        bits_per_param=loaded.bits_per_param,
+        loss=score.loss,
+        nbytes=loaded.nbytes,
+        activations=activations,
+        float_activations=left,
+        reference_loss=score.reference_loss,
+        divergence=score.divergence,
     )
     if record:
         keep_evaluation(Path(model), evaluation)

@@ -12,7 +12,16 @@ from kbitc.cli.app import app
 from kbitc.errors import KbitcError, UsageError
 
 COMMANDS = (
-    *("compile", "plan", "inspect", "passes", "quantizers", "run", "evaluate", "bench", "export", "verify"),
+    "compile",
+    "plan",
+    "inspect",
+    "passes",
+    "quantizers",
+    "run",
+    "evaluate",
+    "bench",
+    "export",
+    "verify",
     "build_kernels",
 )
 """Files of this folder, in the order of ``kbitc --help``; importing one registers its command."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kbitc.artifact.evaluations import Evaluation, evaluations_of
 from kbitc.artifact.folders import PLAN_FILE
@@ -37,9 +37,6 @@ from kbitc.report.model_page import model_page
 from kbitc.report.passes_page import graph_section
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ def measure(source: str, kind: str, backend: str, prompt_tokens: int, new_tokens
         bits = 16.0
     decoder = make_decoder(model, backend)
     _forget_peak()
-    found = speed(decoder, prompt_tokens, new_tokens, runs)
+    measured = speed(decoder, prompt_tokens, new_tokens, runs)
     return {
-        "decode": found.decode,
-        "prefill": found.prefill,
+        "decode": measured.decode,
+        "prefill": measured.prefill,
         "peak_bytes": _peak(),
         "bytes": nbytes,
         "bits_per_param": bits,

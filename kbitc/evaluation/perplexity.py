@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
