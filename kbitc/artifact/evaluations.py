@@ -88,6 +88,8 @@ class Evaluation:
         def number(key: str) -> float | None:
             return None if entry.get(key) is None else float(entry[key])
 
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"{entry!r} is no object")
         nbytes = entry.get("bytes")
         return Evaluation(
             model=str(entry["model"]),

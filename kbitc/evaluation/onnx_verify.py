@@ -200,8 +200,8 @@ def _compare_whole(exported: OnnxModel, model: Any, tokenizer: Any) -> Iterator[
                 inputs["decoder_input_ids"] = ids.flip(-1)
                 flags = {"use_cache": False}
             wanted = model(**inputs, **flags)
-            found = exported.run({name: value for name, value in inputs.items() if name in names})
-            for name, value in found.items():
+            outputs = exported.run({name: value for name, value in inputs.items() if name in names})
+            for name, value in outputs.items():
                 error = relative_error(torch.from_numpy(value), wanted[name])
                 yield f"{kind} ids, {tokens} at once: {name}", error
 
@@ -212,7 +212,7 @@ def _accepted(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Norm of the difference, relative to the wanted values about their mean."""
     spread = (wanted.double() - wanted.double().mean()).norm()
-    return float((found.double() - wanted.double()).norm() / spread.clamp_min(1e-30))
+    return float((got.double() - wanted.double()).norm() / spread.clamp_min(1e-30))
