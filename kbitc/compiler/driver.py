@@ -37,7 +37,7 @@ from kbitc.pipeline.manager import STEPS, PassManager
 from kbitc.pipeline.records import Fired, records
 from kbitc.planning import tradeoff
 from kbitc.planning.allocation import ALLOCATION
-from kbitc.report.passes_page import graph_section
+from kbitc.report.module_tree import graph_section
 from kbitc.sensitivity.moments import CALIBRATION
 from kbitc.sensitivity.outliers import OUTLIERS
 from kbitc.sensitivity.score_table import SCORES

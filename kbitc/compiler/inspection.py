@@ -32,9 +32,10 @@ from kbitc.passes.fold_norms import FoldNorms
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import Fired, records
-from kbitc.report.artifact_page import artifact_page, fusions_section
+from kbitc.report.artifact_page import artifact_page
 from kbitc.report.model_page import model_page
-from kbitc.report.passes_page import graph_section
+from kbitc.report.module_tree import graph_section
+from kbitc.report.parts import fusions_section
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
 

@@ -15,13 +15,17 @@ from kbitc.formats.layout import weight_bytes
 from kbitc.formats.spec import parse
 from kbitc.graph.program import Program
 from kbitc.graph.stored import rest_bytes
-from kbitc.report.artifact_page import layer_map, left_alone
+from kbitc.report.charts import HeatCell
 from kbitc.report.outlier_map import outlier_map
-from kbitc.report.page import Cell, Section, code, page, paragraph, table
+from kbitc.report.page import Cell, Section, code, count, number, page, render, table
+from kbitc.report.parts import layer_map, left_alone, shape_text
 from kbitc.sensitivity.outliers import OutlierFeatures
 
 SPECS = ("int8:64+dq", "nf6:64+dq", "nf5:64+dq", "nf4:32", "nf4:64", "nf4:64+dq", "nf3:64+dq", "nf2:64+dq")
 """Uniform formats whose sizes the page tells."""
+
+MOST_FEATURES = 12
+"""Outlier features that the table lists of a weight."""
 
 
 def model_page(
@@ -50,7 +54,7 @@ def model_page(
         Section("What uniform formats would take", _sizes(program)),
         Section("Parameters by layer", _by_layer(program)),
         Section("Weights", _weights(program, outliers)),
-        Section("Outlier features", Markup(outlier_map({n: f.to_json() for n, f in outliers.items()}))),  # noqa: S704
+        Section("Outlier features", outlier_map({name: own.to_json() for name, own in outliers.items()})),
         *sections,
         Section("Stays at 16 bits", left_alone(left)),
     ]
@@ -66,33 +70,31 @@ def _sizes(program: Program) -> Markup:
             weight_bytes(spec, w.oriented_shape[:-1], w.in_features) for w in program.weights.values()
         )
         bits = 8 * nbytes / program.parameter_count
-        rows.append([Cell(code(text)), Cell(f"{bits:.4f}", bits), Cell(f"{nbytes / 1e6:,.2f} MB", nbytes)])
-    note = paragraph(
-        "For comparison: {} chooses a format for each weight instead.", code("kbitc compile --bits B")
-    )
-    return note + table(("spec", "stored bits per parameter", "stored tensors"), rows)
+        rows.append([code(text), number(bits, ".4f"), Cell(f"{nbytes / 1e6:,.2f} MB", nbytes)])
+    return render("sizes", table=table(("spec", "stored bits per parameter", "stored tensors"), rows))
 
 
 def _by_layer(program: Program) -> Markup:
-    sizes = {name: float(weight.numel) for name, weight in program.weights.items()}
-    shown = {name: f"{size / 1e6:.2f}M" for name, size in sizes.items()}
-    titles = {name: f"{name}: {weight.numel:,} parameters" for name, weight in program.weights.items()}
-    return layer_map(sizes, shown, titles, "parameters") if sizes else Markup()
+    cells = {
+        name: HeatCell(weight.numel, f"{weight.numel / 1e6:.2f}M", f"{name}: {weight.numel:,} parameters")
+        for name, weight in program.weights.items()
+    }
+    return layer_map(cells, "parameters")
 
 
 def _weights(program: Program, outliers: Mapping[str, OutlierFeatures]) -> Markup:
     rows: list[list[Cell | str]] = []
     for name, weight in program.weights.items():
-        found = outliers[name].index if name in outliers else ()
-        listed = ", ".join(map(str, found[:12])) + (" …" if len(found) > 12 else "")
+        features = outliers[name].index if name in outliers else ()
+        more = " …" if len(features) > MOST_FEATURES else ""
         rows.append(
             [
-                code(name),
-                Cell("×".join(map(str, weight.shape)), weight.numel),
+                Cell(code=name, wraps=True),
+                Cell(shape_text(weight.shape), weight.numel),
                 ", ".join(weight.kinds),
                 ", ".join(weight.aliases),
-                Cell(str(len(found)), len(found)),
-                listed,
+                count(len(features)),
+                ", ".join(map(str, features[:MOST_FEATURES])) + more,
             ]
         )
     columns = ("weight", "shape", "read by", "tied to", "outlier features", "which")

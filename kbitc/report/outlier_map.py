@@ -1,98 +1,102 @@
 """A heat map of outlier features: layers down, features across, colour by how far each stands out.
 
-The one thing to know: it takes what a plan file or ``kbitc inspect --json`` says of each weight, and gives a
-piece of HTML without scripts or links. Weights of one place in all layers share a panel; so do places whose
-maps are equal, as those of queries, keys and values are.
+The one thing to know: it takes what a plan file or ``kbitc inspect --json`` says of each weight. Weights of
+one role share a panel; so do roles whose maps are equal, as those of queries, keys and values are.
 """
 
 from __future__ import annotations
 
-import html
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
+from kbitc.graph.roles import Role, by_role
+from kbitc.report.charts import Scale, written
+from kbitc.report.page import render
+
 CELL = 16  # pixels
-LABEL = 64
+LABEL = 64  # left of the cells
+TOP = 40  # above them: five digits, leaning
+MOST_PANELS = 60
+"""Of one map; a mixture of experts has a role for each expert."""
+
 FIGURES = {"magnitude": "largest |x|", "deviation": "standard deviations above the mean"}
-LOW, HIGH = (0xFD, 0xE0, 0xC5), (0x8B, 0x1A, 0x2B)  # light to dark, readable on white and on black
 
 Cells = dict[int, float]  # by feature
-Panel = dict[str, Cells]  # by layer
+Panel = dict[int, Cells]  # by layer
 
 
-def outlier_map(features: Mapping[str, Mapping[str, Any]]) -> str:
-    """The panels as HTML with inline SVG, or a sentence where no weight has outlier features.
+def outlier_map(features: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The panels as figures, or a sentence where no weight has outlier features.
 
     Args:
         features: by weight name: ``index`` and, in the same order, ``magnitude`` or ``deviation``
-            (`kbitc.outliers.Found.to_json`).
+            (`kbitc.sensitivity.outliers.OutlierFeatures.to_json`).
     """
-    figure = next((key for key in FIGURES for entry in features.values() if entry.get(key)), None)
-    if figure is None:
-        return "<p class=why>No weight has outlier features.</p>"
-    panels: dict[str, Panel] = {}
-    for name, entry in features.items():
-        role, layer = _place(name)
-        cells = dict(zip(entry["index"], entry.get(figure, ()), strict=False))
-        panels.setdefault(role, {})[layer] = cells
-    merged: list[tuple[list[str], Panel]] = []
-    for role, panel in panels.items():
+    key = next((key for key in FIGURES for entry in features.values() if entry.get(key)), "")
+    panels = _panels(features, key)
+    values = [value for _, panel in panels for cells in panel.values() for value in cells.values()] or [1.0]
+    colours = Scale(min(values), max(values), FIGURES.get(key, ""), is_logarithmic=True)
+    return render(
+        "outlier_map",
+        panels=[_drawn(roles, panel, colours) for roles, panel in panels[:MOST_PANELS]],
+        more=sum(len(roles) for roles, _ in panels[MOST_PANELS:]),
+        colours=colours,
+        cell=CELL,
+        left=LABEL,
+        top=TOP,
+    )
+
+
+def _panels(features: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[list[Role], Panel]]:
+    """Roles whose maps are equal, and the map; roles without an outlier feature are left out."""
+    merged: list[tuple[list[Role], Panel]] = []
+    for role, names in by_role(features).items():
+        panel = {
+            layer: dict(zip(features[name]["index"], features[name].get(key, ()), strict=False))
+            for layer, name in names.items()
+        }
         if not any(panel.values()):
             continue
-        same = next((roles for roles, known in merged if known == panel), None)
+        same = next(
+            (own for own, known in merged if known == panel and own[0].has_layers == role.has_layers), None
+        )
         if same is None:
             merged.append(([role], panel))
         else:
             same.append(role)
-    parts = [f"<p class=why>Colour: {html.escape(FIGURES[figure])}, on a logarithmic scale.</p>"]
-    parts += [_panel(", ".join(roles), panel, figure) for roles, panel in merged]
-    return "\n".join(parts)
+    return merged
 
 
-def _place(name: str) -> tuple[str, str]:
-    """A weight's role in its layer, and the layer's number; "" for a weight outside the layers."""
-    number = re.search(r"(?<=\.)\d+(?=\.)", name)
-    role = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-    return role, number[0] if number else ""
+def _drawn(roles: list[Role], panel: Panel, colours: Scale) -> dict[str, object]:
+    columns = {feature: i for i, feature in enumerate(sorted({f for cells in panel.values() for f in cells}))}
+    has_layers = roles[0].has_layers
+    where = f" in {sum(map(bool, panel.values()))} of {len(panel)} layers" if has_layers else ""
 
+    def place(layer: int) -> str:
+        return f"layer {layer}, " if has_layers else ""
 
-def _panel(title: str, panel: Panel, figure: str) -> str:
-    columns = sorted({feature for cells in panel.values() for feature in cells})
-    values = [value for cells in panel.values() for value in cells.values()]
-    low, high = math.log(max(min(values), 1e-6)), math.log(max(*values, 1e-6))
-    width, height = LABEL + CELL * len(columns) + 2, LABEL + CELL * len(panel) + 2
-    shapes = [
-        f"<text x={LABEL + CELL * i + 12} y={LABEL - 4} "
-        f"transform='rotate(-60 {LABEL + CELL * i + 12} {LABEL - 4})'>{feature}</text>"
-        for i, feature in enumerate(columns)
+    rows = [
+        {
+            "label": layer if has_layers else "all",
+            "squares": [
+                {
+                    "column": columns[feature],
+                    "fill": written(colours.colour(value)),
+                    "title": f"{place(layer)}feature {feature}: {colours.label} {value:.4g}",
+                }
+                for feature, value in cells.items()
+            ],
+        }
+        for layer, cells in panel.items()
     ]
-    for row, (layer, cells) in enumerate(panel.items()):
-        y = LABEL + CELL * row
-        shapes.append(f"<text x={LABEL - 6} y={y + 12} text-anchor=end>{html.escape(layer or 'all')}</text>")
-        for i, feature in enumerate(columns):
-            if feature not in cells:
-                continue
-            value = cells[feature]
-            share = (math.log(max(value, 1e-6)) - low) / (high - low) if high > low else 1.0
-            shapes.append(
-                f"<rect x={LABEL + CELL * i} y={y} width={CELL - 1} height={CELL - 1} "
-                f"fill='{_colour(share)}'>"
-                f"<title>layer {html.escape(layer)}, feature {feature}: {FIGURES[figure]} {value:.4g}</title>"
-                "</rect>"
-            )
-    return (
-        f"<figure style='margin:1rem 0;overflow-x:auto'><figcaption><code>{html.escape(title)}</code>: "
-        f"{len(columns)} features in {sum(map(bool, panel.values()))} of {len(panel)} layers</figcaption>"
-        f"<svg width={width} height={height} font-size=10 fill=currentColor role=img>{''.join(shapes)}</svg>"
-        "</figure>"
-    )
-
-
-def _colour(share: float) -> str:
-    mixed: Iterable[int] = (round(a + share * (b - a)) for a, b in zip(LOW, HIGH, strict=True))
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    return {
+        "roles": [role.pattern for role in roles],
+        "summary": f"{len(columns)} features{where}",
+        "features": list(columns),
+        "rows": rows,
+    }
 
 
 def summary(entry: Mapping[str, Any], most: int = 6) -> str:

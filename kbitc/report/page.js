@@ -14,12 +14,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const search = document.getElementById(table.dataset.search), count = document.getElementById(table.dataset.count);
   search.addEventListener("input", () => {
     const words = search.value.toLowerCase().split(/\s+/);
-    let shown = 0;
+    let matching = 0;
     for (const row of rows) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
-      shown += !row.hidden;
+      matching += !row.hidden;
     }
-    count.textContent = `${shown} of ${rows.length} shown`;
+    count.textContent = `${matching} of ${rows.length} shown`;
   });
 }
