@@ -1,8 +1,7 @@
-"""Programs as text, diffs, DOT and the page of passes."""
+"""Programs as text, diffs and DOT."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,7 @@ from kbitc.formats.spec import parse
 from kbitc.graph.capture import capture
 from kbitc.graph.plan import Choice, Plan
 from kbitc.graph.text import program_diff, program_dot, program_text
-from kbitc.passes.apply_plan import ApplyPlan
 from kbitc.pipeline.manager import PassManager
-from kbitc.report import passes_page
-from kbitc.report.passes_page import PassesPage
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +52,3 @@ def test_dot_has_each_call_once(program):
     assert dot.count('label="linear"') == 2
     assert dot.count('label="relu.default"') == 1
     assert '"p_0_weight" -> "linear";' in dot
-
-
-def page_of(model, rules):
-    page = PassesPage("a <model>")
-    manager = PassManager(["canonicalize", ApplyPlan({"weights": rules})], observe=page, is_checked=True)
-    return page.html(manager.run(capture(model)))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5"])
-def test_the_page_draws_layers_once_and_names_every_spec(tiny_model, family):
-    html = page_of(tiny_model(family, is_meta=True), {"*.1.*": "int3:32", "*": "nf4:64"})
-    assert "a &lt;model&gt;" in html
-    assert "<model>" not in html
-    for tag in ("details", "pre", "table", "summary", "ins", "del", "code"):
-        assert html.count(f"<{tag}>") + html.count(f"<{tag} ") == html.count(f"</{tag}>"), tag
-    assert not re.search(r"https?:|<script|<link|@import|url\(", html)
-    if family != "t5":  # its first layer alone has position biases
-        assert "<code>0 … 1 (2 alike)</code>" in html
-        assert "<b>1 × nf4:64, 1 × int3:32</b>" in html
-
-
-def test_a_long_diff_is_cut(tiny_model, monkeypatch):
-    monkeypatch.setattr(passes_page, "MOST_LINES", 10)
-    html = page_of(tiny_model("llama", is_meta=True), {"*": "nf4:64"})
-    assert re.search(r"\.\.\. and \d+ lines more", html)
