@@ -123,7 +123,7 @@ def uneven_plan(_: Program, after: Program) -> str | None:
 
 
 def wrong_packing(before: Program, after: Program) -> str | None:
-    """What is packed already has the plan's spec and the weight's shape, and is of its present values."""
+    """What is packed already has the plan's spec and the weight's shape, and is of the weight as it is."""
     planned = {} if after.plan is None else after.plan.weights
     for name, packed in after.packed.items():
         if name not in after.weights:
