@@ -200,7 +200,7 @@ def test_demo_decodes_and_scores_as_in_torch(demo):
     assert list(make_decoder(ours.model).generate(ids, 64)) == wanted
     text = read_text(heldout())
     ids = windows(ours.model, ours.tokenizer, text, 128, 1280)
-    scores = [perplexity(found.model, windows).perplexity for found in (ours, theirs)]
+    scores = [perplexity(loaded.model, ids).perplexity for loaded in (ours, theirs)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     payload = kbitc.Artifact.open(folder / "packed").payload_bytes
     assert report["files"]["model.onnx.data"] <= 1.03 * payload
