@@ -1,17 +1,25 @@
-"""What MkDocs generates: the page of the command line, from the commands themselves."""
+"""Pages that MkDocs makes: the command line, of its commands, and the passes, of their folder."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from mkdocs.structure.files import File, Files
 
+def on_files(files: Any, config: Any) -> Any:
+    """Add ``cli.md`` and ``reference/passes.md``."""
+    from mkdocs.structure.files import File
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add ``cli.md``."""
-    files.append(File.generated(config, "cli.md", content=cli_page()))
+    for name, content in (("cli.md", cli_page()), ("reference/passes.md", passes_page())):
+        files.append(File.generated(config, name, content=content))
     return files
+
+
+def passes_page() -> str:
+    """Every pass of the package, with its equation."""
+    from kbitc.pipeline.registry import pass_names
+
+    return "\n".join(["# kbitc.passes", "", *(f"::: kbitc.passes.{name}" for name in pass_names())])
 
 
 def cli_page() -> str:
@@ -29,7 +37,7 @@ def cli_page() -> str:
         lines += [f"## kbitc {name}", "", f"`{usage}`", "", _plain(command.help), ""]
         lines += ["| | |", "| --- | --- |"]
         lines += [f"| `{_cell(_metavar(p))}` | {_cell(_plain(p.help))} |" for p in arguments]
-        lines += [f"| `{_cell(_option(p))}` | {_cell(_plain(p.help))} |" for p in options]
+        lines += [f"| `{_cell(_option(p))}` | {_cell(_about(p))} |" for p in options]
         examples = re.findall(r"\$ (.*)", command.epilog or "")
         lines += ["", "```console", *(f"$ {line}" for line in examples), "```", ""]
     return "\n".join(lines)
@@ -41,7 +49,16 @@ def _metavar(parameter: Any) -> str:
 
 
 def _option(parameter: Any) -> str:
-    return " ".join([", ".join(parameter.opts), *([parameter.metavar] if parameter.metavar else [])])
+    value = "" if parameter.is_flag else parameter.metavar or "VALUE"
+    return f"{', '.join(parameter.opts)} {value}".strip()
+
+
+def _about(parameter: Any) -> str:
+    """An option's help, and its default where that says something and the help does not."""
+    text = _plain(parameter.help)
+    if parameter.is_flag or parameter.default in (None, "", []) or "[default:" in text:
+        return text
+    return f"{text} [default: {parameter.default}]"
 
 
 def _cell(text: str) -> str:

@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kbitc.artifact.pack import payload_bytes
 from kbitc.checkpoint import open_checkpoint
-from kbitc.formats.spec import parse
+from kbitc.formats import parse
+from kbitc.graph import Choice, Context, Plan, Program, Stage
 from kbitc.graph.capture import capture
-from kbitc.graph.plan import Choice, Plan
-from kbitc.graph.program import Program, Stage
-from kbitc.passes import PassManager, default_pipeline
+from kbitc.graph.stored import stored_bytes
+from kbitc.pipeline import STEPS, PassManager, planning_pipeline
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,9 @@ class KeepEnds:
 
 
 with open_checkpoint("demo") as checkpoint:
-    program = capture(checkpoint.skeleton(), read=checkpoint.read)
-    program = PassManager([*default_pipeline(budget=3.5), KeepEnds()]).run(program)
-for step in program.facts["pipeline"]:
-    print(f"{step.name:>15}  {step.seconds:6.3f} s  {step}")
-print(f"{8 * payload_bytes(program) / program.parameter_count:.4f} stored bits per parameter")
+    program = capture(checkpoint.skeleton(), context=Context(checkpoint.read))
+    usual = planning_pipeline(is_measured=False, options={"allocate_bits": {"budget": 3.5}})
+    program = PassManager([*usual, KeepEnds()]).run(program)
+for step in program.known(STEPS):
+    print(f"{step.name:>17}  {step.seconds:6.3f} s  {step}")
+print(f"{8 * stored_bytes(program) / program.parameter_count:.4f} stored bits per parameter")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from kbitc.lazy import exports
 
 if TYPE_CHECKING:
-    from kbitc.graph.capture import capture
     from kbitc.graph.context import Context
     from kbitc.graph.facts import Fact
     from kbitc.graph.plan import Choice, Plan
@@ -25,7 +24,6 @@ __all__ = [
     "Rest",
     "Stage",
     "Weight",
-    "capture",
 ]
 
 __getattr__, __dir__ = exports(
@@ -39,6 +37,5 @@ __getattr__, __dir__ = exports(
         "Rest": "kbitc.graph.program",
         "Stage": "kbitc.graph.program",
         "Weight": "kbitc.graph.program",
-        "capture": "kbitc.graph.capture",
     },
 )
