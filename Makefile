@@ -20,9 +20,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation, into site/; a warning is an error.
-docs: .venv/installed
+.venv/docs-installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch .venv/docs-installed
+
+# The documentation, into site/; a warning is an error, and nothing is fetched.
+docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The kernel tests with address and undefined-behaviour checks compiled into the kernels.

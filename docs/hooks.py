@@ -35,9 +35,9 @@ def cli_page() -> str:
         options = [p for p in command.params if p.param_type_name == "option"]
         usage = " ".join(["kbitc", name, *map(_metavar, arguments), "[OPTIONS]"])
         lines += [f"## kbitc {name}", "", f"`{usage}`", "", _plain(command.help), ""]
-        lines += ["| | |", "| --- | --- |"]
-        lines += [f"| `{_cell(_metavar(p))}` | {_cell(_plain(p.help))} |" for p in arguments]
-        lines += [f"| `{_cell(_option(p))}` | {_cell(_about(p))} |" for p in options]
+        lines += ["| argument or option | |", "| --- | --- |"]
+        lines += [f"| `{_metavar(p)}` | {_cell(_plain(p.help))} |" for p in arguments]
+        lines += [f"| `{_option(p)}` | {_cell(_about(p))} |" for p in options]
         examples = re.findall(r"\$ (.*)", command.epilog or "")
         lines += ["", "```console", *(f"$ {line}" for line in examples), "```", ""]
     return "\n".join(lines)

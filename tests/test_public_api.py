@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,25 @@ def test_names():
         assert name in dir(kbitc)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         kbitc.quantise  # noqa: B018
+
+
+ROOMS = [
+    "kbitc.checkpoint", "kbitc.formats", "kbitc.tensor", "kbitc.graph", "kbitc.pipeline", "kbitc.quantizers",
+    "kbitc.passes", "kbitc.backends",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_a_room_offers_is_there(room):
+    """A name of a file would be the file or the thing in it, by what was imported before."""
+    offered = importlib.import_module(room)
+    assert offered.__all__
+    for name in offered.__all__:
+        assert name in dir(offered)
+        assert getattr(offered, name) is not None
+        assert not any((Path(folder) / f"{name}.py").exists() for folder in offered.__path__), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing_of_that_name'"):
+        offered.nothing_of_that_name  # noqa: B018
 
 
 def run(code):
