@@ -23,7 +23,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,17 +32,17 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from kbitc.formats import scale_search
 from kbitc.formats.bit_planes import row_bytes
 from kbitc.formats.encode import encode_rows
-from kbitc.formats.packed import TENSOR_FIELDS, Operands
+from kbitc.formats.packed import NUMBER_FIELDS, TENSOR_FIELDS, Operands
 from kbitc.kernels import reference
 from kbitc.kernels.cpu import build as native
 
-WEIGHT = (
-    "Tensor planes, Tensor scales, Tensor codebook, Tensor? zeros, Tensor? scale_codebook, "
-    "Tensor? scale_absmax, Tensor? scale_mean, Tensor? outlier_values, Tensor? outlier_index, "
-    "int in_features, int bits, int block"
-)
-TENSORS = len(TENSOR_FIELDS)
+IN_SCHEMAS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int"}
+WEIGHT = ", ".join(f"{IN_SCHEMAS[hint]} {name}" for name, hint in get_type_hints(Operands).items())
+"""The part of a schema that is a weight: ``Tensor planes, Tensor scales, ... int block``."""
+
 OPERANDS = len(Operands._fields)
+TENSORS = len(TENSOR_FIELDS)
+NUMBERS = len(NUMBER_FIELDS)
 
 library = torch.library.Library("kbit", "DEF")
 
@@ -102,49 +102,39 @@ def _check_input(name: str, x: Tensor, features: int) -> None:
         )
 
 
-def _weight(flat: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
-    """The operands that a flat argument list begins with, and what follows them."""
-    return Operands(*flat[:OPERANDS]), flat[OPERANDS:]
-
-
-def _with_bias(flat: Sequence[Any]) -> tuple[Operands, Tensor | None]:
-    operands, rest = _weight(flat)
-    return operands, rest[0] if rest else None
-
-
-def _fake_linear(x: Tensor, *flat: Any) -> Tensor:
-    operands, _ = _weight(flat)
-    _check_input("linear", x, operands.in_features)
-    return x.new_empty(*x.shape[:-1], operands.planes.shape[0])
+def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
+    weight, _ = Operands.split(rest)
+    _check_input("linear", x, weight.in_features)
+    return x.new_empty(*x.shape[:-1], weight.planes.shape[0])
 
 
 @_op("linear", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
-def _linear(x: Tensor, *flat: Any) -> Tensor:
-    operands, bias = _with_bias(flat)
-    _check_input("linear", x, operands.in_features)
-    return reference.linear(x, operands, bias)
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    weight, bias = Operands.split(rest)
+    _check_input("linear", x, weight.in_features)
+    return reference.linear(x, weight, bias)
 
 
 @_op("linear_int8", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
-def _linear_int8(x: Tensor, *flat: Any) -> Tensor:
-    operands, bias = _with_bias(flat)
-    _check_input("linear_int8", x, operands.in_features)
-    return reference.linear_int8(x, operands, bias)
+def _linear_int8(x: Tensor, *rest: Any) -> Tensor:
+    weight, bias = Operands.split(rest)
+    _check_input("linear_int8", x, weight.in_features)
+    return reference.linear_int8(x, weight, bias)
 
 
-def _split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Operands]:
+def split_weights(weights: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Operands]:
     """The operands of each weight, from the flat lists that ``linears`` takes."""
-    count = len(numbers) // 3
-    if count == 0 or len(numbers) != 3 * count or len(weights) != TENSORS * count:
+    count = len(numbers) // NUMBERS
+    if count == 0 or len(numbers) != NUMBERS * count or len(weights) != TENSORS * count:
         raise RuntimeError(
-            f"kbit::linears: expected {TENSORS} tensors and 3 numbers for each weight, "
+            f"kbit::linears: expected {TENSORS} tensors and {NUMBERS} numbers for each weight, "
             f"got {len(weights)} and {len(numbers)}"
         )
-    tensors: Sequence[Any] = weights
-    return [
-        Operands(*tensors[TENSORS * i : TENSORS * (i + 1)], *numbers[3 * i : 3 * (i + 1)])
-        for i in range(count)
-    ]
+    each: list[Operands] = []
+    for i in range(count):
+        flat: list[Any] = [*weights[TENSORS * i :][:TENSORS], *numbers[NUMBERS * i :][:NUMBERS]]
+        each.append(Operands(*flat))
+    return each
 
 
 def _fake_linears(
@@ -154,10 +144,10 @@ def _fake_linears(
     biases: Sequence[Tensor | None],
 ) -> Tensor:
     del biases
-    each = _split_weights(weights, numbers)
-    for operands in each:
-        _check_input("linears", x, operands.in_features)
-    return x.new_empty(*x.shape[:-1], sum(operands.planes.shape[0] for operands in each))
+    each = split_weights(weights, numbers)
+    for weight in each:
+        _check_input("linears", x, weight.in_features)
+    return x.new_empty(*x.shape[:-1], sum(weight.planes.shape[0] for weight in each))
 
 
 @_op("linears", "(Tensor x, Tensor?[] weights, int[] numbers, Tensor?[] biases) -> Tensor", _fake_linears)
@@ -172,111 +162,88 @@ def _linears(
     The weights may have different formats. ``weights`` holds the nine tensors of each, flat;
     ``numbers`` its in_features, bits and block; ``biases`` one entry a weight.
     """
-    each = _split_weights(weights, numbers)
+    each = split_weights(weights, numbers)
     return torch.cat(
-        [torch.ops.kbit.linear(x, *operands, bias) for operands, bias in zip(each, biases, strict=True)],
+        [torch.ops.kbit.linear(x, *weight, bias) for weight, bias in zip(each, biases, strict=True)],
         dim=-1,
     )
 
 
-@_op(
-    "input_grad",
-    f"(Tensor grad, {WEIGHT}) -> Tensor",
-    lambda grad, *flat: grad.new_empty(*grad.shape[:-1], Operands(*flat).in_features),
-)
-def _input_grad(grad: Tensor, *flat: Any) -> Tensor:
-    operands = Operands(*flat)
-    _check_input("input_grad", grad, operands.planes.shape[0])
-    return reference.input_grad(grad, operands)
+def _fake_input_grad(grad: Tensor, *operands: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], Operands(*operands).in_features)
 
 
-def _fake_embedding(ids: Tensor, *flat: Any) -> Tensor:
-    operands, (dtype,) = _weight(flat)
-    return operands.planes.new_empty(*ids.shape, operands.in_features, dtype=dtype)
+@_op("input_grad", f"(Tensor grad, {WEIGHT}) -> Tensor", _fake_input_grad)
+def _input_grad(grad: Tensor, *operands: Any) -> Tensor:
+    weight = Operands(*operands)
+    _check_input("input_grad", grad, weight.planes.shape[0])
+    return reference.input_grad(grad, weight)
+
+
+def _fake_embedding(ids: Tensor, *rest: Any) -> Tensor:
+    weight, dtype = Operands.split(rest)
+    return weight.planes.new_empty(*ids.shape, weight.in_features, dtype=dtype)
 
 
 @_op("embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor", _fake_embedding)
-def _embedding(ids: Tensor, *flat: Any) -> Tensor:
-    operands, (dtype,) = _weight(flat)
-    return reference.embedding(ids, operands, dtype)
+def _embedding(ids: Tensor, *rest: Any) -> Tensor:
+    return reference.embedding(ids, *Operands.split(rest))
 
 
-@_op(
-    "grouped_linear",
-    f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor",
-    lambda x, planes, *_: x.new_empty(x.shape[0], planes.shape[1]),
-)
-def _grouped_linear(x: Tensor, *flat: Any) -> Tensor:
-    operands, (offsets,) = _weight(flat)
-    _check_input("grouped_linear", x, operands.in_features)
-    return reference.grouped_linear(x, operands, offsets)
+def _fake_grouped_linear(x: Tensor, *rest: Any) -> Tensor:
+    weight, _ = Operands.split(rest)
+    return x.new_empty(x.shape[0], weight.planes.shape[1])
 
 
-@_op(
-    "grouped_input_grad",
-    f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor",
-    lambda grad, *flat: grad.new_empty(grad.shape[0], _weight(flat)[0].in_features),
-)
-def _grouped_input_grad(grad: Tensor, *flat: Any) -> Tensor:
-    operands, (offsets,) = _weight(flat)
-    return reference.grouped_input_grad(grad, operands, offsets)
+@_op("grouped_linear", f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_linear)
+def _grouped_linear(x: Tensor, *rest: Any) -> Tensor:
+    weight, offsets = Operands.split(rest)
+    _check_input("grouped_linear", x, weight.in_features)
+    return reference.grouped_linear(x, weight, offsets)
 
 
-def _fake_dequantize(*flat: Any) -> Tensor:
-    operands, (dtype,) = _weight(flat)
-    return operands.planes.new_empty(*operands.planes.shape[:-1], operands.in_features, dtype=dtype)
+def _fake_grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+    weight, _ = Operands.split(rest)
+    return grad.new_empty(grad.shape[0], weight.in_features)
+
+
+@_op("grouped_input_grad", f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_input_grad)
+def _grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+    return reference.grouped_input_grad(grad, *Operands.split(rest))
+
+
+def _fake_dequantize(*given: Any) -> Tensor:
+    weight, dtype = Operands.split(given)
+    return weight.planes.new_empty(*weight.planes.shape[:-1], weight.in_features, dtype=dtype)
 
 
 @_op("dequantize", f"({WEIGHT}, ScalarType dtype) -> Tensor", _fake_dequantize)
-def _dequantize(*flat: Any) -> Tensor:
-    operands, (dtype,) = _weight(flat)
-    return reference.dequantize(*operands, dtype=dtype)
+def _dequantize(*given: Any) -> Tensor:
+    return reference.dequantize(*Operands.split(given))
 
 
-def _of_experts(operands: Operands) -> list[Tensor]:
-    """The tensors of a weight that have a leading dimension of experts."""
-    parts = (operands.planes, operands.scales, operands.zeros, operands.outlier_values)
-    return [part for part in parts if part is not None]
+def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
+    weight = Operands(*operands)
+    scales = torch.float32 if weight.scale_codebook is not None else weight.scales.dtype
+    return [
+        part.new_empty(*experts.shape, *part.shape[1:], dtype=scales if field == "scales" else part.dtype)
+        for field, part in reference.row_tensors(weight).items()
+    ]
 
 
-def _fake_select(experts: Tensor, *flat: Any) -> list[Tensor]:
-    operands = Operands(*flat)
-    if operands.scale_codebook is not None:  # read into float32
-        operands = operands._replace(scales=operands.scales.to(torch.float32))
-    return [part.new_empty(*experts.shape, *part.shape[1:]) for part in _of_experts(operands)]
-
-
-@_op(
-    "select",
-    f"(Tensor experts, {WEIGHT}) -> Tensor[]",
-    _fake_select,
-    is_native=False,
-)
-def _select(experts: Tensor, *flat: Any) -> list[Tensor]:
-    at, operands = experts.long(), Operands(*flat)
-    if operands.scale_codebook is not None:
-        operands = reference.plain_scales(operands)
-    return [part[at] for part in _of_experts(operands)]
-
-
-def _fake_encode(
-    rows: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    codebook: Tensor,
-    outlier_index: Tensor | None,
-    bits: int,
-    block: int,
-) -> Tensor:
-    del scales, zeros, codebook, outlier_index, block
-    return rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], bits), dtype=torch.uint8)
+@_op("select", f"(Tensor experts, {WEIGHT}) -> Tensor[]", _fake_select, is_native=False)
+def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
+    at, weight = experts.long(), Operands(*operands)
+    if weight.scale_codebook is not None:
+        weight = reference.plain_scales(weight)
+    return [part[at] for part in reference.row_tensors(weight).values()]
 
 
 @_op(
     "encode",
     "(Tensor rows, Tensor scales, Tensor? zeros, Tensor codebook, Tensor? outlier_index, int bits, int block)"
     " -> Tensor",
-    _fake_encode,
+    lambda rows, *rest: rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], rest[4]), dtype=torch.uint8),
 )
 def _encode(*given: Any) -> Tensor:
     return encode_rows(*given)
@@ -317,12 +284,14 @@ def _restore(ctx: Any) -> list[Any]:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rest = _restore(ctx)
-    wanted = ctx.needs_input_grad
-    grad_x = torch.ops.kbit.input_grad(grad, *rest[:OPERANDS]) if wanted[0] else None
+    weight, bias = Operands.split(rest)
+    wants_x, *_, wants_last = ctx.needs_input_grad
+    grad_x = torch.ops.kbit.input_grad(grad, *weight) if wants_x else None
+    is_given = len(rest) > OPERANDS
     grad_bias = None
-    if len(rest) > OPERANDS and rest[OPERANDS] is not None and wanted[OPERANDS + 1]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(rest[OPERANDS].dtype)
-    return (grad_x, *[None] * OPERANDS, *([grad_bias] if len(rest) > OPERANDS else []))
+    if bias is not None and wants_last:
+        grad_bias = grad.flatten(0, -2).sum(0).to(bias.dtype)
+    return (grad_x, *[None] * OPERANDS, *([grad_bias] if is_given else []))
 
 
 def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -342,11 +311,11 @@ def _save_linears(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linears_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    each = _split_weights([next(saved) if is_present else None for is_present in ctx.present], ctx.numbers)
-    parts = grad.split([operands.planes.shape[0] for operands in each], dim=-1)
+    each = split_weights([next(saved) if is_present else None for is_present in ctx.present], ctx.numbers)
+    parts = grad.split([weight.planes.shape[0] for weight in each], dim=-1)
     grad_x = sum(
-        torch.ops.kbit.input_grad(part.contiguous(), *operands)
-        for part, operands in zip(parts, each, strict=True)
+        torch.ops.kbit.input_grad(part.contiguous(), *weight)
+        for part, weight in zip(parts, each, strict=True)
     )
     return grad_x, None, None, None
 

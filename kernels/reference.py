@@ -7,6 +7,7 @@ matmul needs a few megabytes beside its input and its output.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ INT8_NEEDS = (
 TILE = 2**20  # weights dequantized at a time: 4 MB in float32
 
 
-def dequantize(*operands: object, dtype: torch.dtype) -> Tensor:
+def dequantize(operands: Operands, dtype: torch.dtype) -> Tensor:
     """The whole weight, ``(*lead, rows, in_features)`` of ``dtype``."""
-    return dequantize_operands(*operands, dtype=dtype)  # type: ignore[arg-type]  # an Operands
+    return dequantize_operands(operands, dtype)
 
 
 def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
@@ -48,7 +49,7 @@ def linear_int8(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     Raises:
         RuntimeError: the weight is not `int8` with one scale a row.
     """
-    codebook, index, values = operands.codebook, operands.outlier_index, operands.outlier_values
+    codebook, values, index = operands.codebook, operands.outlier_values, operands.outlier_index
     even = torch.arange(-INT8_MOST, INT8_MOST + 1, device=codebook.device) * (codebook[-1] / INT8_MOST)
     is_even = codebook.shape == even.shape and torch.allclose(codebook, even, rtol=1e-6, atol=1e-8)
     has_one_scale = operands.scales.shape[-1] == 1 and operands.zeros is None
@@ -84,7 +85,7 @@ def embedding(ids: Tensor, operands: Operands, dtype: torch.dtype) -> Tensor:
     vocabulary = operands.planes.shape[0]
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         raise IndexError(f"kbit::embedding: an id is outside 0 … {vocabulary - 1}")
-    rows = dequantize_operands(*operands, dtype=dtype, rows=ids.flatten().long())
+    rows = dequantize_operands(operands, dtype, ids.flatten().long())
     return rows.view(*ids.shape, operands.in_features)
 
 
@@ -107,25 +108,29 @@ def grouped_input_grad(grad: Tensor, operands: Operands, offsets: Tensor) -> Ten
 def plain_scales(operands: Operands) -> Operands:
     """The same weight with its double-quantized scales, if any, read into float32."""
     scales = operands.scales
-    constants = (operands.scale_codebook, operands.scale_absmax, operands.scale_mean)
-    read = effective_scales(scales.flatten(0, -2), *constants).view(scales.shape)
-    return operands._replace(scales=read, scale_codebook=None, scale_absmax=None, scale_mean=None)
+    read = effective_scales(
+        scales.flatten(0, -2), operands.scale_codebook, operands.scale_absmax, operands.scale_mean
+    )
+    return operands._replace(
+        scales=read.view(scales.shape), scale_codebook=None, scale_absmax=None, scale_mean=None
+    )
 
 
 def expert_operands(operands: Operands, expert: int | Tensor) -> Operands:
     """The operands of one expert, or of the experts that an index tensor picks."""
-    return _index_rows(plain_scales(operands), expert)
+    return _indexed(plain_scales(operands), expert)
 
 
-def _index_rows(operands: Operands, at: int | slice | Tensor) -> Operands:
-    """Some rows, or experts, of a weight with plain scales."""
-    zeros, values = operands.zeros, operands.outlier_values
-    return operands._replace(
-        planes=operands.planes[at],
-        scales=operands.scales[at],
-        zeros=None if zeros is None else zeros[at],
-        outlier_values=None if values is None else values[at],
-    )
+def row_tensors(operands: Operands) -> dict[str, Tensor]:
+    """What a weight of plain scales has for each of its rows or experts, by field; all else they share."""
+    fields = ("planes", "scales", "zeros", "outlier_values")
+    return {field: value for field in fields if (value := getattr(operands, field)) is not None}
+
+
+def _indexed(plain: Operands, at: int | slice | Tensor) -> Operands:
+    """Rows or experts of a weight of plain scales."""
+    picked: dict[str, Any] = {field: value[at] for field, value in row_tensors(plain).items()}
+    return plain._replace(**picked)
 
 
 def _tiles(operands: Operands, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -134,7 +139,7 @@ def _tiles(operands: Operands, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     step = max(1, TILE // operands.in_features)
     for start in range(0, operands.planes.shape[0], step):
         rows = slice(start, start + step)
-        yield rows, dequantize_operands(*_index_rows(plain, rows), dtype=dtype)
+        yield rows, dequantize_operands(_indexed(plain, rows), dtype)
 
 
 def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from kbitc.formats.packed import Operands
 from kbitc.graph import program
 from kbitc.graph.facts import Fact
 from kbitc.graph.matching import Miss, match
 from kbitc.graph.program import CANONICAL, Program, Stage
 from kbitc.graph.rewriting import build, copy_of
 from kbitc.graph.weight_reads import WeightRead, op_name, reads_of, value_of
-from kbitc.kernels import ops
 from kbitc.pipeline.records import Fired
 
 FACT: Fact[Fired] = Fact("fuse_dequantize")
@@ -111,7 +111,8 @@ def _packed_call(graph: fx.Graph, canonical: fx.Node, dequantize: fx.Node) -> fx
     x, _, *rest = canonical.args
     if canonical.target is program.embedding:
         rest = [value_of(dequantize).dtype]
-    packed = graph.call_function(target, (x, *dequantize.args[: ops.OPERANDS], *rest))
+    weight, _ = Operands.split(dequantize.args)
+    packed = graph.call_function(target, (x, *weight, *rest))
     packed.meta = dict(canonical.meta)
     return packed
 

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from kbitc.formats.packed import Operands
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
 from kbitc.graph.rewriting import changed_between, copy_of
 from kbitc.graph.weight_reads import is_move, keeps_features, op_name, value_of
-from kbitc.kernels import ops
 from kbitc.pipeline.records import Fired
 
 FACT: Fact[Fired] = Fact("fuse_epilogues")
@@ -59,7 +59,9 @@ class FuseEpilogues:
                     continue
                 groups.append((linear.name, end.name))
                 left.pop(end.name, None)  # the other operand of a sum may be a linear too
-                linear.args = (*linear.args[: 1 + ops.OPERANDS], _addend(path))
+                x, *rest = linear.args
+                weight, _ = Operands.split(rest)
+                linear.args = (x, *weight, _addend(path))
                 end.replace_all_uses_with(path[-2])
                 graph.erase_node(end)
                 paths = list(_epilogues(linear))  # what read the sum reads the linear now
@@ -103,7 +105,7 @@ def _obstacle(path: list[fx.Node], order: dict[fx.Node, int]) -> str | None:
         return RESIDUAL
     if linear.target is kbit.grouped_linear.default:
         return "kbit.grouped_linear takes no bias"
-    if len(linear.args) > 1 + ops.OPERANDS or linear.kwargs:
+    if len(linear.args) > 1 + len(Operands._fields) or linear.kwargs:
         return "the linear has a bias already"
     if not all(keeps_features(step) for step in path[1:-1]):
         return "its product is cut, cast or turned before the bias is added"

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from kbitc.formats.packed import Operands
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
 from kbitc.graph.rewriting import call, changed_between, copy_of
-from kbitc.kernels import ops
 from kbitc.pipeline.records import Fired
 
 aten = torch.ops.aten
@@ -91,10 +91,10 @@ def _merge(graph: fx.Graph, x: fx.Node, linears: list[fx.Node]) -> None:
     biases: list[Any] = []
     rows: list[int] = []
     for linear in linears:
-        operands, rest = linear.args[1 : 1 + ops.OPERANDS], linear.args[1 + ops.OPERANDS :]
-        weights += operands[: ops.TENSORS]
-        numbers += operands[ops.TENSORS :]
-        biases.append(rest[0] if rest else linear.kwargs.get("bias"))
+        weight, bias = Operands.split(linear.args[1:])
+        weights += weight.tensors
+        numbers += weight.numbers
+        biases.append(linear.kwargs.get("bias") if bias is None else bias)
         rows.append(int(linear.meta["val"].shape[-1]))
     with graph.inserting_before(linears[0]):
         merged = call(graph, linears[0], kbit.linears.default, x, weights, numbers, biases)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from kbitc.formats.layout import operand_slots
+from kbitc.formats.packed import Operands
 from kbitc.graph.capture import capture
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs
@@ -43,20 +44,20 @@ FIRES = {
 
 
 def _linear(x, *rest):
-    return reference.linear(x, rest[: ops.OPERANDS], rest[ops.OPERANDS] if len(rest) > ops.OPERANDS else None)
+    return reference.linear(x, *Operands.split(rest))
 
 
 def _linears(x, weights, numbers, biases):
-    each = ops._split_weights(weights, numbers)
+    each = ops.split_weights(weights, numbers)
     return torch.cat([reference.linear(x, o, bias) for o, bias in zip(each, biases, strict=True)], dim=-1)
 
 
 PLAIN = {
     kbit.linear.default: _linear,
     kbit.linears.default: _linears,
-    kbit.embedding.default: lambda ids, *rest: reference.embedding(ids, rest[:-1], rest[-1]),
-    kbit.grouped_linear.default: lambda x, *rest: reference.grouped_linear(x, rest[:-1], rest[-1]),
-    kbit.dequantize.default: lambda *rest: reference.dequantize(*rest[:-1], dtype=rest[-1]),
+    kbit.embedding.default: lambda ids, *rest: reference.embedding(ids, *Operands.split(rest)),
+    kbit.grouped_linear.default: lambda x, *rest: reference.grouped_linear(x, *Operands.split(rest)),
+    kbit.dequantize.default: lambda *rest: reference.dequantize(*Operands.split(rest)),
 }
 
 
@@ -90,7 +91,7 @@ def packed_state(program, state):
         if spec.is_left_alone:
             continue
         found = quantize_weight(state[name].mT if weight.is_transposed else state[name], spec)
-        read = reference.dequantize(*found.operands(), dtype=torch.float32)
+        read = reference.dequantize(found.operands(), torch.float32)
         dense[name] = read.mT if weight.is_transposed else read
         slots = operand_slots(name, spec, weight.oriented_shape[:-1], weight.in_features)
         assert slots.keys() == found.tensors().keys()

@@ -60,7 +60,7 @@ def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: 
     places = [
         (
             *(paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.activations),
-            weight.operands()[9:],
+            weight.operands().numbers,
         )
         for module, leaf, weight, names in step.places
     ]

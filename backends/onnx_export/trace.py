@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 from kbitc.backends._decoding.decoder import layer_count, why_not
 from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import SourceError, UsageError
-from kbitc.kernels.ops import OPERANDS
+from kbitc.formats.packed import Operands
 from kbitc.tensor.functions import grouped_mm
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor
 
@@ -314,13 +314,15 @@ def _marked(kind: str, after: tuple[str, ...], *, is_optional: bool = False) -> 
     """Writes a marked node of an operation on x, a weight's operands, and what comes ``after`` them."""
     mark = values.Op(values.Opset(DOMAIN, 1), kind, _schema(kind))
 
-    def write(x: Any, planes: Any, *others: Any, **named: Any) -> Any:
-        last = others[OPERANDS - 1] if len(others) == OPERANDS else named.get(after[0])
-        return mark(x, planes) if last is None or kind == "embedding" else mark(x, planes, last)
+    def write(x: Any, *others: Any, **named: Any) -> Any:
+        weight, last = Operands.split(others)
+        last = named.get(after[0]) if last is None else last
+        has_last = last is not None and kind != "embedding"
+        return mark(x, weight.planes, last) if has_last else mark(x, weight.planes)
 
     # The exporter matches arguments by the names in a function's signature.
     parameter, either = inspect.Parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = ["x", "planes", *(f"operand_{i}" for i in range(1, OPERANDS)), *after]
+    names = ["x", *Operands._fields, *after]
     given = [parameter(name, either, annotation=Any) for name in names]
     if is_optional:
         given[-1] = given[-1].replace(default=None)

@@ -111,7 +111,7 @@ def packed_error(weight: Tensor, packed: Packed) -> float:
     """Relative error of what was packed, on the sampled rows of ``weight`` (oriented like it)."""
     rows = weight.flatten(0, -2)
     picked = sample_rows(*rows.shape)
-    back = dequantize_operands(*_flat_operands(packed), dtype=torch.float32, rows=picked)
+    back = dequantize_operands(_flat_operands(packed), torch.float32, picked)
     return relative_error(rows[picked].float(), back)
 
 

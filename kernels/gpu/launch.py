@@ -31,12 +31,13 @@ from kbitc.kernels.gpu.int8 import int8_kernel
 from kbitc.kernels.gpu.matmul import matmul_kernel
 from kbitc.kernels.gpu.tiles import TABLE
 
-OPERANDS = len(Operands._fields)
-# No GPU has measured these two yet.
-MANY = 64  # rows of x; beyond them the vendor's matmul on a dequantized slab reads the weight once for all
-SLAB = (
-    2**25
-)  # weights dequantized at a time: 64 MB at 16 bits, about what an L2 cache of this size class holds
+# Neither has been measured on a GPU; `benchmarks.gpu_linear` is there for that.
+# Rows of x up to which tensor cores cut W out of its words. Every 16 of them (TABLE's tile) read and decode
+# W again, at 4 bits a quarter of its 16-bit bytes: 64 rows read as many bytes of W as if it were dense.
+MANY = 64
+# Numbers of W dense at a time: 64 MiB in 16 bits, a bound on memory beside the packed weights. A weight of
+# 4096 x 8192 is one slab, which the vendor's library multiplies in one call.
+SLAB = 2**25
 PROGRAMS = 1024  # to aim at when K is split
 INT8_TILE = {"TILE_M": 32, "TILE_N": 64, "TILE_K": 64}
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -66,20 +67,29 @@ def scales_a_chunk(block: int) -> int:
 
 
 @dataclass(frozen=True)
-class KernelWeight:
+class Weight:
     """A packed weight as kernels take it.
 
     Attributes:
-        pointers: planes, planes as int32, scales, codebook, zeros, scale codebook, absmax and mean; those
-            that are not there as the codebook, which no kernel reads in their place.
+        planes: contiguous.
+        words: the planes as int32, where they can be read so.
+        values: scales, codebook, zeros, scale codebook, absmax and mean; those that are not there as the
+            codebook, which no kernel reads in their place.
         sizes: bytes a row, columns, scales a row.
         flags: compile-time arguments.
     """
 
     operands: Operands
-    pointers: list[Tensor]
+    planes: Tensor
+    words: Tensor
+    values: list[Tensor]
     sizes: list[int]
     flags: dict[str, Any]
+
+    @property
+    def pointers(self) -> list[Tensor]:
+        """The weight as all kernels but one take it."""
+        return [self.planes, self.words, *self.values]
 
     @property
     def rows(self) -> int:
@@ -96,29 +106,30 @@ class KernelWeight:
         """Values, columns, and how many there are."""
         values, index = self.operands.outlier_values, self.operands.outlier_index
         if values is None or index is None:
-            return [self.pointers[3], self.pointers[3]], 0
+            return [self.operands.codebook, self.operands.codebook], 0
         return [values.contiguous(), index], index.numel()
 
 
-def read_weight(operands: Operands) -> KernelWeight:
+def read_weight(operands: Operands) -> Weight:
     """Pointers, sizes and compile-time numbers of a weight."""
-    planes, scales, codebook, zeros, scale_codebook, absmax, mean, _, _, features, bits, block = operands
-    planes = planes.contiguous()
+    planes, codebook = operands.planes.contiguous(), operands.codebook
     # What is traced has no address yet; memory itself begins at a multiple of 16.
     begin = planes.storage_offset() if isinstance(planes, FunctionalTensor) else planes.data_ptr()
     is_aligned = planes.shape[-1] % 4 == 0 and begin % 4 == 0
     words = planes.view(torch.int32) if is_aligned else planes
-    optional = [codebook if t is None else t.contiguous() for t in (zeros, scale_codebook, absmax, mean)]
+    optional = (operands.zeros, operands.scale_codebook, operands.scale_absmax, operands.scale_mean)
+    values = [codebook if value is None else value.contiguous() for value in optional]
     flags = {
-        "BITS": bits,
-        "BLOCK": block,
-        "HAS_ZEROS": zeros is not None,
-        "HAS_DQ": absmax is not None,
-        "SCALES": scales_a_chunk(block),
+        "BITS": operands.bits,
+        "BLOCK": operands.block,
+        "HAS_ZEROS": operands.zeros is not None,
+        "HAS_DQ": operands.scale_absmax is not None,
+        "SCALES": scales_a_chunk(operands.block),
         "IS_ALIGNED": is_aligned,
     }
-    pointers = [planes, words, scales.contiguous(), codebook, *optional]
-    return KernelWeight(operands, pointers, [planes.shape[-1], features, scales.shape[-1]], flags)
+    values = [operands.scales.contiguous(), codebook, *values]
+    sizes = [planes.shape[-1], operands.in_features, operands.scales.shape[-1]]
+    return Weight(operands, planes, words, values, sizes, flags)
 
 
 def _as_words(x: Tensor) -> Tensor:
@@ -130,13 +141,13 @@ def _as_words(x: Tensor) -> Tensor:
 # Rows of the weight -----------------------------------------------------------------------------
 
 
-def _rows(weight: KernelWeight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+def _rows(weight: Weight, ids: Tensor | None, begin: int, count: int, dtype: torch.dtype) -> Tensor:
     """Rows ``ids``, or ``count`` rows from ``begin`` on, ``(count, features)``."""
     features, flags = weight.features, weight.flags
-    out = torch.empty(count, features, dtype=dtype, device=weight.pointers[0].device)
+    out = torch.empty(count, features, dtype=dtype, device=weight.planes.device)
     if out.numel() == 0:
         return out
-    given = weight.pointers[3] if ids is None else ids
+    given = weight.operands.codebook if ids is None else ids
     is_whole = flags["SCALES"] > 0 and (dtype == torch.float32 or features % 4 == 0)
     first = features // CHUNK * CHUNK if is_whole else 0
     if first:
@@ -147,9 +158,8 @@ def _rows(weight: KernelWeight, ids: Tensor | None, begin: int, count: int, dtyp
         )  # fmt: skip
     if first < features:
         columns = min(512, triton.next_power_of_2(features - first))
-        pointers = [weight.pointers[0], *weight.pointers[2:]]
         _launch(columns_kernel, (count, triton.cdiv(features - first, columns)), out)(
-            given, out, *pointers, *weight.sizes, begin, first,
+            given, out, weight.planes, *weight.values, *weight.sizes, begin, first,
             **{name: flags[name] for name in ("BITS", "BLOCK", "HAS_ZEROS", "HAS_DQ")},
             HAS_IDS=ids is not None, COLUMNS=columns,
         )  # fmt: skip
@@ -169,7 +179,7 @@ def _grid_of(count: int, features: int) -> Grid:
     )
 
 
-def _slabs(weight: KernelWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _slabs(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The weight in 16 bits, a slab of rows at a time, and the first of these."""
     step = max(1, SLAB // weight.features)
     for begin in range(0, weight.rows, step):
@@ -179,16 +189,18 @@ def _slabs(weight: KernelWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tens
 
 def dequantize(*given: Any) -> Tensor:
     """``kbit::dequantize``."""
-    weight = read_weight(Operands(*given[:OPERANDS]))
-    lead = given[0].shape[:-1]
-    return _rows(weight, None, 0, weight.rows, given[OPERANDS]).view(*lead, weight.features)
+    operands, dtype = Operands.split(given)
+    weight = read_weight(operands)
+    lead = operands.planes.shape[:-1]
+    return _rows(weight, None, 0, weight.rows, dtype).view(*lead, weight.features)
 
 
 def embedding(ids: Tensor, *rest: Any) -> Tensor:
     """``kbit::embedding``; ids must be inside the vocabulary: checking would stop the device."""
-    weight = read_weight(Operands(*rest[:OPERANDS]))
+    operands, dtype = Operands.split(rest)
+    weight = read_weight(operands)
     flat = ids.flatten().long()
-    return _rows(weight, flat, 0, flat.numel(), rest[OPERANDS]).view(*ids.shape, weight.features)
+    return _rows(weight, flat, 0, flat.numel(), dtype).view(*ids.shape, weight.features)
 
 
 # Products ---------------------------------------------------------------------------------------
@@ -201,7 +213,7 @@ def _splits(kernel: str, slots: int, rows: int, features: int) -> int:
     return max(1, min(PROGRAMS // programs, features // (CHUNK * tiles.chunks)))
 
 
-def _gemv(x: Tensor, weight: KernelWeight) -> Tensor:
+def _gemv(x: Tensor, weight: Weight) -> Tensor:
     """``x @ W.T`` in float32 for one row of x."""
     count = weight.rows
     splits = _splits("gemv", 1, count, weight.features)
@@ -214,12 +226,12 @@ def _gemv(x: Tensor, weight: KernelWeight) -> Tensor:
     return parts.sum(0, keepdim=True)
 
 
-def _fits_tensor_cores(x: Tensor, weight: KernelWeight) -> bool:
+def _fits_tensor_cores(x: Tensor, weight: Weight) -> bool:
     """Whether `matmul_kernel` takes them: float32 is left to the vendor's library."""
     return x.dtype != torch.float32 and weight.flags["SCALES"] > 0
 
 
-def _matmul(x: Tensor, weight: KernelWeight, offsets: Tensor | None = None) -> Tensor:
+def _matmul(x: Tensor, weight: Weight, offsets: Tensor | None = None) -> Tensor:
     """``x @ W.T`` in float32 on tensor cores; with offsets, each row of x with the weight of its expert."""
     m = x.shape[0]
     experts = 1 if offsets is None else offsets.numel()
@@ -238,7 +250,7 @@ def _matmul(x: Tensor, weight: KernelWeight, offsets: Tensor | None = None) -> T
         return slots(meta["TILE_M"]), triton.cdiv(count, meta["ROWS"]), splits
 
     _launch(matmul_kernel, grid, parts)(
-        words, parts, *weight.pointers, *outliers, weight.pointers[3] if offsets is None else offsets,
+        words, parts, *weight.pointers, *outliers, weight.operands.codebook if offsets is None else offsets,
         *weight.sizes, kept, count, splits, words.shape[1] * 4, m,
         experts, **weight.flags, HAS_OUTLIERS=kept > 0, KIND=KINDS[x.dtype], IS_GROUPED=offsets is not None,
     )  # fmt: skip
@@ -247,7 +259,7 @@ def _matmul(x: Tensor, weight: KernelWeight, offsets: Tensor | None = None) -> T
 
 def linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::linear``."""
-    operands, bias = Operands(*rest[:OPERANDS]), rest[OPERANDS] if len(rest) > OPERANDS else None
+    operands, bias = Operands.split(rest)
     _check_input("linear", x, operands.in_features)
     weight = read_weight(operands)
     flat = x.reshape(-1, weight.features).contiguous()
@@ -267,7 +279,7 @@ def linear(x: Tensor, *rest: Any) -> Tensor:
 
 def input_grad(grad: Tensor, *operands: Any) -> Tensor:
     """``kbit::input_grad``."""
-    weight = read_weight(operands)  # type: ignore[arg-type]  # an Operands
+    weight = read_weight(Operands(*operands))
     _check_input("input_grad", grad, weight.rows)
     flat = grad.reshape(-1, weight.rows)
     out = torch.zeros(flat.shape[0], weight.features, dtype=torch.float32, device=grad.device)
@@ -278,9 +290,9 @@ def input_grad(grad: Tensor, *operands: Any) -> Tensor:
 
 def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::grouped_linear``."""
-    weight, offsets = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS]
+    operands, offsets = Operands.split(rest)
+    weight, count = read_weight(operands), operands.planes.shape[1]
     _check_input("grouped_linear", x, weight.features)
-    count = rest[0].shape[1]
     if x.shape[0] == 0:
         return x.new_empty(0, count)
     if _fits_tensor_cores(x, weight):
@@ -293,8 +305,8 @@ def grouped_linear(x: Tensor, *rest: Any) -> Tensor:
 
 def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     """``kbit::grouped_input_grad``."""
-    weight, offsets = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS]
-    count = rest[0].shape[1]
+    operands, offsets = Operands.split(rest)
+    weight, count = read_weight(operands), operands.planes.shape[1]
     _check_input("grouped_input_grad", grad, count)
     out = torch.zeros(grad.shape[0], weight.features, dtype=torch.float32, device=grad.device)
     for is_here, dense in _experts(grad, weight, count, offsets):
@@ -302,7 +314,7 @@ def grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     return out.to(grad.dtype)
 
 
-def _experts(x: Tensor, weight: KernelWeight, count: int, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _experts(x: Tensor, weight: Weight, count: int, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Which rows of x meet each expert, and its weight dense: how many rows, only the device knows."""
     tokens = torch.arange(x.shape[0], device=x.device)
     expert = torch.bucketize(tokens, offsets, right=True)
@@ -312,13 +324,14 @@ def _experts(x: Tensor, weight: KernelWeight, count: int, offsets: Tensor) -> It
 
 def linear_int8(x: Tensor, *rest: Any) -> Tensor:
     """``kbit::linear_int8``; what the weight must be, `reference.linear_int8` says."""
-    weight, bias = read_weight(Operands(*rest[:OPERANDS])), rest[OPERANDS] if len(rest) > OPERANDS else None
+    operands, bias = Operands.split(rest)
+    weight, planes, codebook = read_weight(operands), operands.planes, operands.codebook
     _check_input("linear_int8", x, weight.features)
-    planes, scales, codebook, zeros, *_ = weight.operands
-    if weight.flags["BITS"] != reference.INT8_BITS or scales.shape[-1] != 1 or zeros is not None:
+    has_one_scale = operands.scales.shape[-1] == 1 and operands.zeros is None
+    if operands.bits != reference.INT8_BITS or not has_one_scale:
         raise RuntimeError(reference.INT8_NEEDS)
     flat = x.reshape(-1, weight.features).float()
-    index, values = weight.operands.outlier_index, weight.operands.outlier_values
+    index, values = operands.outlier_index, operands.outlier_values
     inside = flat if index is None else flat.index_fill(1, index.long(), 0.0)
     absmax = inside.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(absmax, reference.INT8_MOST) / absmax
@@ -331,7 +344,7 @@ def linear_int8(x: Tensor, *rest: Any) -> Tensor:
         _launch(int8_kernel, grid, sums)(
             rounded, sums, planes, planes.shape[-1], weight.features, weight.rows, sums.shape[0], **tile
         )
-    steps = reference.plain_scales(weight.operands)[1].float().mT * (
+    steps = reference.plain_scales(operands).scales.float().mT * (
         codebook.narrow(0, codebook.numel() - 1, 1) / reference.INT8_MOST
     )
     # A row with a NaN or an infinity: its scale is not finite, nor may its result be.

@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from kbitc.graph.program import Program, Stage
-from kbitc.kernels import ops
 from kbitc.passes.fuse_dequantize import FACT, TURNED
 from kbitc.pipeline.manager import PassManager
 from kbitc.quantizers import quantize
 
 kbit = torch.ops.kbit
-FIELDS = ops.TENSORS
 
 
 class Reader(nn.Module):
@@ -24,8 +22,8 @@ class Reader(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         packed = quantize(torch.randn(shape, generator=generator), "int3:32+zp").packed
-        self.numbers, self.names = packed.operands()[FIELDS:], []
-        for i, tensor in enumerate(packed.operands()[:FIELDS]):
+        self.numbers, self.names = packed.operands().numbers, []
+        for i, tensor in enumerate(packed.operands().tensors):
             self.names.append(None if tensor is None else f"part{i}")
             if tensor is not None:
                 self.register_buffer(f"part{i}", tensor)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kbitc.graph.program import Program, Stage
-from kbitc.kernels import ops
 from kbitc.passes.fuse_epilogues import FACT, GENERATED, RESIDUAL
 from kbitc.pipeline.manager import PassManager
 from kbitc.quantizers import quantize
@@ -26,7 +25,7 @@ class Block(nn.Module):
         for name in ("planes", "scales", "codebook"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", bias)
-        self.numbers, self.read = packed.operands()[ops.TENSORS :], read
+        self.numbers, self.read = packed.operands().numbers, read
 
     def forward(self, x):
         y = linear(x, self.planes, self.scales, self.codebook, *[None] * 6, *self.numbers)

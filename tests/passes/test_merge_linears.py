@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import kbitc
+from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.graph.program import Program, Stage
 from kbitc.passes.merge_linears import FACT, MergeLinears
 from kbitc.pipeline.manager import PassManager
@@ -39,13 +40,8 @@ class Block(nn.Module):
 
     def operands(self, i):
         names = self.weights[i].tensors()
-        values = [getattr(self, f"w{i}_{n}") if n in names else None for n in self.fields]
-        return (*values, *self.weights[i].operands()[9:])
-
-    fields = (
-        *("planes", "scales", "codebook", "zeros", "scale_codebook"),
-        *("scale_absmax", "scale_mean", "outlier_values", "outlier_index"),
-    )
+        values = [getattr(self, f"w{i}_{n}") if n in names else None for n in TENSOR_FIELDS]
+        return (*values, *self.weights[i].operands().numbers)
 
 
 def program_of(module, *inputs):
