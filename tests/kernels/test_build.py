@@ -161,13 +161,13 @@ def test_switched_off_every_op_runs_on_the_reference(cache):
         offsets = torch.tensor([1, 3], dtype=torch.int32)
         ops = torch.ops.kbit
         opcheck(ops.linear.default, (x, *w, torch.randn(6, requires_grad=True)))
-        opcheck(ops.linears.default, (x, [*w[:9]], [*w[9:]], [None]))
+        opcheck(ops.linears.default, (x, [*w.tensors], [*w.numbers], [None]))
         opcheck(ops.input_grad.default, (torch.randn(3, 6), *w))
         opcheck(ops.embedding.default, (torch.tensor([[1, 2]]), *w, torch.bfloat16))
         opcheck(ops.grouped_linear.default, (x, *e, offsets))
         opcheck(ops.grouped_input_grad.default, (torch.randn(3, 6), *e, offsets))
         opcheck(ops.dequantize.default, (*e, torch.float16))
-        opcheck(ops.encode.default, (torch.randn(6, 70), w[1].float(), w[3].float(), w[2], None, 4, 64))
+        opcheck(ops.encode.default, (torch.randn(6, 70), w.scales.float(), w.zeros.float(), w.codebook, None, 4, 64))
         print("checked")
         """,
         KBITC_CPU="off",

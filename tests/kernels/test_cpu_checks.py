@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kbitc.formats.encode import encode_rows
-from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.formats.scales import store_scales, to_16_bits
 from kbitc.kernels import ops, reference  # noqa: F401
 from kbitc.kernels.cpu.build import find_compiler, load
@@ -62,12 +61,6 @@ def test_encode_refuses_what_does_not_fit(kernel_set):
         encode(rows, scales, None, book, torch.tensor([64], dtype=torch.int32), 4, 64)
 
 
-def changed(weight, **fields):
-    names = (*TENSOR_FIELDS, "in_features", "bits", "block")
-    values = dict(zip(names, weight.operands(), strict=True)) | fields
-    return tuple(values[name] for name in names)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -97,7 +90,7 @@ def changed(weight, **fields):
 def test_wrong_operands_are_errors(kernel_set, fields, message):
     weight = packed(5, 64, "nf4:64")
     with pytest.raises((RuntimeError, IndexError), match=message):
-        torch.ops.kbit.linear(torch.randn(1, 64), *changed(weight, **fields), None)
+        torch.ops.kbit.linear(torch.randn(1, 64), *weight.operands()._replace(**fields), None)
 
 
 def test_wrong_inputs_are_errors(kernel_set):
@@ -117,7 +110,7 @@ def test_damaged_codes_stay_in_bounds(kernel_set):
     """int4 has 15 levels: code 15 means nothing, and must read nothing but zero."""
     weight = packed(5, 100, "int4:64")
     planes = torch.full_like(weight.packed.planes, 255)
-    operands = changed(weight, planes=planes)
+    operands = weight.operands()._replace(planes=planes)
     assert torch.ops.kbit.dequantize(*operands, torch.float32).abs().max() == 0
     assert torch.ops.kbit.linear(torch.randn(4, 100), *operands, None).isfinite().all()
 
@@ -133,16 +126,16 @@ def test_opcheck(kernel_set, op):
     operands = weight.operands()
     x = torch.randn(3, 70, requires_grad=True)
     offsets = torch.tensor([1, 3], dtype=torch.int32)
-    scales, codebook = operands[1].float(), operands[2]
+    scales, zeros, codebook = operands.scales.float(), operands.zeros.float(), operands.codebook
     arguments = {
         "linear": (x, *operands, torch.randn(6, requires_grad=True)),
-        "linears": (x, [*operands[:9]], [*operands[9:]], [None]),
+        "linears": (x, [*operands.tensors], [*operands.numbers], [None]),
         "embedding": (torch.tensor([1, 5]), *operands, torch.float32),
         "dequantize": (*experts.operands(), torch.float16),
         "input_grad": (torch.randn(3, 6), *operands),
         "grouped_linear": (x, *experts.operands(), offsets),
         "grouped_input_grad": (torch.randn(3, 6), *experts.operands(), offsets),
-        "encode": (torch.randn(6, 70), scales, operands[3].float(), codebook, None, 4, 64),
+        "encode": (torch.randn(6, 70), scales, zeros, codebook, None, 4, 64),
     }[op]
     torch.library.opcheck(getattr(torch.ops.kbit, op).default, arguments)
 

@@ -54,7 +54,7 @@ def test_tiles_do_not_change_the_result(weight, monkeypatch):
 def test_embedding_equals_dense(weight):
     ids = torch.tensor([[0, 36, 5], [5, 5, 1]])
     got = reference.embedding(ids, weight.operands(), torch.float32)
-    assert torch.equal(got, reference.dequantize(*weight.operands(), dtype=torch.float32)[ids])
+    assert torch.equal(got, reference.dequantize(weight.operands(), torch.float32)[ids])
     none = torch.empty(0, dtype=torch.long)
     assert reference.embedding(none, weight.operands(), torch.float16).shape == (0, 101)
 

@@ -32,10 +32,10 @@ def slowest_first(name):
 
 def run_all(features):
     weight = torch.randn(37, features)
-    packed = quantize_weight(weight, "nf3:64+zp", encode=launch.encode)
-    assert torch.equal(packed.planes, quantize_weight(weight, "nf3:64+zp").planes)
-    operands = packed.operands()
-    exact = reference.dequantize(*operands, dtype=torch.float32)
+    operands = quantize_weight(weight, "nf3:64+zp").operands()
+    given = (operands.scales.float(), operands.zeros, operands.codebook, None, operands.bits, operands.block)
+    assert torch.equal(launch.encode(weight, *given), operands.planes)
+    exact = reference.dequantize(operands, torch.float32)
     assert torch.equal(launch.dequantize(*operands, torch.float32), exact)
     for m in (1, 5):
         x = torch.randn(m, features).half()

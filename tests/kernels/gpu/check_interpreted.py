@@ -9,6 +9,8 @@ import sys
 import torch
 
 from kbitc.formats import datatypes
+from kbitc.formats.encode import encode_rows
+from kbitc.formats.scales import effective_scales
 from kbitc.kernels import reference
 from kbitc.kernels.gpu import launch
 from kbitc.quantizers import quantize_weight
@@ -32,7 +34,7 @@ def close(got, want, dtype, what):
 def check_weight(spec, rows, features, dtype):
     what = f"{spec} {rows} x {features} {dtype}"
     operands = quantize_weight(torch.randn(rows, features), spec).operands()
-    exact = reference.dequantize(*operands, dtype=torch.float32)
+    exact = reference.dequantize(operands, torch.float32)
     close(launch.dequantize(*operands, dtype), exact.double(), dtype, f"{what} dequantize")
     ids = torch.randint(rows, (3, 2))
     close(launch.embedding(ids, *operands, dtype), exact[ids].double(), dtype, f"{what} embedding")
@@ -48,7 +50,7 @@ def check_weight(spec, rows, features, dtype):
 
 def check_experts(spec, dtype):
     operands = quantize_weight(torch.randn(5, 9, 300), spec).operands()
-    exact = reference.dequantize(*operands, dtype=torch.float32)
+    exact = reference.dequantize(operands, torch.float32)
     close(launch.dequantize(*operands, torch.float32), exact.double(), torch.float32, f"{spec} experts")
     offsets = torch.tensor([3, 3, 23, 24, 30], dtype=torch.int32)
     x = torch.randn(30, 300).to(dtype)
@@ -58,10 +60,12 @@ def check_experts(spec, dtype):
 
 def check_codes(spec, rows, features, dtype):
     weight = torch.randn(rows, features).to(dtype)
-    wanted = quantize_weight(weight, spec)
-    found = quantize_weight(weight, spec, encode=launch.encode)
-    for name, tensor in wanted.tensors().items():
-        assert torch.equal(getattr(found, name), tensor), f"{spec} {rows} x {features}: {name}"
+    packed = quantize_weight(weight, spec)
+    scales = effective_scales(packed.scales, packed.scale_codebook, packed.scale_absmax, packed.scale_mean)
+    given = (scales, packed.zeros, packed.codebook, packed.outlier_index, packed.spec.bits, packed.spec.block)
+    wanted = encode_rows(weight, *given)
+    assert torch.equal(packed.planes, wanted), f"{spec} {rows} x {features}: packed"
+    assert torch.equal(launch.encode(weight, *given), wanted), f"{spec} {rows} x {features}: planes"
 
 
 def check_int8():

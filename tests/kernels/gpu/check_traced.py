@@ -89,7 +89,7 @@ def main():
     offsets = torch.tensor([20, 50, 70], dtype=torch.int32)
     check("grouped_linear", 1, kbit.grouped_linear, half[:, :512], *experts, offsets)
     check("grouped_input_grad", 3, kbit.grouped_input_grad, half[:, :128], *experts, offsets)
-    tensors, numbers = operands[:9], list(operands[9:])
+    tensors, numbers = operands.tensors, list(operands.numbers)
     present = [tensor for tensor in tensors if tensor is not None]
 
     def two(x, *parts):

@@ -82,7 +82,7 @@ def error(got, want):
 def packed_pair(spec, *shape):
     """Operands on the device, and W in float64."""
     packed = quantize_weight(torch.randn(*shape), spec)
-    exact = reference.dequantize(*packed.operands(), dtype=torch.float32).double()
+    exact = reference.dequantize(packed.operands(), torch.float32).double()
     return packed.map(lambda part: part.to("cuda")).operands(), exact
 
 
@@ -102,7 +102,7 @@ def test_products_on_a_gpu(spec, dtype):
         assert error(torch.ops.kbit.linear(x.to("cuda"), *operands), x.double() @ exact.T) < LIMIT[dtype]
         found = torch.ops.kbit.input_grad(grad.to("cuda"), *operands)
         assert error(found, grad.double() @ exact) < LIMIT[dtype]
-    if operands[0].is_cuda:
+    if operands.planes.is_cuda:
         assert torch._C._dispatch_has_kernel_for_dispatch_key("kbit::linear", "CUDA")
 
 

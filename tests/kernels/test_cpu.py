@@ -34,7 +34,7 @@ def packed(rows, features, spec, seed=0, experts=None, dtype=torch.float32):
 
 
 def truth(weight: KbitTensor) -> torch.Tensor:
-    return dequantize_operands(*weight.operands(), dtype=torch.float32).double()
+    return dequantize_operands(weight.operands(), torch.float32).double()
 
 
 def assert_product(y, x, dense, bias=None, bound=BOUND):
@@ -254,8 +254,8 @@ def test_linears_equals_its_parts(kernel_set):
         packed(9, 576, "int4:48", 3),
         packed(10, 576, "nf4:64", 4),
     ]
-    tensors = [t for w in weights for t in w.operands()[:9]]
-    numbers = [n for w in weights for n in w.operands()[9:]]
+    tensors = [t for w in weights for t in w.operands().tensors]
+    numbers = [n for w in weights for n in w.operands().numbers]
     biases = [torch.randn(64), None, None, torch.randn(9), None]
     for rows in (1, 4, 20):
         x = torch.randn(rows, 576)
@@ -266,8 +266,8 @@ def test_linears_equals_its_parts(kernel_set):
 
 def test_linears_gradient(kernel_set):
     weights = [packed(6, 70, "nf4:64"), packed(5, 70, "int8:32+zp", 1)]
-    tensors = [t for w in weights for t in w.operands()[:9]]
-    numbers = [n for w in weights for n in w.operands()[9:]]
+    tensors = [t for w in weights for t in w.operands().tensors]
+    numbers = [n for w in weights for n in w.operands().numbers]
     x = torch.randn(3, 70, requires_grad=True)
     grad = torch.randn(3, 11)
     torch.ops.kbit.linears(x, tensors, numbers, [torch.randn(6), None]).backward(grad)
@@ -304,7 +304,7 @@ def test_rows_are_exact(kernel_set, spec, features):
     weight = packed(21, features, spec)
     operands = weight.operands()
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        expected = reference.dequantize(*operands, dtype=dtype)
+        expected = reference.dequantize(operands, dtype)
         found = torch.ops.kbit.dequantize(*operands, dtype)
         loose = "+dq" in spec
         assert_close(found, expected, rtol=2**-7 if loose else 0, atol=1e-6 if loose else 0)
