@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from kbitc.errors import UsageError
 from kbitc.formats import bit_planes, blocks
+from kbitc.formats import dequantize as dequantizing
 from kbitc.formats.codebooks import dynamic_map, shared_codebook
 from kbitc.formats.datatypes import FAMILIES, CodebookRequest, codebook
 from kbitc.formats.dequantize import dequantize
+from kbitc.formats.encode import encode_rows
 from kbitc.formats.encoder import Encoder
 from kbitc.formats.layout import packed_slots, weight_bytes
+from kbitc.formats.scales import effective_scales
 from kbitc.formats.spec import parse
 from kbitc.quantizers import quantize_weight
 
@@ -227,11 +230,23 @@ def test_strides_and_dtypes_do_not_matter():
 def test_tiling_does_not_change_the_bytes(monkeypatch):
     weight = torch.randn(50, 333, generator=torch.Generator().manual_seed(0))
     for spec in ("nf4:64+dq", "int3:50+zp", "learned4:64", "nf3:64+out2%"):
-        whole = quantize_weight(weight, spec).tensors()
+        whole = quantize_weight(weight, spec)
+        back, codes = dequantize(whole), encoded(weight, whole)
+        assert torch.equal(codes, whole.planes)
         monkeypatch.setattr(blocks, "TILE", 1000)
+        monkeypatch.setattr(dequantizing, "TILE", 1000)
         tiled = quantize_weight(weight, spec).tensors()
+        assert torch.equal(encoded(weight, whole), codes), spec
+        assert torch.equal(dequantize(whole), back), spec
         monkeypatch.undo()
-        assert all(torch.equal(whole[name], tiled[name]) for name in whole), spec
+        assert all(torch.equal(tensor, tiled[name]) for name, tensor in whole.tensors().items()), spec
+
+
+def encoded(weight, packed):
+    """The codes of a packed weight by definition, under the scales that it has; no kernel does it."""
+    scales = effective_scales(packed.scales, packed.scale_codebook, packed.scale_absmax, packed.scale_mean)
+    given = (scales, packed.zeros, packed.codebook, packed.outlier_index, packed.spec.bits, packed.spec.block)
+    return encode_rows(weight, *given)
 
 
 def test_outlier_columns_are_kept_and_do_not_raise_the_scales():
