@@ -92,7 +92,7 @@ class Packed:
     _operands: Operands = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Once and not at every call: making it takes 0.6 us of the 16 that the smallest linear takes.
+        # Once and not at every call, where making it took 0.7 us of the 11 of an 8 x 64 linear.
         numbers = (self.in_features, self.spec.bits, self.spec.block)
         made = Operands._make((*(getattr(self, name) for name in TENSOR_FIELDS), *numbers))
         object.__setattr__(self, "_operands", made)
