@@ -78,6 +78,7 @@ def quantize(
     Returns:
         A tensor of the same logical shape and dtype; ``.dequantize(dtype)`` reads it back.
 
+    >>> import torch
     >>> quantize(torch.eye(2), "int4:32").dequantize().tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
