@@ -144,7 +144,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.packed.nbytes() if isinstance(p, packed) else p.nbytes for p in model.parameters())
 
 
-class Decoder:
+class StaticCacheDecoder:
     """Greedy decoding at batch 1 with a static cache, the step compiled.
 
     Args:
@@ -214,7 +214,7 @@ def measure(clock: Clock, options: argparse.Namespace, steps: str, spec: str | N
     prompt = torch.randint(options.vocabulary, shape, generator=generator, device=clock.device)
     length = options.prompt + 2 * WARM_UP + options.runs * options.new
     mode = MODE if options.inner == "inductor" and steps == "compiled" else None
-    decoder = Decoder(model, prompt, length, options.inner, mode)
+    decoder = StaticCacheDecoder(model, prompt, length, options.inner, mode)
     decoder.decode(WARM_UP)
     if steps == "replayed":
         decoder.replay(clock)
@@ -229,7 +229,7 @@ def measure(clock: Clock, options: argparse.Namespace, steps: str, spec: str | N
     return row
 
 
-def _timed(clock: Clock, decoder: Decoder, count: int) -> tuple[float, float]:
+def _timed(clock: Clock, decoder: StaticCacheDecoder, count: int) -> tuple[float, float]:
     """Seconds of so many steps, and seconds until this process had asked for all of them."""
     clock.wait()
     start = time.perf_counter()

@@ -130,30 +130,17 @@ def _rewrite(
 
 
 def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -> Weight:
-    names = (tensor.name, *tensor.aliases)
     return Weight(
         tensor.name,
         tensor.shape,
         tensor.dtype,
         tuple(
-            Use(
-                node.name,
-                matched.kind,
-                _name_at(node, names),
-                feeds_output=_feeds_output(node, program.parameters),
-            )
+            Use(node.name, matched.kind, feeds_output=_feeds_output(node, program.parameters))
             for node, matched in uses
         ),
         tensor.aliases,
         is_transposed=uses[0][1].is_transposed,
     )
-
-
-def _name_at(node: fx.Node, names: tuple[str, ...]) -> str:
-    """Which of a tied parameter's names this node means: that of the module which calls."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]).partition("@")[0] if stack else ""
-    return next((name for name in names if name.rpartition(".")[0] == path), names[0])
 
 
 def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:

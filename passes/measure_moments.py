@@ -104,21 +104,19 @@ class _Sums:
         Tensor  # (lead, in): squared inputs, times the squared gradient of their token; squared gradients
     )
     energy: Tensor  # (lead, 1): squared gradients of all outputs of all tokens
-    inputs: Tensor  # (lead, in): squared inputs
 
     @staticmethod
     def of(lead: int, rows: int, columns: int) -> _Sums:
-        shapes = ((lead, rows), (lead, columns), (lead, 1), (lead, columns))
+        shapes = ((lead, rows), (lead, columns), (lead, 1))
         return _Sums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
         """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
-        squared, gradients = x.square(), grad.square()
+        gradients = grad.square()
         energy = gradients.sum(-1, keepdim=True)
         self.rows[expert] += gradients.sum(0)
-        self.columns[expert] += (squared * energy).sum(0)
+        self.columns[expert] += (x.square() * energy).sum(0)
         self.energy[expert] += energy.sum()
-        self.inputs[expert] += squared.sum(0)
 
 
 @dataclass
@@ -179,7 +177,6 @@ def _watch(
 
 def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
     factors = []
-    inputs = None
     for kind, own in uses.items():
         if kind == "embedding":
             often = torch.full_like(own.rows, 1 / own.rows.shape[1])
@@ -188,8 +185,7 @@ def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
             factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
             continue
         factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))
-        inputs = _plain(own.inputs / tokens)
-    return Moments(tuple(factors), inputs)
+    return Moments(tuple(factors))
 
 
 def _plain(sums: Tensor) -> Tensor:

@@ -157,7 +157,9 @@ class Calibrator:
         else:
             text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
         parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
-        parts += [str(FORMAT), VERSION, torch.__version__]
+        # Sums of float32 differ in their last bits between machines and counts of threads.
+        machine = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+        parts += [str(FORMAT), VERSION, torch.__version__, machine]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

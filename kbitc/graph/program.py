@@ -66,13 +66,11 @@ class Use:
     Attributes:
         node: name of the canonical graph node.
         kind: "linear", "embedding" or "grouped_linear".
-        parameter: the parameter's name at this use (tied weights have several).
         feeds_output: only views and arithmetic with constants stand between this use and an output.
     """
 
     node: str
     kind: str
-    parameter: str
     feeds_output: bool = False
 
 

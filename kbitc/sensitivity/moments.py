@@ -52,12 +52,10 @@ class Moments:
 
     Attributes:
         factors: one a use; tied weights have several.
-        inputs: ``(*lead, in_features)`` mean squared input over all tokens; None for an embedding alone.
         reach: of the inputs of all uses, experts together; None for an embedding alone.
     """
 
     factors: tuple[Factor, ...]
-    inputs: Tensor | None = None
     reach: Reach | None = None
 
     @staticmethod
@@ -88,8 +86,6 @@ def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
         for i, factor in enumerate(own.factors):
             flat[f"{name}|{i}.rows"] = factor.rows
             flat[f"{name}|{i}.columns"] = factor.columns
-        if own.inputs is not None:
-            flat[f"{name}|inputs"] = own.inputs
         if own.reach is not None:
             flat[f"{name}|peaks"] = own.reach.peaks
             flat[f"{name}|positions"] = own.reach.positions
@@ -114,7 +110,6 @@ def from_tensors(flat: Mapping[str, Tensor]) -> dict[str, Moments]:
                 Factor(own[f"{i}.rows"], own[f"{i}.columns"])
                 for i in range(sum(field.endswith(".rows") for field in own))
             ),
-            own.get("inputs"),
             _reach(own),
         )
         for name, own in fields.items()

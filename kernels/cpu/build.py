@@ -37,7 +37,7 @@ AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildRecipe:
     """What to compile: files with their own flags, and how to link them.
 
     Attributes:
@@ -63,7 +63,7 @@ class Recipe:
         return digest.hexdigest()[:20]
 
 
-def kernel_recipe() -> Recipe:
+def kernel_recipe() -> BuildRecipe:
     """The kernels of this folder, for this torch.
 
     ``KBITC_SANITIZE`` (for example "address,undefined") adds the compiler's sanitizers.
@@ -86,7 +86,7 @@ def kernel_recipe() -> Recipe:
     checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
     extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()
     library = root / "lib"
-    return Recipe(
+    return BuildRecipe(
         sources=tuple(sources),
         headers=tuple(sorted(FOLDER.glob("*.h"))),
         flags=(*COMMON, *extra),
@@ -123,7 +123,7 @@ def find_compiler() -> str:
     )
 
 
-def build(recipe: Recipe | None = None, *, force: bool = False) -> Path:
+def build(recipe: BuildRecipe | None = None, *, force: bool = False) -> Path:
     """Compile the kernels, unless the cache holds them; safe when several processes do so at once.
 
     Args:
@@ -164,7 +164,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(recipe: Recipe, compiler: str, target: Path) -> None:
+def _compile(recipe: BuildRecipe, compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as name:
         scratch = Path(name)
         commands = [

@@ -96,6 +96,23 @@ def test_a_plan_from_its_own_text(tiny_model, cache):
             assert torch.equal(parameter.packed.planes, other.packed.planes)
 
 
+def test_measured_again_where_sums_could_differ(tiny_model, cache, monkeypatch):
+    """Of the same model and text: with other threads or instructions the last bits of a sum are others."""
+    with open_checkpoint(tiny_model("llama")) as checkpoint:
+        calibrator = Calibrator(checkpoint, RANDOM)
+
+        def measured():
+            seen = []
+            calibrator.remembered(lambda: seen.append(1) or {"sum": torch.ones(1)})
+            return bool(seen)
+
+        assert [measured(), measured()] == [True, False]
+        monkeypatch.setattr("torch.get_num_threads", lambda: 97)
+        assert [measured(), measured()] == [True, False]
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "other")
+        assert [measured(), measured()] == [True, False]
+
+
 def test_a_uniform_spec_with_and_without_text(tiny_model):
     """Calibrated scales have a smaller price, plain ones a smaller absolute maximum of nothing."""
     model = tiny_model("llama")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kbitc.errors import BackendUnavailable
-from kbitc.kernels.cpu.build import Recipe, build, find_compiler
+from kbitc.kernels.cpu.build import BuildRecipe, build, find_compiler
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
@@ -32,11 +32,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "kernels"
 
 
-def recipe(folder: Path, text: str = ANSWER, **more) -> Recipe:
+def recipe(folder: Path, text: str = ANSWER, **more) -> BuildRecipe:
     folder.mkdir(exist_ok=True)
     source = folder / "answer.cpp"
     source.write_text(text)
-    return Recipe(sources=((source, ()),), flags=("-fPIC", "-O0"), **more)
+    return BuildRecipe(sources=((source, ()),), flags=("-fPIC", "-O0"), **more)
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
@@ -80,7 +80,7 @@ def test_processes_side_by_side_compile_once(compiler, cache, tmp_path):
         import ctypes
         from pathlib import Path
         from kbitc.kernels.cpu import build
-        made = build.Recipe(sources=((Path({str(made.sources[0][0])!r}), ()),), flags={made.flags!r})
+        made = build.BuildRecipe(sources=((Path({str(made.sources[0][0])!r}), ()),), flags={made.flags!r})
         print(ctypes.CDLL(str(build.build(made))).answer())
     """
     with ThreadPoolExecutor(4) as pool:

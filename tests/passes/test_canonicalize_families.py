@@ -73,7 +73,6 @@ def test_every_matmul_weight_of_a_family_is_found_once(tiny_model, family_progra
     for name, weight in program.weights.items():
         assert weight.shape == tuple(model.get_parameter(name).shape)
         assert {use.kind for use in weight.uses} <= set(CANONICAL.values())
-        assert {use.parameter for use in weight.uses} <= {name, *weight.aliases}
 
 
 @pytest.mark.parametrize("family", COUNTS)
@@ -125,8 +124,6 @@ def test_tied_weights_are_one_decision_with_all_uses(family_program, family):
     assert weight.aliases == aliases
     assert weight.kinds == ("embedding", "linear")
     assert not set(aliases) & {*program.weights, *program.rest}
-    heads = [use.parameter for use in weight.uses if use.kind == "linear"]
-    assert heads == [aliases[-1]]
     assert [w.name for w in program.weights.values() if w.is_head] == [name]
 
 

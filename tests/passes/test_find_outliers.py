@@ -182,7 +182,7 @@ def test_criterion_counts_layers_and_positions(tiny_model):
         (9, (6.0, 6.0), (1.0, 1.0)),
     ]:
         peaks[:, feature], positions[:, feature] = torch.tensor(peak), torch.tensor(share)
-    moments = {name: Moments((), None, Reach(peaks[i], positions[i], 6.0)) for i, name in enumerate(names)}
+    moments = {name: Moments((), Reach(peaks[i], positions[i], 6.0)) for i, name in enumerate(names)}
     program = program.with_fact(MOMENTS, moments)
 
     def index(**options):

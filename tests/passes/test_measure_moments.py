@@ -38,7 +38,7 @@ def measured(model, tokens=TOKENS):
 def in_memory(model, name, tokens=TOKENS):
     """Inputs and output gradients of one linear, by hooks on the module itself."""
     module = model.get_submodule(name.removesuffix(".weight"))
-    seen, rows, columns, energy = [], 0.0, 0.0, 0.0
+    rows, columns, energy = 0.0, 0.0, 0.0
     for window in tokens:
         kept = {}
 
@@ -58,8 +58,7 @@ def in_memory(model, name, tokens=TOKENS):
             columns + (x.square() * weights).sum(0),
             energy + weights.sum(),
         )
-        seen.append(x)
-    return rows / tokens.numel(), columns / energy, torch.cat(seen).square().mean(0)
+    return rows / tokens.numel(), columns / energy
 
 
 @pytest.mark.parametrize(
@@ -77,10 +76,9 @@ def test_equals_the_model_in_memory(family, name, tiny_model):
     model = tiny_model(family)
     program = measured(model)
     (factor,) = program.facts[MOMENTS][name].factors
-    rows, columns, inputs = in_memory(copy.deepcopy(model), name)
+    rows, columns = in_memory(copy.deepcopy(model), name)
     torch.testing.assert_close(factor.rows.double(), rows, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(factor.columns.double(), columns, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(program.facts[MOMENTS][name].inputs.double(), inputs, rtol=1e-4, atol=1e-7)
 
 
 def test_every_weight_of_a_mixture_of_experts(tiny_model):

@@ -102,7 +102,7 @@ def test_the_table_says_what_is_fixed_and_of_how_many_parameters():
 
 def test_without_moments_the_price_is_the_squared_relative_error_of_all_parameters():
     data = {"body": randn(64, 128), "head": randn(64, 128)}
-    uses = {"head": {"uses": (Use("n", "linear", "head", feeds_output=True),)}}
+    uses = {"head": {"uses": (Use("n", "linear", feeds_output=True),)}}
     scores = scores_of(make_program(data, **uses), candidates=FEW)
     for name, importance in (("body", 1.0), ("head", HEAD_IMPORTANCE)):
         for option in scores.options[name]:
