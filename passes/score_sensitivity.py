@@ -13,7 +13,6 @@ head, whose error nothing damps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,6 +34,7 @@ from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
 from kbitc.sensitivity.sampled_error import Sample
 from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable, monotone
+from kbitc.system.stopping import WorkerPool
 
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
@@ -98,7 +98,7 @@ class ScoreSensitivity:
         # Samples are small, so weights run side by side, one thread each.
         workers = torch.get_num_threads()
         options = {}
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with WorkerPool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             tables = pool.map(
                 lambda weight: self._options(
                     weight,

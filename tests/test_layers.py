@@ -15,6 +15,7 @@ ROOMS = [
     "kbitc.errors",
     "kbitc.version",
     "kbitc.lazy",
+    "kbitc.system",
     "kbitc.cache",
     "kbitc.checkpoint",
     "kbitc.formats",

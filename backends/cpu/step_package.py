@@ -100,7 +100,7 @@ def compile_package(
     if missing is not None:
         raise BackendUnavailable(f"the decode step cannot be compiled: {missing}")
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        cache.make_private(root)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     except OSError as error:
         raise BackendUnavailable(
@@ -109,6 +109,8 @@ def compile_package(
     try:
         with _shown("compiling the decode step, once"):
             _build(model, made, state, passes)
+        for file in made.iterdir():
+            file.chmod(0o600)
         try:
             made.rename(target)
         except OSError:
@@ -156,9 +158,14 @@ def _build(model: nn.Module, folder: Path, state: dict[str, Tensor], passes: Seq
 
 
 def load_package(folder: Path, state: dict[str, Tensor]) -> Any:
-    """The function ``[ids, rows, ...] -> [logits]`` of a package, on these weights."""
+    """The function ``[ids, rows, ...] -> [logits]`` of a package, on these weights.
+
+    Raises:
+        BackendUnavailable: others than this user could have written the package.
+    """
     from safetensors.torch import load_file
 
+    cache.check_private(folder.parent.parent, folder.parent, folder, *folder.iterdir())
     runner = torch._inductor.aoti_load_package(str(folder / PACKAGE))
     known = {**load_file(folder / CONSTANTS), **state}
     needed = runner.get_constant_fqns()

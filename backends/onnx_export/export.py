@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitc.artifact.folders import check_target
+from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.loading import load
 from kbitc.backends.onnx_export.container import ACTIVATIONS
 from kbitc.backends.onnx_export.initializers import ExportOptions
@@ -49,7 +49,8 @@ def export_onnx(
         The report, as in ``kbit_export.json``.
 
     Raises:
-        UsageError: bad options, nothing is packed, or the folder exists or cannot be written.
+        UsageError: bad options, nothing is packed, or the folder exists, cannot be written, or is being
+            written by another process.
         SourceError: not an artifact, or an operation of the model has no ONNX form.
     """
     for kind, name, known in (
@@ -58,8 +59,16 @@ def export_onnx(
     ):
         if name not in known:
             raise UsageError(did_you_mean(kind, name, known))
-    out = Path(folder)
-    check_target(out, is_forced=force, marker=REPORT)
+    with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim:
+        return _export(model, claim, ExportOptions(storage, activations), example_inputs)
+
+
+def _export(
+    model: nn.Module | str | Path,
+    claim: FolderClaim,
+    options: ExportOptions,
+    example_inputs: tuple[Any, ...] | None,
+) -> dict[str, Any]:
     companions = None if isinstance(model, nn.Module) else Path(model)
     if companions is not None:
         loaded = load(companions, dtype=torch.float32)
@@ -70,26 +79,25 @@ def export_onnx(
         raise UsageError("nothing in this model is packed; compile it first with kbitc.compile")
     signature = describe(loaded, example_inputs)
     traced = trace(loaded, signature)
-    weights = rewrite(traced, ExportOptions(storage, activations))
+    weights = rewrite(traced, options)
     report = {
         "kbitc": VERSION,
         "kind": signature.kind,
-        "storage": storage,
-        "activations": activations,
+        "storage": options.storage,
+        "activations": options.activations,
         "source": None if companions is None else str(companions.absolute()),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "weights": weights,
         "left_alone": dense_initializers(traced.model.graph, weights),
     }
     return write_package(
-        out,
+        claim,
         traced.model,
         report,
         config=getattr(loaded, "config", None),
         generation_config=getattr(loaded, "generation_config", None),
         signature=signature,
         companions=companions,
-        is_forced=force,
     )
 
 

@@ -1,19 +1,19 @@
 """The files around an exported graph: configs for ONNX Runtime GenAI and transformers, the report.
 
-The one thing to know: everything is written to a folder beside the target, which one rename completes.
+The one thing to know: everything is written to a folder beside the target, which one rename completes
+(`kbitc.artifact.folders`).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from kbitc.artifact.folders import check_target, replace_folder
+from kbitc.artifact.folders import FolderClaim
 from kbitc.backends.onnx_export.runtime import GRAPH, REPORT
 from kbitc.backends.onnx_export.trace import Signature
 from kbitc.checkpoint.companions import copy_files, write_config
@@ -24,7 +24,7 @@ GENAI = "genai_config.json"
 
 
 def write_package(
-    out: Path,
+    claim: FolderClaim,
     model: ir.Model,
     report: Mapping[str, Any],
     *,
@@ -32,7 +32,6 @@ def write_package(
     generation_config: Any,
     signature: Signature,
     companions: Path | None,
-    is_forced: bool,
 ) -> dict[str, Any]:
     """Write an exported folder; nothing appears under its name before it is complete.
 
@@ -40,13 +39,10 @@ def write_package(
         The report with the sizes of the files.
 
     Raises:
-        UsageError: the folder exists (without force) or cannot be written.
+        UsageError: the folder cannot be written.
     """
-    check_target(out, is_forced=is_forced, marker=REPORT)
-    partial = out.parent / f".{out.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = claim.begin()
         ir.save(model, partial / GRAPH, external_data=DATA, size_threshold_bytes=1024, max_workers=1)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         full = {**report, "files": sizes, "file_bytes": sum(sizes.values())}
@@ -57,13 +53,11 @@ def write_package(
             write_config(_without_dtype(config.to_dict()), partial)
         if signature.kind == "decoder":
             _write_json(partial / GENAI, genai_config(config, generation_config, signature))
-        replace_folder(partial, out)
+        claim.put_in_place()
     except OSError as error:
         raise UsageError(
-            f"{out}: cannot be written: {error.strerror or error}; nothing was written"
+            f"{claim.shown}: cannot be written: {error.strerror or error}; nothing was written"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return full
 
 

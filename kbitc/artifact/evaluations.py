@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.errors import UsageError
+from kbitc.system import files
 
 EVAL_FILE = "kbit_eval.json"  # in an artifact
 
@@ -128,13 +129,16 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> None:
         UsageError: the folder cannot be written, or holds a damaged file of results.
     """
     path = folder / EVAL_FILE
-    known = read_evaluations(path) if path.exists() else []
-    kept = [old for old in known if _place(old) != _place(evaluation)]
-    partial = path.with_suffix(".partial")
     try:
-        entries = [entry.to_json() for entry in (*kept, evaluation)]
-        partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        lock = files.Lock.take(folder / f".{EVAL_FILE}.lock", waits=True)  # another result may come at once
+        try:
+            known = read_evaluations(path) if path.exists() else []
+            kept = [old for old in known if _place(old) != _place(evaluation)]
+            entries = [entry.to_json() for entry in (*kept, evaluation)]
+            files.write_whole(path, json.dumps(entries, indent=1) + "\n")
+        finally:
+            files.remove(lock.path)
+            lock.release()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.stored import assemble, checksum
+from kbitc.checkpoint.folder_checks import check_regular
 from kbitc.errors import SourceError
 from kbitc.formats.layout import SHARED
 from kbitc.formats.packed import TENSOR_FIELDS
@@ -47,6 +48,7 @@ class Artifact:
                 f"{folder}: not a compiled model: it holds no {PLAN_FILE}. Compile one with "
                 "'kbitc compile MODEL --bits 4 -o OUT'"
             )
+        check_regular(folder, str(folder))
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 The one thing to know: nothing appears under its final name before it is complete. Tensors are
 written straight to their place in files of known size (a spec and a shape give every byte count), in
-``.NAME.partial`` beside the target, with a journal that ``--resume`` continues; one rename ends it.
+``.NAME.partial`` beside the target, with a journal that ``--resume`` continues; one rename ends it
+(`kbitc.artifact.folders`).
 
 For a weight ``W`` the file holds ``W.planes``, ``W.scales`` and whichever of ``W.zeros``,
 ``W.scale_absmax``, ``W.scale_mean``, ``W.outlier_values``, ``W.outlier_index``, ``W.codebook`` its spec
@@ -15,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbitc.artifact.folders import FORMAT, check_target, replace_folder
+from kbitc.artifact.folders import FORMAT, FolderClaim
 from kbitc.artifact.stored import tensor_bytes
 from kbitc.errors import UsageError
 from kbitc.formats.layout import Slot
@@ -57,11 +57,12 @@ class Writer:
             what one :meth:`put` writes.
         identity: source, plan and versions; a partial folder of another identity is not resumed.
         is_forced: replace an existing ``out``.
-        is_resumed: continue a partial folder.
+        is_resumed: continue a partial folder, if one is there.
+        claim: on ``out``, with the same two options, by a caller who holds it already.
 
     Raises:
-        UsageError: ``out`` exists (without force), cannot be written, or nothing matches to resume.
-        SourceError: the disk is full.
+        UsageError: ``out`` exists (without force), cannot be written, is being written by another process,
+            or was begun with another identity.
     """
 
     def __init__(
@@ -72,11 +73,9 @@ class Writer:
         *,
         is_forced: bool = False,
         is_resumed: bool = False,
+        claim: FolderClaim | None = None,
     ) -> None:
-        check_target(out, is_forced=is_forced)
         self.out = out
-        self.partial = out.parent / f".{out.name}.partial"
-        self.journal = self.partial / "journal.jsonl"
         self.slots = slots
         self.files = _split(slots)
         self.done: dict[str, dict[str, Any]] = {}
@@ -84,47 +83,64 @@ class Writer:
         self.dtypes: dict[str, torch.dtype] = {}
         self._place = {key: (file, offset) for file in self.files for key, offset in file.offsets.items()}
         header = {"identity": json.loads(json.dumps(identity)), "format": FORMAT}
-        if is_resumed and self.partial.exists():
-            self._resume(header)
-        else:
-            self._start(header)
-        self._log = self.journal.open("a", encoding="utf-8")
+        self._own = None
+        if claim is None:
+            claim = self._own = FolderClaim(
+                out, is_forced=is_forced, is_resumed=is_resumed, is_resumable=True
+            )
+        self.claim = claim
+        self.journal = claim.state / "journal.jsonl"
+        try:
+            if not (is_resumed and self._resume(header)):
+                self._start(header)
+            self._log = self.journal.open("a", encoding="utf-8")
+        except BaseException as error:
+            if self._own is not None:
+                self._own.close(type(error))
+            raise
+
+    @property
+    def partial(self) -> Path:
+        """The folder to fill."""
+        return self.claim.new
 
     def _start(self, header: Mapping[str, Any]) -> None:
         try:
-            if self.partial.exists():
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
+            folder = self.claim.begin()
             for file in self.files:
-                with (self.partial / file.name).open("wb") as handle:
+                with (folder / file.name).open("wb") as handle:
                     if file.size:
                         os.posix_fallocate(handle.fileno(), 0, file.size)
+            self.journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except OSError as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
             size = sum(file.size for file in self.files)
             raise UsageError(
                 f"{self.out}: cannot be written: {error.strerror or error}. The artifact takes "
                 f"{size / 1e6:.1f} MB; nothing was written. Free space or choose another -o folder"
             ) from error
-        self.journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
-    def _resume(self, header: Mapping[str, Any]) -> None:
-        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
-        entries = []
-        for line in lines:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break  # the line that the kill cut short, and its tensor, are written again
-        if not entries or entries[0] != header:
+    def _resume(self, header: Mapping[str, Any]) -> bool:
+        """Take over what an interrupted run has done; False if it did not get as far as its journal."""
+        entries, length = _journaled(self.journal)
+        if not entries:
+            return False
+        if entries[0] != header:
             raise UsageError(
-                f"{self.partial}: was begun with another source, plan or kbitc version, so --resume "
+                f"{self.claim.state}: was begun with another source, plan or kbitc version, so --resume "
                 "cannot continue it; run again without --resume to start over"
             )
+        try:
+            folder = self.claim.go_on()
+            if not self.claim.is_placed and any(
+                (folder / file.name).stat().st_size != file.size for file in self.files
+            ):
+                return False
+        except FileNotFoundError:
+            return False
         for entry in entries[1:]:
             self._note(entry)
-        body = "".join(json.dumps(entry) + "\n" for entry in entries)
-        self.journal.write_text(body, encoding="utf-8")
+        os.truncate(self.journal, length)
+        return True
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.done[entry["unit"]] = entry
@@ -161,10 +177,11 @@ class Writer:
         """Write the headers and the given text files, then move the folder to its final name."""
         missing = set(self.slots) - set(self.done)
         assert not missing, f"not written: {sorted(missing)[:3]}"
-        for file in self.files:
-            with (self.partial / file.name).open("r+b") as handle:
-                handle.write(file.header(self.dtypes))
-                os.fsync(handle.fileno())
+        if not self.claim.is_placed:
+            for file in self.files:
+                with (self.partial / file.name).open("r+b") as handle:
+                    handle.write(file.header(self.dtypes))
+                    os.fsync(handle.fileno())
         if len(self.files) > 1:
             index = {
                 "metadata": {"total_size": sum(file.payload for file in self.files)},
@@ -174,21 +191,39 @@ class Writer:
         for name, text in documents.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         self._log.close()
-        self.journal.unlink()
-        replace_folder(self.partial, self.out)
+        self.claim.put_in_place()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._log.close()
-        # An interrupt keeps what is done for --resume; an error leaves nothing behind.
-        if kind is not None and issubclass(kind, Exception):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        if error is not None and not isinstance(error, Exception) and self.claim.is_resumable:
+            error.add_note("what was packed is kept: run the same command with --resume to go on")
+        if self._own is not None:
+            self._own.close(kind)
         if isinstance(error, OSError):
             raise UsageError(
                 f"{self.out}: cannot be written: {error.strerror or error}; nothing was written"
             ) from error
+
+
+def _journaled(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a journal, and the bytes that they take.
+
+    A kill may cut the last line short: what that told of is written again.
+    """
+    entries, length = [], 0
+    for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+        length += len(line)
+    return entries, length
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,28 @@ def check_folder(folder: Path, label: str) -> None:
     Raises:
         SourceError: no config.json, or one of a compiled or quantized model.
     """
+    check_regular(folder, label)
     if (folder / ARTIFACT).exists():
         raise SourceError(f"{label}: is compiled already; compile the model that it was made from")
     config = folder / "config.json"
     if not config.exists():
         raise SourceError(f"{label}: no config.json; {_instead_of_config(folder)}")
     check_unquantized(read_json(config), label)
+
+
+def check_regular(folder: Path, label: str) -> None:
+    """See that a folder holds files and folders only: reading a pipe waits for ever, a device gives no end.
+
+    Raises:
+        SourceError: it holds something else.
+    """
+    for path in (folder, *sorted(folder.iterdir())):
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # a link to nothing; whoever needs the file says so
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise SourceError(f"{label}: '{path.name}' is a pipe, socket or device, no file; remove it")
 
 
 def check_unquantized(config: Mapping[str, Any], label: str) -> None:

@@ -22,6 +22,7 @@ from kbitc.checkpoint.gguf_header import Block, Header
 from kbitc.checkpoint.gguf_processors import Processed
 from kbitc.checkpoint.hf_folder import fingerprint_of
 from kbitc.checkpoint.linked import Linked, link
+from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import BackendUnavailable, SourceError, first_line
 
@@ -50,6 +51,8 @@ class GgufFile(Checkpoint):
         header = Header.of(path, self.label)
         self.blocks = header.blocks
         self.architecture = _architecture(header, path, self.label)
+        self._room = Room.of(block.info for block in self.blocks.values())
+        self._room.check_config(header.metadata, self.label)
         self._ignored: list[str] = []
         self._linked = self._link()
 
@@ -60,7 +63,7 @@ class GgufFile(Checkpoint):
             raise SourceError(f"{self.label}: transformers has no model for '{config.model_type}'")
         # Nearly all GGUF files are of causal models; the file itself does not say.
         causal = [kind for kind in classes if kind.__name__.endswith("ForCausalLM")]
-        model = build((causal or classes)[0], config, self.label, _main_dtype(self.blocks))
+        model = build((causal or classes)[0], config, self.label, self._room, _main_dtype(self.blocks))
         sources = {name: block.info for name, block in self.blocks.items()}
         rules = _rules(self.architecture, model)
         if rules is not None:

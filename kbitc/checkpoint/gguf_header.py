@@ -6,6 +6,7 @@ for 49 thousand of them); this walks past arrays, takes milliseconds, and checks
 
 from __future__ import annotations
 
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters
 STRING, ARRAY = 8, 9
+MOST = 1 << 24  # of anything that a header lists: keys, tensors, tokens
+DEEPEST = 4  # arrays in arrays
 CHUNK = 1 << 22  # elements dequantized at once: their float32 form, 16 MB, stays near the cache
 
 
@@ -79,7 +82,10 @@ class Header:
         Raises:
             SourceError: not a GGUF file, truncated, or one that cannot be read here.
         """
-        size = path.stat().st_size
+        about = path.stat()
+        size = about.st_size
+        if not stat.S_ISREG(about.st_mode):
+            raise SourceError(f"{label}: is a pipe, socket or device, no file; give a file")
         with path.open("rb") as handle:
             if handle.read(4) != MAGIC:
                 raise SourceError(f"{label}: is not a GGUF file, as it does not start like one; {AGAIN}")
@@ -110,27 +116,39 @@ class _Cursor:
     def text(self) -> str:
         return self.bytes(self.numbers("Q")[0]).decode("utf-8")
 
-    def value(self, kind: int) -> object:
+    def count(self, form: str, nbytes: int) -> int:
+        """How many things follow, each of at least ``nbytes`` bytes."""
+        (count,) = self.numbers(form)
+        left = self.size - self.handle.tell()
+        if count > min(left // nbytes, MOST):
+            raise EOFError(f"{count} of something in {left} bytes")
+        return count
+
+    def value(self, kind: int, depth: int = 0) -> object:
         """A scalar or string; None for an array, which is walked past."""
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
             return self.numbers(SCALARS[kind])[0]
-        inner, count = self.numbers("IQ")
+        (inner,) = self.numbers("I")
+        if depth == DEEPEST:
+            raise EOFError(f"arrays in arrays, deeper than {DEEPEST}")
         if inner in SCALARS:
-            self.bytes(count * struct.calcsize(f"<{SCALARS[inner]}"))
+            width = struct.calcsize(f"<{SCALARS[inner]}")
+            self.bytes(self.count("Q", width) * width)
             return None
-        for _ in range(count):
-            self.bytes(self.numbers("Q")[0]) if inner == STRING else self.value(inner)
+        for _ in range(self.count("Q", 8 if inner == STRING else 12)):
+            self.bytes(self.numbers("Q")[0]) if inner == STRING else self.value(inner, depth + 1)
         return None
 
 
 def _read(cursor: _Cursor, path: Path, label: str) -> Header:
-    version, tensors, entries = cursor.numbers("IQQ")
+    (version,) = cursor.numbers("I")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         what = "of big-endian byte order" if swapped else f"of GGUF version {version}"
         raise SourceError(f"{label}: is {what}; kbitc reads little-endian files of version 2 and 3")
+    tensors, entries = cursor.count("Q", 24), cursor.count("Q", 13)
     metadata: dict[str, object] = {}
     for _ in range(entries):
         key = cursor.text()
@@ -138,11 +156,12 @@ def _read(cursor: _Cursor, path: Path, label: str) -> Header:
     places: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(tensors):
         name = cursor.text()
-        dims = cursor.numbers(f"{cursor.numbers('I')[0]}Q")
+        dims = cursor.numbers(f"{cursor.count('I', 8)}Q")
         kind, offset = cursor.numbers("IQ")
         places.append((name, tuple(reversed(dims)), kind, offset))
     alignment = metadata.get("general.alignment", 32)
-    assert isinstance(alignment, int)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise KeyError(f"an alignment of {alignment!r}")
     start = -(-cursor.handle.tell() // alignment) * alignment
     blocks = {
         name: _block(path, label, name, shape, kind, start + offset) for name, shape, kind, offset in places

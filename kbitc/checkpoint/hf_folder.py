@@ -20,6 +20,7 @@ from kbitc.checkpoint.base import Checkpoint, TensorInfo
 from kbitc.checkpoint.conversion import model_rules
 from kbitc.checkpoint.folder_checks import read_json, weight_files
 from kbitc.checkpoint.linked import Linked, link
+from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.safetensors_file import Stored, read_header
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import SourceError
@@ -46,14 +47,16 @@ class HfFolder(Checkpoint):
 
     def _link(self) -> Linked:
         """Link to the class of the config; where it names none, to the first guess that fits."""
+        sources = {name: stored.info for name, stored in self.stored.items()}
+        room = Room.of(sources.values())
+        room.check_config(self.config, self.label)
         config = load_config(self.folder, self.label)
         classes = model_classes(config, self.label)
-        sources = {name: stored.info for name, stored in self.stored.items()}
         dtype = _main_dtype(sources)
         failures = []
         for model_class in classes:
             try:
-                model = build(model_class, config, self.label, dtype)
+                model = build(model_class, config, self.label, room, dtype)
                 return link(model, sources, model_rules(model), self._read_source, self.label)
             except SourceError as error:
                 failures.append(error)
@@ -100,14 +103,15 @@ class HfFolder(Checkpoint):
         companions.write_config(config, folder)
 
 
-def skeleton_of(folder: Path) -> nn.Module:
+def skeleton_of(folder: Path, room: Room) -> nn.Module:
     """The model of a folder's config on the meta device; of an artifact, the one it was made from.
 
     Raises:
-        SourceError: transformers has no such model.
+        SourceError: transformers has no such model, or it is larger than there is room for.
     """
+    room.check_config(read_json(folder / companions.CONFIG), str(folder))
     config = load_config(folder, str(folder))
-    return build(model_classes(config, str(folder))[0], config, str(folder))
+    return build(model_classes(config, str(folder))[0], config, str(folder), room)
 
 
 def fingerprint_of(files: list[Path], config: bytes) -> str:

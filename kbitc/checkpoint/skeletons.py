@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.checkpoint.names import tensor_of
+from kbitc.checkpoint.room import Room
 from kbitc.errors import SourceError, first_line
 
 
@@ -81,17 +82,19 @@ def _guesses(config: Any) -> list[Any]:
     return [getattr(transformers, name) for name in dict.fromkeys(flat)]
 
 
-def build(model_class: Any, config: Any, label: str, dtype: torch.dtype | None = None) -> nn.Module:
+def build(
+    model_class: Any, config: Any, label: str, room: Room, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A model on the meta device, tied, in eval mode.
 
     Raises:
-        SourceError: the class does not take the config.
+        SourceError: the class does not take the config, or it is of a larger model than there is room for.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # an artifact's: the shape of the model is the source's
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), room.bounded():
             model: Any = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
             model.tie_weights()
     except Exception as error:

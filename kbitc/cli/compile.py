@@ -125,20 +125,17 @@ def compile(  # noqa: A001  # the command's name, and its options
         write=partial(console.err.print, markup=False, highlight=False, soft_wrap=True),
     )
     target = out or Path(_default_out(model, request))
-    try:
-        with console.progress("compiling") as update:
-            result = compile_to(
-                model,
-                target,
-                request,
-                is_forced=force,
-                is_resumed=resume,
-                is_dry=dry_run,
-                on_progress=update,
-                manage=manage,
-            )
-    except KeyboardInterrupt:
-        console.fail("interrupted; what was packed is kept: run the same command with --resume to go on", 1)
+    with console.progress("compiling") as update:
+        result = compile_to(
+            model,
+            target,
+            request,
+            is_forced=force,
+            is_resumed=resume,
+            is_dry=dry_run,
+            on_progress=update,
+            manage=manage,
+        )
     if page is not None and passes_html is not None:
         console.write_file(passes_html, page.html(result.program))
     if as_json:

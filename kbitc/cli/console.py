@@ -15,6 +15,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from kbitc.errors import UsageError
+from kbitc.system.files import write_whole
 
 if TYPE_CHECKING:
     from kbitc.graph.context import Progress
@@ -47,9 +48,9 @@ def progress(title: str) -> Iterator[Progress]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Raises UsageError where the file cannot be written."""
+    """Write or replace a file in one step; raises UsageError where it cannot be written."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from kbitc.cli import console
 from kbitc.cli.app import app
 from kbitc.errors import KbitcError, UsageError
+from kbitc.system.stopping import Stopped, stoppable
 
 COMMANDS = (
     "compile",
@@ -31,10 +32,14 @@ for _name in COMMANDS:
 
 
 def main() -> NoReturn:
-    """Entry point: run a command, turn errors into one paragraph and an exit code."""
+    """Entry point: run a command, turn errors and signals into one paragraph and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        with stoppable():
+            app()
+    except Stopped as stopped:
+        notes = getattr(stopped, "__notes__", [])
+        console.fail("; ".join([f"stopped by {stopped.name}", *notes]), stopped.code)
     except UsageError as error:
         console.fail(str(error), 2)
     except KbitcError as error:

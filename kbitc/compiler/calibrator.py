@@ -7,9 +7,10 @@ the same model begins at once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-import os
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kbitc.cache import cache_folder
+from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_of
-from kbitc.errors import SourceError, UsageError
+from kbitc.errors import BackendUnavailable, SourceError, UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import is_pretrained, random_inputs
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
@@ -35,6 +36,8 @@ LENGTH = 256
 SEED = 0
 FORMAT = 2  # of what is kept
 SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
+
+_log = logging.getLogger(__name__)
 
 Calibrate = str | Path | Tensor
 """``"auto"``, ``"self"``, ``"random"``, ``"none"``, a UTF-8 text file, or ``(windows, length)`` token ids."""
@@ -136,17 +139,21 @@ class Calibrator:
         ``options`` names whatever else the result depends on.
         """
         path = cache_folder() / "moments" / f"{self._key(options)}.safetensors"
-        if path.exists():
-            return load_file(path)
-        measured = measure()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            os.close(handle)
+            make_private(path.parent)
+            if path.exists():
+                check_private(path)
+                return load_file(path)
+        except (OSError, BackendUnavailable) as error:
+            _log.warning("%s. What calibration measures is not kept", error)
+            return measure()
+        measured = measure()
+        # A cache that cannot be written costs time, nothing else.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            scratch = Path(folder) / path.name
             save_file(dict(measured), scratch)
-            Path(scratch).replace(path)
-        except OSError:
-            pass  # a cache that cannot be written costs time, nothing else
+            scratch.chmod(0o600)
+            scratch.replace(path)
         return measured
 
     def _key(self, options: str) -> str:

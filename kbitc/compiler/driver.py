@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitc.artifact.folders import check_target
+from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.pack import pack_to, source_hash
 from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction, WeightEntry
 from kbitc.artifact.reader import Artifact
@@ -116,17 +117,24 @@ def compile_to(
         manage: makes the manager that runs the passes.
 
     Raises:
-        UsageError: bad arguments, target, passes, plan or weight.
+        UsageError: bad arguments, target, passes, plan or weight; another process writes ``out``.
         SourceError: the source cannot be read or captured.
         BudgetError: no plan meets the budget.
     """
     manager = manage(
         pipeline_of(request)
     )  # what is wrong with the request is said before the model is opened
-    if not is_dry:
-        check_target(out, is_forced=is_forced)
-    started = perf_counter()
-    with open_checkpoint(source) as checkpoint:
+    with ExitStack() as stack:
+        # Held from here on, so that two do not work for an hour and then one is refused.
+        claim = (
+            stack.enter_context(
+                FolderClaim(out, is_forced=is_forced, is_resumed=is_resumed, is_resumable=True)
+            )
+            if not is_dry
+            else None
+        )
+        started = perf_counter()
+        checkpoint = stack.enter_context(open_checkpoint(source))
         seconds = {"open": perf_counter() - started}
         run = run_passes(
             checkpoint,
@@ -147,10 +155,10 @@ def compile_to(
         result = Result(
             checkpoint.label, program, stored_bytes(program), source_bytes, target, fusions, seconds
         )
-        if is_dry:
+        if claim is None:
             return result
         started = perf_counter()
-        with _writer(checkpoint, program, out, is_forced, is_resumed) as writer:
+        with _writer(checkpoint, program, out, claim, is_resumed) as writer:
             pack_to(program, writer)
             checkpoint.save_companions(writer.partial)
             config = writer.partial / "config.json"
@@ -165,7 +173,7 @@ def _writer(
     checkpoint: Checkpoint,
     program: Program,
     out: Path,
-    is_forced: bool,
+    claim: FolderClaim,
     is_resumed: bool,
 ) -> Writer:
     assert program.plan is not None
@@ -183,7 +191,7 @@ def _writer(
             for name, packed in program.packed.items()
         },
     }
-    return Writer(out, stored_slots(program), identity, is_forced=is_forced, is_resumed=is_resumed)
+    return Writer(out, stored_slots(program), identity, is_resumed=is_resumed, claim=claim)
 
 
 def _plan_file(result: Result, writer: Writer) -> PlanFile:

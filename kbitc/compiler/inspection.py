@@ -17,6 +17,7 @@ from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.hf_folder import skeleton_of
+from kbitc.checkpoint.room import Room
 from kbitc.compiler.calibrator import NONE, Calibrate
 from kbitc.compiler.lowering import lower
 from kbitc.compiler.source_path import run_passes
@@ -135,7 +136,8 @@ def inspect(
     folder = Path(source)
     if (folder / PLAN_FILE).exists():
         artifact = Artifact.open(folder)
-        captured = capture(skeleton_of(folder)) if with_graph else None
+        room = Room(len(artifact.plan.checksums), artifact.plan.parameters)
+        captured = capture(skeleton_of(folder, room)) if with_graph else None
         return Inspection(
             source,
             program=None if captured is None else _planned(captured, artifact.plan),

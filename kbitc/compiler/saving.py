@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.pack import checked_plain
 from kbitc.artifact.plan_file import LeftAlone, PlanFile, WeightEntry
 from kbitc.artifact.stored import stored_tensors
@@ -60,7 +61,11 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
         for unit, parts in stored.items()
     }
     config: Any = getattr(model, "config", None)
-    with Writer(Path(folder), slots, {"model": type(model).__name__}, is_forced=force) as writer:
+    identity = {"model": type(model).__name__}
+    with (
+        FolderClaim(Path(folder), is_forced=force) as claim,
+        Writer(Path(folder), slots, identity, claim=claim) as writer,
+    ):
         for unit, parts in stored.items():
             writer.put(unit, parts, {})
         data = config.to_dict() if hasattr(config, "to_dict") else None

@@ -17,17 +17,17 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kbitc.cache import cache_folder
+from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.errors import BackendUnavailable
+from kbitc.system.files import Lock, remove
+from kbitc.system.stopping import WorkerPool
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
@@ -134,19 +134,25 @@ def build(recipe: BuildRecipe | None = None, *, force: bool = False) -> Path:
         The shared library.
 
     Raises:
-        BackendUnavailable: no compiler, a compiler error, or a cache that cannot be written.
+        BackendUnavailable: no compiler, a compiler error, or a cache that cannot be written, or that
+            others can write.
     """
     recipe = recipe or kernel_recipe()
     compiler = find_compiler()
     folder = cache_folder() / "kernels"
     target = folder / f"{recipe.key(compiler)}.so"
-    if target.exists() and not force:
-        return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
+        if target.exists() and not force:
+            check_private(folder.parent, folder, target)
+            return target
+        make_private(folder)
+        lock = Lock.take(target.with_suffix(".lock"), waits=True)
+        try:
             if not target.exists() or force:
                 _compile(recipe, compiler, target)
+        finally:
+            lock.release()
+        check_private(target)
     except OSError as error:
         raise BackendUnavailable(
             f"the kernels cannot be written to {folder} ({error.strerror}); set KBITC_CACHE to another folder"
@@ -154,30 +160,25 @@ def build(recipe: BuildRecipe | None = None, *, force: bool = False) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; the operating system lets go of it even when the process is killed."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _compile(recipe: BuildRecipe, compiler: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as name:
-        scratch = Path(name)
+    scratch = target.with_name(f".build-{target.stem}")  # of the one who holds this library's lock
+    remove(scratch)  # which a kill left
+    scratch.mkdir(mode=0o700)
+    try:
         commands = [
             [compiler, *recipe.flags, *flags, "-c", str(path), "-o", str(scratch / f"{path.stem}.o")]
             for path, flags in recipe.sources
         ]
-        with _progress(len(commands)) as advance, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with _progress(len(commands)) as advance, WorkerPool(os.cpu_count() or 1) as pool:
             for _ in pool.map(_run, commands):
                 advance()
             objects = [command[-1] for command in commands]
             library = scratch / target.name
             _run([compiler, "-shared", *objects, *recipe.link, "-o", str(library)])
+        library.chmod(0o600)
         library.replace(target)
+    finally:
+        remove(scratch)
 
 
 def _run(command: Sequence[str]) -> None:
