@@ -51,7 +51,7 @@ class GgufFile(Checkpoint):
         header = Header.of(path, self.label)
         self.blocks = header.blocks
         self.architecture = _architecture(header, path, self.label)
-        self._room = Room.of(block.info for block in self.blocks.values())
+        self._room = Room.of(block.info.shape for block in self.blocks.values())
         self._room.check_config(header.metadata, self.label)
         self._ignored: list[str] = []
         self._linked = self._link()

@@ -91,7 +91,7 @@ class Header:
                 raise SourceError(f"{label}: is not a GGUF file, as it does not start like one; {AGAIN}")
             try:
                 return _read(_Cursor(handle, size), path, label)
-            except (EOFError, UnicodeDecodeError, KeyError) as error:
+            except (EOFError, ValueError, KeyError) as error:
                 raise SourceError(
                     f"{label}: its header is cut off or damaged ({error!r}); {AGAIN}"
                 ) from error

@@ -48,7 +48,7 @@ class HfFolder(Checkpoint):
     def _link(self) -> Linked:
         """Link to the class of the config; where it names none, to the first guess that fits."""
         sources = {name: stored.info for name, stored in self.stored.items()}
-        room = Room.of(sources.values())
+        room = Room.of(info.shape for info in sources.values())
         room.check_config(self.config, self.label)
         config = load_config(self.folder, self.label)
         classes = model_classes(config, self.label)

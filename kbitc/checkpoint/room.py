@@ -6,6 +6,7 @@ end the building of two million layers within a second or two.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from kbitc.checkpoint.base import TensorInfo
 from kbitc.errors import SourceError
 
 # Tied parameters are made twice; one tensor of a GGUF file may hold hundreds of experts.
@@ -39,9 +39,13 @@ class Room:
     elements: int
 
     @staticmethod
-    def of(infos: Iterable[TensorInfo]) -> Room:
-        """The room of a source with such tensors."""
-        sizes = [info.nbytes // info.dtype.itemsize for info in infos]
+    def of(shapes: Iterable[tuple[int, ...]]) -> Room:
+        """The room of a source with tensors of such shapes.
+
+        >>> Room.of([(2, 3), (4,)])
+        Room(tensors=2, elements=10)
+        """
+        sizes = [math.prod(shape) for shape in shapes]
         return Room(len(sizes), sum(sizes))
 
     @property
