@@ -6,6 +6,7 @@ for 49 thousand of them); this walks past arrays, takes milliseconds, and checks
 
 from __future__ import annotations
 
+import math
 import stat
 import struct
 from dataclasses import dataclass
@@ -194,4 +195,4 @@ def _block(path: Path, label: str, name: str, shape: tuple[int, ...], kind: int,
         )
     elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     info = TensorInfo.of(shape, plain.get(kind, torch.float16))
-    return Block(path, offset, torch.Size(shape).numel() // elements * nbytes, kind, info)
+    return Block(path, offset, math.prod(shape) // elements * nbytes, kind, info)

@@ -51,7 +51,7 @@ def killed_at(step, folder, job):
         sys.addaudithook(hook)
         try:
             job()
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

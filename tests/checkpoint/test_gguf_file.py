@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -259,3 +262,55 @@ def test_real_model_equals_its_folder(tmp_path):
         for path in (tmp_path, MODELS / "smollm2-135m")
     )
     assert ours == theirs
+
+
+KIND = struct.Struct("<I").pack
+
+
+def _header(*parts):
+    """A file of numbers of 64 bits and raw bytes; the counts of tensors and keys come first."""
+    raw = b"".join(part if isinstance(part, bytes) else struct.pack("<Q", part) for part in parts)
+    return b"GGUF" + KIND(3) + raw
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+ROOM = bytes(2**25)  # zeros: a reader that believed a count would find as many empty strings in them
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        _header(2**40, 0, ROOM),
+        _header(0, 2**40, ROOM),
+        _header(0, 2**22, ROOM[: 2**21]),
+        _header(0, 1, KEY, KIND(9), KIND(8), 2**40, ROOM),
+        _header(0, 1, KEY, KIND(9), KIND(0), 2**40, ROOM),
+        _header(0, 1, KEY, KIND(9), KIND(9), 2**40, ROOM),
+        _header(0, 1, KEY, KIND(9), *([KIND(9), 1] * 500), ROOM),
+        _header(1, 0, KEY, KIND(2**31), ROOM),
+        _header(1, 0, KEY, KIND(2), 2**62, 2**62, KIND(0), 0, ROOM),
+    ],
+    ids=["tensors", "keys", "more keys than bytes", "texts", "numbers", "arrays", "depth", "dims", "sizes"],
+)
+def test_counts_of_a_header_are_not_believed(raw, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw)
+    started = time.perf_counter()
+    with pytest.raises(SourceError, match="cut off or damaged|truncated"):
+        open_checkpoint(path)
+    assert time.perf_counter() - started < 2
+
+
+def test_a_count_of_layers_is_not_believed(tmp_path):
+    path = tmp_path / "m.gguf"
+    key = b"llama.block_count"
+    head, _, tail = write(path, "llama").read_bytes().partition(key)
+    path.write_bytes(head + key + tail[:4] + KIND(2**31) + tail[8:])
+    with pytest.raises(SourceError, match="the config says 'llama.block_count': 2147483648"):
+        open_checkpoint(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(SourceError, match="is a pipe"):
+        open_checkpoint(tmp_path / "m.gguf")
