@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs gpu test lint sanitize format clean
+.PHONY: demo docs gpu kill test lint sanitize format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,10 @@ gpu: .venv/installed
 	$(BIN)/python -m pytest tests/kernels/gpu -m gpu -n 0
 	$(BIN)/python -m benchmarks.gpu_linear --markdown benchmarks/results/$$(date -I)-gpu-linear.md
 	$(BIN)/python -m benchmarks.gpu_decode --markdown benchmarks/results/$$(date -I)-gpu-decode.md
+
+# Random kills of compile, --force, --resume and export: half an hour, a table.
+kill: .venv/installed
+	$(BIN)/python -m benchmarks.kill --kills 200 --seconds 1800 --signals
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
