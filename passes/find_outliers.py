@@ -115,7 +115,7 @@ class FindOutliers:
             if key not in known:
                 known[key] = _deviation(program.weights[key[0]], program.read(key[0]), key[1])
             features[weight.name] = self._of_deviation(known[key], source)
-            program.context.on_progress(weight.name, i, len(wanted))
+            program.context.on_progress(f"finding outliers {weight.name}", i, len(wanted))
         return features
 
     def _of_deviation(self, deviation: Tensor, source: tuple[str, str] | None) -> OutlierFeatures:

@@ -108,9 +108,11 @@ class ScoreSensitivity:
                 ),
                 program.weights.values(),
             )
-            for i, (name, own) in enumerate(zip(program.weights, tables, strict=True), start=1):
+            done, total = 0, sum(weight.numel for weight in program.weights.values())
+            for (name, weight), own in zip(program.weights.items(), tables, strict=True):
                 options[name] = own
-                program.context.on_progress(name, i, len(program.weights))
+                done += weight.numel
+                program.context.on_progress(f"pricing {name}", done, total)
         scores = ScoreTable(
             options,
             {name: weight.numel for name, weight in program.weights.items()},

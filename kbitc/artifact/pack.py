@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kbitc.artifact.stored import checksum, stored_tensors
 from kbitc.artifact.writer import Writer
-from kbitc.errors import UsageError
+from kbitc.checkpoint.finite import check_finite
 from kbitc.formats.layout import shared_codebooks, stored_plain
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor
@@ -71,7 +71,7 @@ class _Counted:
 
     def add(self, name: str) -> None:
         self.done += self.sizes[name]
-        self.tell(name, self.done, sum(self.sizes.values()))
+        self.tell(f"packing {name}", self.done, sum(self.sizes.values()))
 
 
 def _submit_read(
@@ -131,10 +131,8 @@ def checked_plain(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:
     Raises:
         UsageError: a parameter that is not finite.
     """
-    if must_be_finite and tensor.is_floating_point() and not tensor.isfinite().all():
-        raise UsageError(
-            f"{name}: holds a NaN or infinite value; a parameter must be finite. Repair the checkpoint"
-        )
+    if must_be_finite:
+        check_finite(name, tensor)
     return stored_plain(tensor)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from kbitc.errors import UsageError
 from kbitc.system.files import write_whole
@@ -24,6 +25,14 @@ out = Console()
 err = Console(stderr=True)
 
 
+class _Left(TimeRemainingColumn):
+    """An estimate of the phase's time left, where there is one."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing before the first steps."""
+        return Text() if task.time_remaining is None else Text("left: ") + super().render(task)
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Progress]:
     """A bar on standard error, where that is a terminal; yields who is told of the work."""
@@ -33,13 +42,20 @@ def progress(title: str) -> Iterator[Progress]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
+        _Left(),
         console=err,
         transient=True,
         disable=not err.is_terminal,
     )
     task = bar.add_task(title, total=None)
+    phase = ""
 
     def update(what: str, done: int, total: int) -> None:
+        nonlocal phase
+        now = what.rpartition(" ")[0] or what
+        if now != phase:  # each phase has a speed of its own, and time left of its own
+            phase = now
+            bar.reset(task)
         name = what if len(what) <= 48 else "…" + what[-47:]
         bar.update(task, description=f"{title}: {name}", completed=done, total=total or None)
 

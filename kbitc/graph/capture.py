@@ -28,6 +28,7 @@ from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.example_inputs import is_pretrained
 from kbitc.graph.program import Program, Rest
+from kbitc.graph.trace_progress import told_of_modules
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -66,10 +67,12 @@ def capture(
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: _fake(mode, t), _split(example_inputs))
     traced = _fake_copy(model, mode)
     _make_traceable(traced)
-    exported = _export(traced, args, kwargs)
+    context = context or Context()
+    with told_of_modules(traced, context.on_progress):
+        exported = _export(traced, args, kwargs)
     stored = StoredNames.of(traced)
     graph, parameters = _tidy(exported, stored.first)
-    return Program(graph, parameters, rest=stored.as_rest(traced), context=context or Context())
+    return Program(graph, parameters, rest=stored.as_rest(traced), context=context)
 
 
 def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
