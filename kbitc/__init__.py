@@ -99,15 +99,17 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
             ``["canonicalize", "allocate_bits", MyPass()]``.
         force: replace an existing ``out``.
         calibrate: what says which errors matter: "auto" (with ``bits`` "self" for a causal language model
-            and "random" for another model of transformers, otherwise "none"), "self" (text that the model
-            samples), "random" (random inputs), "none", a UTF-8 text file, or int64 token ids of shape
-            (windows, length).
+            and "random" for another model of transformers or one with ``example_inputs``, otherwise
+            "none"), "self" (text that the model samples), "random" (random inputs), "none", a UTF-8 text
+            file, or int64 token ids of shape (windows, length).
         agree: weights that a budget's plan gives one spec: "input" for those that read one value (queries,
             keys and values; gate and up), "role" for those at one place of every layer.
         quantizer: what chooses scales and codes: a name (``kbitc.quantizers``), or "auto": what the plan
             says, and "weighted" where something was measured, "absmax" elsewhere.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
-            does not know.
+            does not know, or in place of those that are made from a config. Where they are more than text,
+            errors are measured on them: noise stands for floats of one value throughout, as of
+            ``torch.zeros``, and everything else is taken as it is.
 
     Returns:
         The model with packed weights. A module in memory is copied, never changed.
@@ -138,11 +140,11 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     if isinstance(model, torch_nn.Module):
         return compile_module(model, request, example_inputs, out=target, is_forced=force)
     if target is not None:
-        compile_to(model, target, request, is_forced=force)
+        compile_to(model, target, request, is_forced=force, example_inputs=example_inputs)
         return load_artifact(target, verify=False)
     with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
         scratch = LocalPath(folder) / "model"
-        compile_to(model, scratch, request)
+        compile_to(model, scratch, request, example_inputs=example_inputs)
         return load_artifact(scratch, verify=False)
 
 

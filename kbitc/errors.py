@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class KbitcError(Exception):
@@ -28,6 +30,36 @@ class PassError(KbitcError):
 
 class BackendUnavailable(KbitcError):
     """A backend or an optional package is missing; the message says what to install."""
+
+
+class MemoryShortage(KbitcError):
+    """The process got no more memory; the message says what to do with less."""
+
+
+@contextmanager
+def out_of_memory(doing: str, instead: str) -> Iterator[None]:
+    """Turns whatever Python, torch or the system say when memory ends into one error.
+
+    Args:
+        doing: what goes on in the block.
+        instead: what the user can do.
+
+    Raises:
+        MemoryShortage: memory ended in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_shortage(error):
+            raise
+        raise MemoryShortage(f"memory ended while {doing} ({first_line(error)}); {instead}") from error
+
+
+def _is_shortage(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = str(error).lower()  # torch has no class of its own for the allocator of the CPU
+    return any(words in said for words in ("not enough memory", "can't allocate memory", "out of memory"))
 
 
 def first_line(error: BaseException) -> str:

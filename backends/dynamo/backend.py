@@ -189,7 +189,7 @@ def _model_of(root: nn.Module, settings: CompileOptions, piece: Program) -> Plan
         def captured(source: Checkpoint, context: Context) -> Program:
             return _captured(source, context, settings.example_inputs, root, piece)
 
-        program = plan_module(root, settings.request(), captured)
+        program = plan_module(root, settings.request(), captured, settings.example_inputs)
         operands = _packed(root, program)
         bare = replace(program, facts={}, context=Context(), changes=(), packed={})
         known[key] = PlannedModel(settings, bare, operands)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --bits 4 --quantizer absmax",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
+        "kbitc compile ./whisper-tiny --bits 4 --example-inputs sound.safetensors",
         "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
     )
 )
@@ -69,6 +70,14 @@ def compile(  # noqa: A001  # the command's name, and its options
             "weighted where something was measured and absmax elsewhere.",
         ),
     ] = "auto",
+    example_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors",
+            help="Inputs to trace and measure the model on, by the names of its forward's parameters, where "
+            "they cannot be made from its config.",
+        ),
+    ] = None,
     passes: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +106,7 @@ def compile(  # noqa: A001  # the command's name, and its options
 
     from kbitc.compiler.driver import compile_to
     from kbitc.compiler.request import Request
+    from kbitc.graph.given_inputs import read_inputs
     from kbitc.pipeline.manager import PassManager
 
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
@@ -133,6 +143,7 @@ def compile(  # noqa: A001  # the command's name, and its options
             is_forced=force,
             is_resumed=resume,
             is_dry=dry_run,
+            example_inputs=None if example_inputs is None else read_inputs(example_inputs),
             on_progress=update,
             manage=manage,
         )

@@ -23,19 +23,27 @@ from torch import Tensor, nn
 
 from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
-from kbitc.checkpoint.dense import dense_model, tokenizer_of
-from kbitc.errors import BackendUnavailable, SourceError, UsageError
+from kbitc.checkpoint.dense import tokenizer_of
+from kbitc.compiler.sampling import SEED, sample_windows
+from kbitc.compiler.stored_model import stored_model, widened
+from kbitc.errors import BackendUnavailable, SourceError, UsageError, out_of_memory
 from kbitc.graph.context import Progress, silent
-from kbitc.graph.example_inputs import is_pretrained, random_inputs
+from kbitc.graph.example_inputs import Recipe, is_pretrained, tokens_before, tokens_of_media
+from kbitc.graph.given_inputs import drawn_like, named_inputs
+from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.version import VERSION
 
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
-SEED = 0
-FORMAT = 2  # of what is kept
-SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
+FORMAT = 3  # of what is kept: its layout, and how text is sampled and inputs are drawn
+SPARING = (
+    "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a weight "
+    "at a time; or give the process more memory"
+)
+
+TEXT = {"input_ids", "attention_mask"}  # inputs that say no more than a text does
 
 _log = logging.getLogger(__name__)
 
@@ -51,17 +59,21 @@ class Calibrator:
         checkpoint: open while this is used.
         source: "self", "random", a text file, or token ids ``(windows, length)``.
         on_progress: told of the sampling.
+        inputs: the user's own, by name, that random inputs are to be like.
     """
 
     checkpoint: Checkpoint
     source: str | Path | Tensor = SELF
     on_progress: Progress = silent
+    inputs: Mapping[str, Any] | None = None
 
     @property
     def label(self) -> str:
         """How reports call the text."""
         if isinstance(self.source, Tensor):
             return f"{self.source.shape[0]} windows of {self.source.shape[1]} given tokens"
+        if self.inputs is not None:
+            return f"{COUNT} random inputs like the given ones"
         length = window_length(self.checkpoint.skeleton())
         if self.source == RANDOM:
             return f"{COUNT} random inputs of up to {length} tokens"
@@ -73,23 +85,30 @@ class Calibrator:
         """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
         return isinstance(self.source, Tensor) or self.source != RANDOM
 
-    def feeds(self) -> list[dict[str, Tensor]]:
-        """Keyword inputs of batch 1, all of the same shapes.
+    def feeds(self) -> list[dict[str, Any]]:
+        """Keyword inputs, all of the same shapes; of batch 1 unless the user gave them.
 
         Raises:
             UsageError: see :meth:`windows`, or a model whose inputs cannot be made.
         """
-        if self.is_text:
-            return [{"input_ids": window[None]} for window in self.windows()]
         model, generator = self.checkpoint.skeleton(), torch.Generator().manual_seed(SEED)
-        return [random_inputs(model, window_length(model), generator) for _ in range(COUNT)]
+        if self.inputs is not None:
+            return [drawn_like(self.inputs, generator) for _ in range(COUNT)]
+        if not self.is_text:
+            recipe = Recipe.of(model, window_length(model))
+            return [recipe.draw(generator) for _ in range(COUNT)]
+        windows = self.windows()
+        recipe = Recipe.of(model, windows.shape[1])
+        return [recipe.draw(generator, window[None]) for window in windows]
 
-    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor:
+    def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of; see `kbitc.sensitivity.losses`."""
+        model: Any = self.checkpoint.skeleton()
         if self.is_text:
-            return next_token_loss(feed["input_ids"], outputs)
-        config: Any = self.checkpoint.skeleton().config
-        classes = getattr(config.get_text_config(), "vocab_size", None)
+            return next_token_loss(feed["input_ids"], outputs, not_text=tokens_of_media(model))
+        classes = None
+        if is_pretrained(model):
+            classes = getattr(model.config.get_text_config(), "vocab_size", None)
         return drawn_loss(outputs, classes, torch.Generator().manual_seed(seed))
 
     def windows(self) -> Tensor:
@@ -102,11 +121,10 @@ class Calibrator:
             return self.source
         length = window_length(self.checkpoint.skeleton())
         if self.source == SELF:
-            self.on_progress("loading the model to sample from", 0, 0)
-            size = sum(info.nbytes for info in self.checkpoint.tensors().values())
-            # CPUs multiply float32 fastest; a large model keeps its own width for its memory's sake.
-            model = dense_model(self.checkpoint, torch.float32 if size <= SMALL else None)
-            return sample_windows(model, length, COUNT, on_progress=self.on_progress)
+            with out_of_memory("sampling text from the model", SPARING):
+                model = stored_model(self.checkpoint, self.on_progress)
+                with widened():
+                    return sample_windows(model, length, COUNT, on_progress=self.on_progress)
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:
             raise UsageError(
@@ -161,6 +179,7 @@ class Calibrator:
             text = hashlib.sha256(self.source.contiguous().numpy().tobytes()).hexdigest()
         elif self.source in {SELF, RANDOM}:
             text = f"{self.source} {SEED}"
+            text += "" if self.inputs is None else _digest(self.inputs)
         else:
             text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
         parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
@@ -171,7 +190,12 @@ class Calibrator:
 
 
 def make_calibrator(
-    checkpoint: Checkpoint, calibrate: Calibrate, on_progress: Progress, *, is_wanted: bool
+    checkpoint: Checkpoint,
+    calibrate: Calibrate,
+    on_progress: Progress,
+    *,
+    is_wanted: bool,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Calibrator | None:
     """The calibrator that was asked for; None for none.
 
@@ -180,29 +204,33 @@ def make_calibrator(
         calibrate: the user's choice.
         on_progress: told of long work.
         is_wanted: what "auto" means: for a causal language model "self", for another model of transformers
-            "random"; or "none".
+            or one with example inputs "random"; or "none".
+        example_inputs: the user's; where they are more than text, what random inputs are like.
 
     Raises:
-        UsageError: text for a model that is no causal language model, random inputs for a module that
-            transformers does not know, or bad token ids.
+        UsageError: text for a model that is no causal language model, random inputs for a module whose inputs
+            nobody knows, or bad token ids.
     """
     model = checkpoint.skeleton()
+    given = named_inputs(model, example_inputs)
+    is_text = is_language_model(model) and (given is None or set(given) <= TEXT)
     if isinstance(calibrate, str) and calibrate == AUTO:
-        known = RANDOM if is_pretrained(model) else NONE
-        calibrate = (SELF if is_language_model(model) else known) if is_wanted else NONE
+        known = RANDOM if given is not None or is_pretrained(model) else NONE
+        calibrate = (SELF if is_text else known) if is_wanted else NONE
     if isinstance(calibrate, str) and calibrate == NONE:
         return None
     if isinstance(calibrate, str) and calibrate == RANDOM:
-        if not is_pretrained(model):
+        if given is None and (example_inputs is not None or not is_pretrained(model)):
             raise UsageError(
-                f"--calibrate random: {checkpoint.label} is not a model of transformers, so its inputs "
-                "cannot be made; use --calibrate none"
+                f"--calibrate random: {checkpoint.label} is not a model of transformers, or has inputs that "
+                "are not plain tensors, so they cannot be made; give example_inputs={'name': tensor, ...}, "
+                "or use --calibrate none"
             )
-        return Calibrator(checkpoint, RANDOM, on_progress)
-    if not is_language_model(model):
+        return Calibrator(checkpoint, RANDOM, on_progress, given)
+    if not is_text:
         raise UsageError(
-            f"--calibrate: {checkpoint.label} is no causal language model of transformers, which is what "
-            "calibration on text needs; use --calibrate random"
+            f"--calibrate: {checkpoint.label} is no causal language model of transformers, or is given other "
+            "inputs than tokens, and calibration on text needs one; use --calibrate random"
         )
     if isinstance(calibrate, Tensor) and (calibrate.dim() != 2 or calibrate.dtype != torch.int64):
         raise UsageError(
@@ -210,6 +238,16 @@ def make_calibrator(
             f"{tuple(calibrate.shape)}"
         )
     return Calibrator(checkpoint, calibrate, on_progress)
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in inputs.items():
+        digest.update(f"{name} {getattr(value, 'shape', value)} {getattr(value, 'dtype', '')}\n".encode())
+        if isinstance(value, Tensor) and not value.is_meta:
+            raw: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(raw)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> str:
@@ -220,17 +258,20 @@ def _read(path: Path) -> str:
 
 
 def window_length(model: nn.Module) -> int:
-    """Tokens of a window: ``LENGTH``, or what the model can take if that is less."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(LENGTH, longest) if longest else LENGTH
+    """Tokens of a window of text: ``LENGTH``, or what the model can take if that is less."""
+    longest = usable_positions(model)
+    if longest is None:
+        return LENGTH
+    return min(LENGTH, max(1, longest - (tokens_before(model) if is_pretrained(model) else 0)))
 
 
 def is_language_model(model: nn.Module) -> bool:
     """Whether it is a causal language model of transformers: tokens in, next-token logits out."""
     config: Any = getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", lambda: False)
-    is_pair = getattr(config, "is_encoder_decoder", False)
-    return config is not None and not is_pair and bool(can_generate()) and hasattr(config, "vocab_size")
+    if config is None or not is_pretrained(model) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return bool(can_generate()) and hasattr(config.get_text_config(), "vocab_size")
 
 
 def text_windows(
@@ -250,34 +291,3 @@ def text_windows(
     picked = torch.arange(min(count, available)) * available // min(count, available)
     windows: Tensor = ids[: available * length].view(available, length)[picked]
     return windows
-
-
-@torch.no_grad()  # not inference_mode: autograd will look at what was sampled
-def sample_windows(
-    model: nn.Module,
-    length: int,
-    count: int,
-    seed: int = SEED,
-    on_progress: Progress = silent,
-) -> Tensor:
-    """``(count, length)`` token ids that the model samples at temperature 1, from random first tokens.
-
-    Args:
-        model: a causal language model of transformers.
-        length: tokens a window.
-        count: windows.
-        seed: of a generator of its own.
-        on_progress: told of each token.
-    """
-    from transformers import DynamicCache
-
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.get_text_config().vocab_size, (count, 1), generator=generator)
-    cache, ids = DynamicCache(), [tokens]
-    for i in range(1, length):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
-        tokens = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
-        ids.append(tokens)
-        on_progress("sampling text", i + 1, length)
-    return torch.cat(ids, dim=1)

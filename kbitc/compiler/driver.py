@@ -30,7 +30,8 @@ from kbitc.compiler.documents import documents
 from kbitc.compiler.lowering import lower
 from kbitc.compiler.modules import packed_weights, plan_module, with_packed
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
-from kbitc.compiler.source_path import Manage, from_inputs, run_passes
+from kbitc.compiler.source_path import Inputs, Manage, run_passes
+from kbitc.errors import out_of_memory
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.program import Program
 from kbitc.graph.stored import stored_bytes, stored_slots
@@ -99,7 +100,7 @@ def compile_to(
     is_forced: bool = False,
     is_resumed: bool = False,
     is_dry: bool = False,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs = None,
     on_progress: Progress = silent,
     manage: Manage = PassManager,
 ) -> Result:
@@ -112,7 +113,7 @@ def compile_to(
         is_forced: replace an existing artifact.
         is_resumed: continue an interrupted run.
         is_dry: plan and report, write nothing.
-        example_inputs: for a module that transformers does not know.
+        example_inputs: to trace and measure the model on; made from its config where transformers knows it.
         on_progress: told of long work.
         manage: makes the manager that runs the passes.
 
@@ -142,7 +143,7 @@ def compile_to(
             request.calibrate,
             is_measured=request.wants_moments(),
             without=lambda: unmeasured(request),
-            captured=from_inputs(example_inputs),
+            example_inputs=example_inputs,
             on_progress=on_progress,
         )
         program = run.program
@@ -159,7 +160,8 @@ def compile_to(
             return result
         started = perf_counter()
         with _writer(checkpoint, program, out, claim, is_resumed) as writer:
-            pack_to(program, writer)
+            with out_of_memory("packing", "packing needs a few of the largest tensors; give it more memory"):
+                pack_to(program, writer)
             checkpoint.save_companions(writer.partial)
             config = writer.partial / "config.json"
             data = read_json(config) if config.exists() else None
@@ -255,7 +257,7 @@ def _prediction(program: Program) -> Prediction | None:
 def compile_module(
     module: nn.Module,
     request: Request,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs = None,
     *,
     out: Path | None = None,
     is_forced: bool = False,
@@ -267,12 +269,12 @@ def compile_module(
     Args:
         module: with plain parameters.
         request: how to choose the specs.
-        example_inputs: for a module that transformers does not know.
+        example_inputs: to trace and measure the model on; made from its config where transformers knows it.
         out: also write the artifact there; the copy then has the weights that lie in it.
         is_forced: replace an existing artifact.
     """
     if out is None:
-        program = plan_module(module, request, from_inputs(example_inputs))
+        program = plan_module(module, request, example_inputs=example_inputs)
         return with_packed(module, program, packed_weights(module, program))
     result = compile_to(module, out, request, is_forced=is_forced, example_inputs=example_inputs)
     state = Artifact.open(out).state()

@@ -12,19 +12,23 @@ from kbitc.artifact.pack import packed_weight
 from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
-from kbitc.compiler.source_path import Capture, run_passes
+from kbitc.compiler.source_path import Capture, Inputs, run_passes
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 
-def plan_module(module: nn.Module, request: Request, captured: Capture) -> Program:
+def plan_module(
+    module: nn.Module, request: Request, captured: Capture | None = None, example_inputs: Inputs = None
+) -> Program:
     """The planned program of a module in memory, which is not touched.
 
     Args:
         module: with plain parameters.
         request: how to choose the specs.
-        captured: makes the program that the passes start from, of the module as an open checkpoint.
+        captured: makes the program that the passes start from, of the module as an open checkpoint; by
+            default the whole module's, traced on the inputs.
+        example_inputs: the user's, to trace and measure on; else such that fit the module.
     """
     manager = PassManager(pipeline_of(request))
     with open_checkpoint(module) as checkpoint:
@@ -35,6 +39,7 @@ def plan_module(module: nn.Module, request: Request, captured: Capture) -> Progr
             is_measured=request.wants_moments(),
             without=lambda: unmeasured(request),
             captured=captured,
+            example_inputs=example_inputs,
         )
     check_request(run.program, request)
     return run.program

@@ -12,7 +12,8 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 from kbitc.checkpoint import Checkpoint
-from kbitc.compiler.calibrator import Calibrate, make_calibrator
+from kbitc.compiler.calibrator import SPARING, Calibrate, make_calibrator
+from kbitc.errors import out_of_memory
 from kbitc.graph.capture import capture
 from kbitc.graph.context import Context, Progress, silent
 from kbitc.graph.program import Program
@@ -21,6 +22,9 @@ from kbitc.pipeline.registry import Pass
 
 Manage: TypeAlias = Callable[[Sequence[Pass]], PassManager]
 """Makes the manager of a list of passes: ``PassManager``, or one that also prints or observes."""
+
+Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any] | None
+"""Positional or keyword inputs of a model; None where some that fit are to be made."""
 
 Capture: TypeAlias = Callable[[Checkpoint, Context], Program]
 """Makes the program that the passes start from."""
@@ -41,7 +45,7 @@ class Run:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def from_inputs(inputs: tuple[Any, ...] | Mapping[str, Any] | None) -> Capture:
+def from_inputs(inputs: Inputs) -> Capture:
     """A capture of the source's own skeleton on these inputs, or on some that fit it."""
     return lambda checkpoint, context: capture(checkpoint.skeleton(), inputs, context=context)
 
@@ -54,6 +58,7 @@ def run_passes(
     is_measured: bool,
     without: Callable[[], Sequence[str]] = tuple,
     captured: Capture | None = None,
+    example_inputs: Inputs = None,
     on_progress: Progress = silent,
 ) -> Run:
     """Capture an open source and run passes on it.
@@ -64,21 +69,25 @@ def run_passes(
         calibrate: what the user said; see `kbitc.compiler.request.Request`.
         is_measured: what "auto" means.
         without: names of passes to leave out where the model has nothing to measure on.
-        captured: makes the first program; by default the model's own, on inputs that fit it.
+        captured: makes the first program; by default the model's own.
+        example_inputs: the user's; else inputs that fit the model are made.
         on_progress: told of long work.
 
     Raises:
         UsageError: a calibration that the model cannot have, or what a pass says.
         SourceError: the model cannot be captured.
     """
-    calibrator = make_calibrator(checkpoint, calibrate, on_progress, is_wanted=is_measured)
+    calibrator = make_calibrator(
+        checkpoint, calibrate, on_progress, is_wanted=is_measured, example_inputs=example_inputs
+    )
     if calibrator is None:
         manager = manager.without(without())
     on_progress("capture", 0, 0)
     started = perf_counter()
     context = Context(checkpoint.read, calibrator, on_progress)
-    first = (captured or from_inputs(None))(checkpoint, context)
+    first = (captured or from_inputs(example_inputs))(checkpoint, context)
     middle = perf_counter()
     on_progress("plan", 0, 0)
-    program = manager.run(first)
+    with out_of_memory("measuring and planning", SPARING):
+        program = manager.run(first)
     return Run(first, program, {"capture": middle - started, "plan": perf_counter() - middle})

@@ -37,15 +37,15 @@ class Calibration(Protocol):
         """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
         ...
 
-    def feeds(self) -> list[dict[str, Tensor]]:
-        """Keyword inputs of batch 1, all of the same shapes."""
+    def feeds(self) -> list[dict[str, Any]]:
+        """Keyword inputs, all of the same shapes."""
         ...
 
     def skeleton(self) -> nn.Module:
         """The model in float32 on the meta device, to be traced on one of the feeds."""
         ...
 
-    def loss(self, feed: Mapping[str, Tensor], outputs: Sequence[Any], seed: int) -> Tensor:
+    def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of."""
         ...
 

@@ -1,27 +1,28 @@
-"""Inputs to trace a transformers model with: shapes and dtypes from its config, never data.
+"""Inputs to trace and measure a transformers model with: sizes from its config, values drawn.
 
-The one thing to know: the sizes are only large enough to take the general path (two sequences, more
-than one token, decoder shorter than encoder); weights are found at any size.
+The one thing to know: nothing here knows a model by its name. Forward's signature says what is asked for,
+`kbitc.graph.input_shapes` what that may look like, and the model's own skeleton, run on the meta device,
+which of several shapes fits and how many tokens an image or a sound takes among the text's.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kbitc.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from kbitc.graph.input_shapes import SHAPES, Asked, Shape
+from kbitc.graph.media_tokens import TYPES, media_of, run_on_meta, special_ids, stand_ins, with_tokens
 
 BATCH = 2
 TOKENS = 8
-IMAGE_SIZE = 224  # of vision models that take any size, and so have none in their config
-MADE = ("input_ids", "pixel_values")
+INSTEAD = {"inputs": ("input_ids", "pixel_values")}  # names under which a main input may also come
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -31,94 +32,147 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 def example_inputs(model: nn.Module, batch: int = BATCH, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """Keyword inputs on the meta device for a transformers model, by its main input and signature.
+    """Keyword inputs on the CPU for a transformers model, with values that it can run on.
 
     Args:
-        model: of transformers.
-        batch: sequences or images.
-        tokens: of a sequence, at most as many as the model takes; a decoder gets one less.
+        model: of transformers, on any device; not changed.
+        batch: sequences, images, sounds or series.
+        tokens: of a sequence, at most as many as the model takes; a decoder gets one less. Tokens that stand
+            for an image or a sound come before them.
 
     Raises:
-        UsageError: not a transformers model, or one whose inputs are neither tokens nor images.
+        UsageError: not a transformers model, or one whose inputs are of a kind that cannot be made.
     """
-    name = type(model).__name__
+    made = Recipe.of(model, tokens, batch).draw(torch.Generator().manual_seed(0))
+    dtype = getattr(model, "dtype", torch.float32)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Keyword inputs of a model, to be drawn any number of times.
+
+    Attributes:
+        asked: the model and sizes.
+        shapes: of its inputs, by name.
+        before: tokens before the text: those that stand for images and sounds, and those around them.
+    """
+
+    asked: Asked
+    shapes: Mapping[str, Shape]
+    before: Sequence[int] = ()
+
+    @staticmethod
+    def of(model: nn.Module, tokens: int, batch: int = 1) -> Recipe:
+        """What a model is to be given; see :func:`example_inputs`."""
+        asked = _asked(model, batch, tokens)
+        shapes, before = _fitting(asked, _names(asked)), []
+        for media in media_of(asked):
+            found = with_tokens(asked, media)
+            if found is not None:  # without it the text alone is an input of the model, too
+                shapes |= found[0]
+                before += found[1]
+        return Recipe(asked, shapes, before)
+
+    def draw(self, generator: torch.Generator, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Inputs: token ids drawn evenly from the vocabulary, floats in float32 from a normal law.
+
+        before:  input_ids (batch, 8) of text
+        after:   input_ids (batch, 4 + 8) of 4 image tokens and the text; pixel_values; types, 1 for images
+
+        Args:
+            generator: draws.
+            text: ``(batch, length)`` int64 token ids to take for the text.
+        """
+        made = {name: self._drawn(shape, generator) for name, shape in self.shapes.items()}
+        if text is not None:
+            made["input_ids"] = text
+        if self.before:
+            ids = made["input_ids"]
+            made["input_ids"] = torch.cat([torch.tensor(self.before).expand(len(ids), -1), ids], dim=1)
+            stand_in = torch.isin(made["input_ids"], torch.tensor(stand_ins(self.asked))).long()
+            made |= {name: stand_in for name in TYPES if name in self.asked.accepted}
+        return made
+
+    def _drawn(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        if shape.fill is not None:
+            return torch.tensor(shape.fill, dtype=shape.dtype).expand(shape.sizes).clone()
+        if shape.dtype.is_floating_point:
+            return torch.randn(shape.sizes, generator=generator)
+        vocabulary = self.asked.model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, shape.sizes, generator=generator)
+        taken = torch.tensor(special_ids(self.asked), dtype=torch.int64)
+        while bool((hits := torch.isin(ids, taken)).any()):
+            ids = torch.where(hits, (ids + 1) % vocabulary, ids)
+        return ids
+
+
+def tokens_before(model: nn.Module) -> int:
+    """How many tokens of example inputs stand for an image or a sound, before the text."""
+    return len(Recipe.of(model, TOKENS).before)
+
+
+def tokens_of_media(model: nn.Module) -> list[int]:
+    """Ids of the tokens that stand for images and sounds, or around them, and are no text."""
+    return special_ids(_asked(model, 1, TOKENS))
+
+
+def _asked(model: nn.Module, batch: int, tokens: int) -> Asked:
     if not is_pretrained(model):
         raise UsageError(
-            f"{name} is not a transformers model, so its inputs cannot be guessed; pass "
+            f"{type(model).__name__} is not a transformers model, so its inputs cannot be guessed; pass "
             "example_inputs=(tensor, ...) or example_inputs={'name': tensor}; only shapes matter"
         )
-    config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
-    sizes = _sizes(model, config, accepted, (batch, tokens))
-    lacking = [
+    required = [
         parameter.name
         for parameter in accepted.values()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in sizes
     ]
-    main = getattr(model, "main_input_name", "input_ids")
-    if main not in sizes or lacking:
-        raise UsageError(
-            f"{name} takes '{(lacking or [main])[0]}', and kbitc only makes {' and '.join(MADE)}; "
-            "pass example_inputs={'name': tensor, ...} with everything that its forward needs"
-        )
-    dtypes = {"pixel_values": getattr(model, "dtype", torch.float32)}
-    return {
-        key: torch.empty(size, device="meta", dtype=dtypes.get(key, torch.int64))
-        for key, size in sizes.items()
-    }
+    return Asked(model, frozenset(accepted), frozenset(required), batch, tokens)
 
 
-def random_inputs(model: nn.Module, tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Keyword inputs of batch 1: token ids drawn evenly from the vocabulary, pixels from a normal law.
-
-    Args:
-        model: of transformers.
-        tokens: see :func:`example_inputs`.
-        generator: draws.
+def _names(asked: Asked) -> list[str]:
+    """What the model is to be given beside images and sounds among its tokens, in the order of the table.
 
     Raises:
-        UsageError: see :func:`example_inputs`.
+        UsageError: something among it cannot be made.
     """
-    config: Any = model.config
-    made = {}
-    for key, like in example_inputs(model, 1, tokens).items():
-        if like.is_floating_point():
-            made[key] = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-        elif key == "attention_mask":
-            made[key] = torch.ones(like.shape, dtype=torch.int64)
-        else:
-            vocabulary = config.get_text_config().vocab_size
-            made[key] = torch.randint(vocabulary, like.shape, generator=generator)
-    return made
+    accepted, main = asked.accepted, _main(asked)
+    wanted = {"input_ids", "pixel_values", main} & accepted | asked.required
+    if "pixel_values" in wanted:
+        wanted -= {"inputs"}
+    wanted -= {media.values for media in media_of(asked)}
+    if "input_ids" in wanted and not asked.model.can_generate():
+        wanted |= {"attention_mask"} & accepted
+    if getattr(asked.model.config, "is_encoder_decoder", False):
+        wanted |= {"decoder_input_ids"} & accepted
+    if "past_values" in wanted:
+        wanted |= {name for name in SHAPES if name.startswith(("past_", "future_", "static_"))} & accepted
+    lacking = sorted(wanted - set(SHAPES))
+    if lacking or not wanted:
+        raise UsageError(
+            f"{type(asked.model).__name__} takes '{(lacking or [main])[0]}', which cannot be made from its "
+            "config; pass example_inputs={'name': tensor, ...} (kbitc compile --example-inputs FILE) with "
+            "everything that its forward needs"
+        )
+    return [name for name in SHAPES if name in wanted]
 
 
-def _sizes(
-    model: Any, config: Any, accepted: Mapping[str, inspect.Parameter], size: tuple[int, int]
-) -> dict[str, tuple[int, ...]]:
-    sizes: dict[str, tuple[int, ...]] = {}
-    batch, length = size
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    tokens = (batch, min(length, longest))
-    # A language model that takes images among its tokens runs without any; CLIP needs both.
-    has_images = "pixel_values" in accepted and not _mixes_images_into_tokens(config)
-    if "input_ids" in accepted:
-        sizes["input_ids"] = tokens
-    if has_images:
-        vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
-        height, width = _pair(getattr(vision, "image_size", None) or IMAGE_SIZE)
-        sizes["pixel_values"] = (batch, getattr(vision, "num_channels", 3), height, width)
-    if "input_ids" in sizes and "attention_mask" in accepted and not model.can_generate():
-        sizes["attention_mask"] = tokens
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        sizes["decoder_input_ids"] = (batch, min(length - 1, longest))
-    return sizes
+def _main(asked: Asked) -> str:
+    main = str(getattr(asked.model, "main_input_name", "input_ids"))
+    return next((other for other in INSTEAD.get(main, ()) if other in asked.accepted), main)
 
 
-def _mixes_images_into_tokens(config: Any) -> bool:
-    return any(hasattr(config, key) for key in ("image_token_id", "image_token_index"))
-
-
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _fitting(asked: Asked, names: list[str]) -> dict[str, Shape]:
+    """The first shapes that the model runs on."""
+    choices = {name: list(SHAPES[name](asked)) for name in names}
+    choices = {name: own for name, own in choices.items() if own}
+    combinations = [
+        dict(zip(choices, combination, strict=True)) for combination in itertools.product(*choices.values())
+    ]
+    if len(combinations) == 1:
+        return combinations[0]
+    fitting = (shapes for shapes in combinations if run_on_meta(asked.model, shapes) is not None)
+    return next(fitting, combinations[0])

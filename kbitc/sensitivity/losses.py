@@ -18,19 +18,23 @@ from torch import Tensor
 from kbitc.errors import UsageError
 
 
-def next_token_loss(ids: Tensor, outputs: Sequence[Any]) -> Tensor:
+def next_token_loss(ids: Tensor, outputs: Sequence[Any], not_text: Sequence[int] = ()) -> Tensor:
     """Cross-entropy of a text, in nats, summed: what a token's activation does to all later ones.
 
     Args:
         ids: ``(1, length)``.
         outputs: of a causal language model; the first of shape ``(1, length, vocabulary)`` is its logits.
+        not_text: tokens that stand for images and sounds; nothing is to predict them.
 
     Raises:
         UsageError: there is none.
     """
+    next_ids = ids[0, 1:]
+    if not_text:
+        next_ids = next_ids.masked_fill(torch.isin(next_ids, torch.tensor(not_text)), -100)
     for value in outputs:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == ids.shape:
-            return F.cross_entropy(value[0, :-1].float(), ids[0, 1:], reduction="sum")
+            return F.cross_entropy(value[0, :-1].float(), next_ids, reduction="sum")
     raise UsageError("calibration on text needs a causal language model, whose first output is logits")
 
 

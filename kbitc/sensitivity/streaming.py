@@ -14,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from kbitc.checkpoint.finite import check_finite
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import CANONICAL, Program
 
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,16 @@ class Streamed(fx.Interpreter):
         self.weights = program.weights
         self.source = read
         self.seen = seen
-        self.given: Mapping[str, Tensor] = {}
+        # Parameters alone: a buffer may hold minus infinity for what attention must not see.
+        self.unchecked = {name for name, rest in program.rest.items() if rest.is_parameter} | {
+            *program.weights
+        }
+        # Of a graph that writes in place, what a use read may be another when its gradient comes.
+        self.is_writing = any(_writes(node) for node in program.graph.graph.nodes)
+        self.given: Mapping[str, Any] = {}
 
-    def call(self, **inputs: Tensor) -> list[Any]:
-        """The graph's outputs for inputs by placeholder name, flat."""
+    def call(self, **inputs: Any) -> list[Any]:
+        """The graph's outputs for inputs by the names of forward's parameters, flat."""
         self.given = inputs
         outputs = self.run(enable_io_processing=False)
         return list(torch.utils._pytree.tree_leaves(outputs))
@@ -58,8 +70,15 @@ class Streamed(fx.Interpreter):
         return _Stored(self.parameters[target]) if target in self.parameters else self.given[target]
 
     def load(self, name: str) -> Tensor:
-        """A stored tensor, floats in float32."""
+        """A stored tensor, floats in float32.
+
+        Raises:
+            UsageError: a parameter that is not finite.
+        """
         tensor = self.source(name)
+        if name in self.unchecked:
+            check_finite(name, tensor)
+            self.unchecked.remove(name)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -80,8 +99,11 @@ class Streamed(fx.Interpreter):
         else:
             y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
             x = (x, *rest)
+        if self.is_writing and kind != "embedding":
+            x = (x[0].clone(), *x[1:]) if isinstance(x, tuple) else x.clone()
         if torch.is_grad_enabled() and not y.requires_grad:
-            y.requires_grad_()  # nothing before it has a gradient: it is among the first
+            # Nothing before it has a gradient. A copy, as no model may write into a leaf of the gradient.
+            y = y.requires_grad_().clone()
         self.seen(name, kind, x, y)
         return y
 

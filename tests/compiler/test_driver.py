@@ -74,7 +74,8 @@ def test_the_usual_passes_where_there_is_nothing_to_measure_on():
     named = replace(request, passes=["canonicalize", "measure_moments", "score_sensitivity", "allocate_bits"])
     assert unmeasured(named) == ()
     with pytest.raises(UsageError, match="'measure_moments' has nothing to measure on"):
-        kbitc.compile(model(), 3.5, passes=named.passes, example_inputs=(torch.zeros(1, 256),))
+        inputs = {"example_inputs": (torch.zeros(1, 256),), "calibrate": "none"}
+        kbitc.compile(model(), 3.5, passes=named.passes, **inputs)
 
 
 def test_scoring_and_a_plan_file_are_told_and_read_once(tmp_path, monkeypatch):
@@ -86,8 +87,13 @@ def test_scoring_and_a_plan_file_are_told_and_read_once(tmp_path, monkeypatch):
     out = tmp_path / "out"
     compile_to(model(), out, Request(plan=tmp_path / "p.json"), is_dry=True, **options)
     assert len(reads) == 1
-    compile_to(model(), out, Request(bits=4.0), is_dry=True, **options)
-    assert [event for event in events if event[2]] == [("0.weight", 1, 2), ("2.weight", 2, 2)]
+    compile_to(model(), out, Request(bits=4.0, calibrate="none"), is_dry=True, **options)
+    sizes = [weight.numel() for weight in model().parameters() if weight.dim() == 2]
+    priced = [event for event in events if event[0].startswith("pricing")]
+    assert priced == [
+        ("pricing 0.weight", sizes[0], sum(sizes)),
+        ("pricing 2.weight", sum(sizes), sum(sizes)),
+    ]
 
 
 def test_a_spec_that_no_pass_reads_is_an_error():

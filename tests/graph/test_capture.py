@@ -124,12 +124,11 @@ def test_a_plain_module_needs_example_inputs():
 
 
 def test_a_model_with_other_inputs_says_which():
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-    config = Wav2Vec2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=30)
     with torch.device("meta"):
-        model = Wav2Vec2Model(config)
-    with pytest.raises(UsageError, match=r"Wav2Vec2Model takes 'input_values'.*pass example_inputs="):
+        model = SpeechT5HifiGan(SpeechT5HifiGanConfig(upsample_initial_channel=8))
+    with pytest.raises(UsageError, match=r"SpeechT5HifiGan takes 'spectrogram'.*pass example_inputs="):
         capture(model)
 
 

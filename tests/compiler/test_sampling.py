@@ -1,0 +1,151 @@
+"""Text that a model samples itself: right for every cache, and no more memory than the source."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as T  # noqa: N812
+
+from kbitc.checkpoint import open_checkpoint
+from kbitc.checkpoint.dense import dense_model
+from kbitc.compiler.calibrator import Calibrator
+from kbitc.compiler.sampling import sample_windows
+from kbitc.compiler.stored_model import stored_model, widened
+from kbitc.errors import MemoryShortage, SourceError, UsageError, out_of_memory
+
+SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+MIXED = ["linear_attention", "full_attention"]
+MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16}
+
+MODELS = {
+    "qwen3_next": lambda: T.Qwen3NextForCausalLM(
+        T.Qwen3NextConfig(
+            **SIZES, **HEADS, head_dim=16, layer_types=MIXED, num_experts=2, num_experts_per_tok=1,
+            linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        )
+    ),
+    "bamba": lambda: T.BambaForCausalLM(T.BambaConfig(**SIZES, **HEADS, **MAMBA, attn_layer_indices=[1])),
+    "lfm2": lambda: T.Lfm2ForCausalLM(
+        T.Lfm2Config(**SIZES, **HEADS, layer_types=["conv", "full_attention"])
+    ),
+    "minimax": lambda: T.MiniMaxForCausalLM(
+        T.MiniMaxConfig(**SIZES, **HEADS, head_dim=16, layer_types=MIXED, num_local_experts=2, block_size=32)
+    ),
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(**SIZES, state_size=4)),
+    "rwkv": lambda: T.RwkvForCausalLM(T.RwkvConfig(**SIZES, attention_hidden_size=32)),
+    "ctrl": lambda: T.CTRLLMHeadModel(
+        T.CTRLConfig(vocab_size=101, n_positions=33, n_embd=32, dff=48, n_layer=2, n_head=2)
+    ),
+}  # fmt: skip
+
+
+def sharp(model):
+    """Of random weights far from zero, and with logits so large that a draw is nearly always the likeliest."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight * 300)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_token_follows_from_all_before_it(name):
+    torch.manual_seed(0)
+    model = sharp(MODELS[name]())
+    own = model.generation_config
+    ids = sample_windows(model, 16, 4)
+    assert ids.shape == (4, 16)
+    assert model.generation_config is own
+    with torch.no_grad():
+        likeliest = model(input_ids=ids).logits[:, :-1].argmax(-1)
+    assert float((likeliest == ids[:, 1:]).float().mean()) > 0.8
+
+
+def test_an_end_of_text_does_not_end_a_window(tiny_model):
+    model = tiny_model("gpt2")  # 0 is its end of text
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 40
+        model.transformer.ln_f.bias.copy_(model.lm_head.weight[0])
+    ids = sample_windows(model, 20, 3)
+    assert ids.shape == (3, 20)
+    assert int((ids[:, 1:] == 0).sum()) > 10
+
+
+def test_what_stops_sampling_says_what_to_do(tiny_model):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    with pytest.raises(SourceError, match=r"logits of token 2 are not finite.*--calibrate TEXT"):
+        sample_windows(model, 8, 2)
+
+    def refuse(**_):
+        raise IndexError("list index out of range")
+
+    model.generate = refuse
+    with pytest.raises(SourceError, match=r"its 'generate' fails \(IndexError.*--calibrate TEXT"):
+        sample_windows(model, 8, 2)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A folder of float16 weights, most of them too large to be held in float32."""
+    torch.manual_seed(0)
+    config = T.LlamaConfig(
+        vocab_size=700, hidden_size=256, intermediate_size=700, num_hidden_layers=2, num_attention_heads=4
+    )
+    folder = tmp_path_factory.mktemp("half")
+    T.LlamaForCausalLM(config).half().save_pretrained(folder)
+    return folder
+
+
+def test_weights_stay_as_stored_and_numbers_are_those_of_float32(half, monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 1 << 12)
+    ids = torch.arange(12)[None]
+    with open_checkpoint(half) as checkpoint:
+        stored = sum(info.nbytes for info in checkpoint.tensors().values())
+        model = stored_model(checkpoint)
+        assert sum(p.numel() * p.dtype.itemsize for p in model.parameters()) < 1.02 * stored
+        with torch.no_grad(), widened():
+            got = model(input_ids=ids).logits
+        with torch.no_grad():
+            wanted = dense_model(checkpoint, torch.float32)(input_ids=ids).logits
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_in_memory_is_not_copied(tiny_model):
+    model = tiny_model("llama")
+    with open_checkpoint(model) as checkpoint:
+        shared = stored_model(checkpoint)
+    own = dict(model.named_parameters())
+    assert all(p.data_ptr() == own[name].data_ptr() for name, p in shared.named_parameters())
+
+
+@pytest.mark.parametrize("source", ["self", "random", torch.zeros(1, 8, dtype=torch.int64)])
+def test_a_weight_that_is_not_a_number_is_named(source, tiny_model):
+    import kbitc
+
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(UsageError, match=r"^model.layers.1.mlp.up_proj.weight: holds a NaN"):
+        kbitc.compile(model, bits=6, calibrate=source)
+
+
+def test_memory_that_ends_is_one_error_that_says_what_to_do(tiny_model, monkeypatch):
+    with pytest.raises(MemoryShortage, match=r"memory ended while dreaming \(.*\); wake up"):
+        with out_of_memory("dreaming", "wake up"):
+            torch.empty(1 << 58)
+    with pytest.raises(RuntimeError, match="other"), out_of_memory("dreaming", "wake up"):
+        raise RuntimeError("other")
+
+    def no_room(*_):
+        torch.empty(1 << 58)
+
+    monkeypatch.setattr("kbitc.compiler.calibrator.stored_model", no_room)
+    with open_checkpoint(tiny_model("llama")) as checkpoint:
+        with pytest.raises(MemoryShortage, match=r"sampling text from the model.*--calibrate none"):
+            Calibrator(checkpoint).windows()
