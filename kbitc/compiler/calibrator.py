@@ -39,8 +39,8 @@ COUNT = 16
 LENGTH = 256
 FORMAT = 3  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
-    "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a weight "
-    "at a time; or give the process more memory"
+    "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
+    "weight at a time; or give the process more memory"
 )
 
 TEXT = {"input_ids", "attention_mask"}  # inputs that say no more than a text does
