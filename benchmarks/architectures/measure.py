@@ -1,0 +1,335 @@
+"""One class from its config to the outputs of its loaded artifact; runs in a process of its own.
+
+The one thing to know: which weights are matmul weights is found here without kbitc: parameters of
+``nn.Linear`` and its kind, and whatever the dense model's forward hands to a matmul, as a view or not.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.architectures.classes import SPECIAL, ModelClass
+from benchmarks.architectures.inputs import inputs_for
+from benchmarks.architectures.shrink import shrink
+
+SPEC = "nf4:32"
+MOST_PARAMETERS = 20_000_000
+NOISE = 0.02
+
+Record = dict[str, Any]
+
+
+def measure(
+    each: ModelClass, tell: Callable[[Record], None], *, spec: str = SPEC, bits: float | None = 4
+) -> None:
+    """Try one class; ``tell`` is called after every stage with all that is known.
+
+    A record has ``stage``: where it ended ("build", "compile", "compare", "bits", or "done").
+    """
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    record: Record = {"class": each.name, "model_type": each.model_type, "kind": each.kind, "stage": "build"}
+    tell(record)
+    with tempfile.TemporaryDirectory(prefix="kbitc-architecture-") as folder:
+        source = Path(folder) / each.model_type
+        try:
+            model, label, feed = _build(each)
+            model.save_pretrained(source)
+        except Exception as error:  # noqa: BLE001  # the harness', not kbitc's
+            tell({**record, "message": said(error)})
+            return
+        out = Path(folder) / "out"
+        reference = _Reference(out, feed)
+        matmuls = matmul_weights(model, feed)
+        record |= {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "inputs": label,
+            "matmul_weights": len(matmuls),
+        }
+        _try(record, tell, "compile", lambda: _compile(source, out, spec, record, matmuls))
+        if record.get("compiles"):
+            _try(record, tell, "compare", lambda: _compare(each, source, out, feed, reference, record))
+        if bits is not None:
+            _try(record, tell, "bits", lambda: _compile_bits(source, Path(folder) / "bits", bits, record))
+        tell({**record, "stage": "done"})
+
+
+def said(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    from kbitc.errors import KbitcError
+
+    line = (str(error).strip().splitlines() or [""])[0][:300]
+    return line if isinstance(error, KbitcError) else f"{type(error).__name__}: {line}"
+
+
+def _try(record: Record, tell: Callable[[Record], None], stage: str, step: Callable[[], None]) -> None:
+    record["stage"] = stage
+    tell(record)
+    started = time.perf_counter()
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001  # this is what the campaign looks for
+        from kbitc.errors import KbitcError
+
+        record.setdefault("errors", {})[stage] = said(error)
+        if not isinstance(error, KbitcError):
+            record.setdefault("raw", []).append(stage)
+    record.setdefault("seconds", {})[stage] = round(time.perf_counter() - started, 1)
+
+
+def _build(each: ModelClass) -> tuple[nn.Module, str, dict[str, Tensor]]:
+    """The tiny model, and inputs that it takes."""
+    import transformers
+
+    model_class = getattr(transformers, each.name)
+    config_class = model_class.config_class
+    data = shrink(config_class().to_dict(), SPECIAL.get(each.model_type))
+    config = config_class.from_dict(data)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class._from_config(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"the shrunk model has {count:,} parameters")
+    torch.manual_seed(0)
+    model: nn.Module = model_class._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # what begins at zero would hide a weight at the wrong place
+                parameter.add_(NOISE * torch.randn_like(parameter))
+    label, feed = inputs_for(model)
+    outputs = run(model, feed)
+    if not outputs or not all(output.isfinite().any() for output in outputs):
+        raise ValueError("the dense model's outputs are not finite")
+    return model, label, feed
+
+
+def run(model: nn.Module, feed: Mapping[str, Tensor]) -> list[Tensor]:
+    """All floating tensors of a model's outputs; what it draws, it draws from one seed."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return [tensor for tensor in _flat(model(**feed)) if tensor.is_floating_point()]
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _flat(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+
+
+class _Matmuls(TorchDispatchMode):
+    """Notes the storages that matmuls read.
+
+    Convolutions count where they are a matmul: kernels of one place, or that do not overlap.
+    """
+
+    names = (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_grouped_mm",
+        "mv",
+        "addmv",
+        "dot",
+        "matmul",
+        "linear",
+        "lstm",
+        "gru",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.names or (name == "convolution" and _is_matmul(args)):
+            self.read |= {tensor.untyped_storage().data_ptr() for tensor in _flat(list(args))}
+        return func(*args, **(kwargs or {}))
+
+
+def _is_matmul(args: Any) -> bool:
+    weight, stride, padding, is_transposed, groups = args[1], args[3], args[4], args[6], args[8]
+    kernel = list(weight.shape[2:])
+    is_apart = all(k == s for k, s in zip(kernel, list(stride) * len(kernel), strict=False))
+    return not is_transposed and groups == 1 and not any(padding) and (is_apart or set(kernel) == {1})
+
+
+def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, int]:
+    """First names of the matmul weights, and how many parameters each has."""
+    from transformers.pytorch_utils import Conv1D
+
+    by_class = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, (nn.Linear, Conv1D, nn.MultiheadAttention, nn.LSTM, nn.GRU))
+        and parameter.ndim > 1
+        and not name.startswith("bias")
+    }
+    mode = _Matmuls()
+    with mode:
+        run(model, feed)
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
+        and parameter.is_floating_point()
+        and (id(parameter) in by_class or parameter.untyped_storage().data_ptr() in mode.read)
+    }
+
+
+def _compile(source: Path, out: Path, spec: str, record: Record, matmuls: Mapping[str, int]) -> None:
+    """Under --strict; where that refuses, without."""
+    from kbitc.artifact.reader import Artifact
+    from kbitc.compiler.driver import compile_to
+    from kbitc.compiler.request import Request
+    from kbitc.errors import UsageError
+
+    record |= {"compiles": False, "strict": True}
+    try:
+        compile_to(source, out, Request.of(spec=spec, is_strict=True))
+    except UsageError as error:
+        if not str(error).startswith("--strict"):
+            raise
+        record |= {"strict": False, "strict_says": said(error)}
+        compile_to(source, out, Request.of(spec=spec))
+    record["compiles"] = True
+    plan = Artifact.open(out).plan
+    packed = {name for first, entry in plan.packed.items() for name in (first, *entry.aliases)}
+    left = {name: count for name, count in matmuls.items() if name not in packed}
+    total = sum(matmuls.values())
+    record["packed_share"] = 1.0 if not total else 1 - sum(left.values()) / total
+    reasons = {name: rest.reason for name, rest in plan.left_alone.items()}
+    record["unpacked"] = [
+        f"{name}: {reasons.get(name, 'not in the artifact')}"
+        for name in sorted(left, key=lambda name: -left[name])[:4]
+    ]
+    record["unpacked_count"] = len(left)
+
+
+def _compare(
+    each: ModelClass,
+    source: Path,
+    out: Path,
+    feed: Mapping[str, Tensor],
+    reference: _Reference,
+    record: Record,
+) -> None:
+    """The loaded artifact against the dense model of its dequantized weights."""
+    import transformers
+
+    import kbitc
+    from kbitc.artifact.reader import Artifact
+    from kbitc.tensor.kbit_tensor import KbitTensor
+
+    dense = getattr(transformers, each.name).from_pretrained(source, dtype=torch.float32).eval()
+    artifact = Artifact.open(out)
+    state = artifact.state()
+    for names in (artifact.plan.weights, artifact.plan.left_alone):
+        for name, entry in names.items():
+            state |= dict.fromkeys(entry.aliases, state[name])
+    tensors = {
+        **dict(dense.named_buffers(remove_duplicate=False)),
+        **dict(dense.named_parameters(remove_duplicate=False)),
+    }
+    missing = [name for name, _ in dense.named_parameters() if name not in state]
+    if missing:
+        record["not_in_artifact"] = missing[:4]
+    for name, stored in state.items():
+        if name in tensors:
+            value = stored.dequantize(torch.float32) if isinstance(stored, KbitTensor) else stored
+            tensors[name].data.copy_(value)
+    expected = run(dense, feed)
+    model = kbitc.load(out)
+    record["error"] = difference(run(model, feed), expected)
+    off = reference.outputs()
+    record["bit_equal"] = len(off) == len(expected) and all(
+        torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+        for ours, theirs in zip(off, expected, strict=True)
+    )
+    record["error_off"] = difference(off, expected)
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of one output, in its largest value; infinite for other shapes."""
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if not b.numel() or torch.equal(a, b):
+            continue
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            return float("inf")
+        scale = b[finite].abs().max().item() if finite.any() else 0.0
+        apart = (a - b)[finite].abs().max().item() if finite.any() else 0.0
+        worst = max(worst, apart / max(scale, 1e-6))
+    return worst
+
+
+def _compile_bits(source: Path, out: Path, bits: float, record: Record) -> None:
+    """With default calibration.
+
+    A budget that cannot be met is an answer, not a failure, where only what is no matmul weight stays
+    unpacked: in a tiny model that weighs more than in a real one.
+    """
+    from kbitc.artifact.reader import Artifact
+    from kbitc.compiler.driver import compile_to
+    from kbitc.compiler.request import Request
+    from kbitc.errors import BudgetError
+
+    record["bits"] = False
+    try:
+        compile_to(source, out, Request.of(bits))
+    except BudgetError as error:
+        record["budget"] = said(error)
+        record["bits"] = record.get("unpacked_count") == 0
+        return
+    record["bits"] = True
+    record["bits_per_param"] = Artifact.open(out).bits_per_param
+
+
+class _Reference:
+    """A forked process that runs the artifact on the reference kernels: KBITC_CPU=off is read only once."""
+
+    def __init__(self, out: Path, feed: Mapping[str, Tensor]) -> None:
+        self.file = out.parent / "reference.pt"
+        read, self.go = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(read)
+            return
+        try:
+            os.close(self.go)
+            if os.read(read, 1):
+                import kbitc
+
+                os.environ["KBITC_CPU"] = "off"
+                torch.save(run(kbitc.load(out), feed), self.file)
+        finally:
+            os._exit(0)
+
+    def outputs(self) -> list[Tensor]:
+        """Once the artifact is there."""
+        os.write(self.go, b"1")
+        os.waitpid(self.pid, 0)
+        outputs: list[Tensor] = torch.load(self.file, weights_only=True)
+        return outputs
