@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs gpu kill test lint sanitize format clean
+.PHONY: demo docs fuzz gpu kill test lint sanitize format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,12 @@ docs: .venv/docs-installed
 sanitize: .venv/installed
 	KBITC_SANITIZE=address,undefined LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 KBITC_FUZZ=200 $(BIN)/python -m pytest tests/kernels -n 0
+
+# Mutated files of every kind through the command line and the Python interface; a table, and failing files.
+# The same command goes on where an interrupted one stopped; another SEED gives other mutants.
+SEED ?= 0
+fuzz: .venv/installed
+	$(BIN)/python -m benchmarks.fuzz --mutants 10000 --seconds 1800 --seed $(SEED) --log build/fuzz-$(SEED).jsonl --failures build/fuzz-failures
 
 # Correctness of the Triton kernels on the device that is there.
 gpu: .venv/installed

@@ -6,6 +6,7 @@ The parent must not have computed with several threads before: their locks do no
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 Record = dict[str, Any]
 Tell = Callable[[Record], None]
@@ -55,7 +57,8 @@ class _Running:
         return record
 
 
-def own_cache(folder: Path) -> None:
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
     """A cache of this process' own: what is measured is measured anew; the compiled kernels are shared."""
     from kbitc.cache import cache_folder
 
@@ -63,7 +66,8 @@ def own_cache(folder: Path) -> None:
     kernels.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels").symlink_to(kernels.resolve())
-    os.environ["KBITC_CACHE"] = str(folder)
+    with mock.patch.dict(os.environ, {"KBITC_CACHE": str(folder)}):
+        yield
 
 
 @contextmanager
@@ -128,6 +132,7 @@ def _begin(job: Job) -> _Running:
     code = 1
     try:
         os.setsid()
+        faulthandler.disable()
         os.close(read)
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):

@@ -101,8 +101,7 @@ def _job(each: ModelClass, options: argparse.Namespace) -> Job:
     def work(tell: Any) -> None:
         from benchmarks.architectures.measure import measure  # imports torch: after OMP_NUM_THREADS
 
-        with tempfile.TemporaryDirectory(prefix="kbitc-cache-") as cache:
-            own_cache(Path(cache))
+        with tempfile.TemporaryDirectory(prefix="kbitc-cache-") as cache, own_cache(Path(cache)):
             measure(each, tell, spec=options.spec, bits=options.bits or None)
 
     start = {"class": each.name, "model_type": each.model_type, "kind": each.kind, "stage": "start"}

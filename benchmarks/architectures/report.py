@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +120,7 @@ def _row(record: Record) -> str:
     said = [text for text in (*(record.get("errors") or {}).values(), record.get("message")) if text]
     if not said and record.get("unpacked"):
         said = [f"{record['unpacked_count']} unpacked: {record['unpacked'][0]}"]
-    note = (said or [""])[0].replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")[:160]
+    note = _plain((said or [""])[0])
     cells = (
         f"`{record['class']}`",
         record["inputs"],
@@ -130,6 +131,12 @@ def _row(record: Record) -> str:
         note,
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """What an error says, shortened, as it is: no Markdown, and no folder of the campaign's."""
+    text = re.sub(r"/\S*/kbitc-architecture-\w+/", "", text)[:160].replace("`", "'").replace("\n", " ")
+    return re.sub(r"[|<\[\]*_]", lambda found: "&lt;" if found[0] == "<" else f"\\{found[0]}", text)
 
 
 def _yes(value: Any) -> str:

@@ -228,6 +228,8 @@ def _int(
         return _image(value, config)
     if key == "patch_size":
         return min(value, PATCH)
+    if key == "window_size" and "depths" in config:
+        return min(value, 2)  # what is left of an image in the last stage
     if _KEPT.search(key) and value <= 1024 and value not in tree.hidden:
         return value
     if key == "embed_dim" and "depths" in config:

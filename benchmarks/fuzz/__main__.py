@@ -7,6 +7,7 @@ another exception, too much memory, or a changed payload that is accepted. Seed 
     python -m benchmarks.fuzz --mutants 500
     python -m benchmarks.fuzz --mutants 10000 --seconds 1800 --jobs 2 --log fuzz.jsonl
     python -m benchmarks.fuzz --seed 7 --mutant 1234
+    python -m benchmarks.fuzz --mutants 150 --quick
     python -m benchmarks.fuzz --only artifact --only GGUF --failures failures
 
 The second goes on where it stopped; the third shows what one mutant does, with its traceback.
@@ -24,14 +25,15 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.fuzz.campaign import Campaign, Limits
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print a table; 1 where a mutant failed."""
     options = _options(arguments)
+    from benchmarks.fuzz.campaign import QUICK, Campaign, Limits  # imports torch: --help need not
+
     limits = Limits(options.timeout, int(options.memory * 10**9), options.seconds)
-    with Campaign(options.seed, limits, only=options.only, failures=options.failures) as campaign:
+    only = [*options.only, *(QUICK if options.quick else ())]
+    with Campaign(options.seed, limits, only=only, failures=options.failures) as campaign:
         if options.mutant is not None:
             campaign.show(options.mutant)
             return 0
@@ -64,6 +66,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at one time [2]")
     parser.add_argument("--timeout", type=float, default=10, help="seconds of a mutant [10]")
     parser.add_argument("--memory", type=float, default=3, metavar="GB", help="of a mutant [3]")
+    parser.add_argument("--quick", action="store_true", help="only ways in that take milliseconds")
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="ways in whose name holds it"
     )

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -29,6 +30,20 @@ FAILURES = ("accepted", "exception", "memory", "hang", "crash")
 KEPT = 3  # failing mutants of one signature
 MISPLACED = 0.04  # share of mutants whose file is not where or what it should be
 SEVERAL = 0.08
+
+
+QUICK = ("open and read", "load", "from_pretrained", "moments")
+"""Parts of the names of ways in that take milliseconds."""
+
+
+def sample(count: int = 150, seed: int = 0, failures: Path | None = None) -> Results:
+    """A few mutants of the quick ways in: what a test can afford."""
+    with Campaign(seed, only=QUICK, failures=failures) as campaign:
+        return campaign.run(count)
+
+
+def _nobody(record: dict[str, Any]) -> None:
+    """Is told, and does nothing."""
 
 
 @dataclass(frozen=True)
@@ -121,30 +136,30 @@ class Campaign:
     ) -> None:
         self.seed, self.limits, self.failures = seed, limits or Limits(), failures
         self.targets = [each for each in targets() if not only or any(text in each.name for text in only)]
+        if not self.targets:
+            raise ValueError(f"no way in has any of {list(only)} in its name: {[t.name for t in targets()]}")
         self.kept: Counter[str] = Counter()
 
     def __enter__(self) -> Campaign:
         from benchmarks.fuzz.corpus import make_corpus
 
-        self._temporary = tempfile.TemporaryDirectory(prefix="kbitc-fuzz-")
-        folder = Path(self._temporary.name)
-        self.good, self.scratch = folder / "good", folder / "mutants"
-        self.scratch.mkdir()
-        own_cache(folder / "cache")
-        warnings.filterwarnings("ignore")
-        try:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kbitc-fuzz-")))
+            self.good, self.scratch = folder / "good", folder / "mutants"
+            self.scratch.mkdir()
+            stack.enter_context(own_cache(folder / "cache"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore")
             with discard_output():
-                make_corpus(self.good)
+                make_corpus(self.good, {each.item for each in self.targets})
                 self.digests = {
                     each.name: self._act(each, self._copy(each, each.item)) for each in self.targets
                 }
-        except BaseException:
-            self._temporary.cleanup()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._temporary.cleanup()
+        self._open.close()
 
     def _copy(self, target: Target, name: str) -> Path:
         place = self.scratch / f"good-{target.name.replace('/', ' ')}" / name
@@ -173,10 +188,11 @@ class Campaign:
             done.append(change(random.choice(files), random))
         return target, folder, "; ".join(done)
 
-    def try_one(self, number: int) -> dict[str, Any]:
-        """Make a mutant and see what becomes of it, in this process."""
+    def try_one(self, number: int, tell: Tell = _nobody) -> dict[str, Any]:
+        """Make a mutant and see what becomes of it, in this process; ``tell`` is given what was made."""
         target, folder, done = self.make(number)
         record = {"mutant": number, "target": target.name, "done": done}
+        tell(record)
         try:
             found = self._act(target, folder)
         except Exception as error:  # noqa: BLE001  # this is what the campaign looks for
@@ -204,6 +220,8 @@ class Campaign:
     def run(self, count: int, *, jobs: int = 2, log: Path | None = None) -> Results:
         """Mutants 0 to ``count``; those that the log has are taken from there."""
         results, started = Results(), time.monotonic()
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
         known = {}
         if log is not None and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines()
@@ -234,7 +252,7 @@ class Campaign:
 
     def _job(self, number: int) -> Job:
         def work(tell: Tell) -> None:
-            tell(self.try_one(number))
+            tell(self.try_one(number, tell))
 
         start = {"mutant": number, "target": self.target_of(number).name}
         return Job(work, start, self.limits.timeout, self.limits.memory)

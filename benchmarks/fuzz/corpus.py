@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,32 @@ def has_onnx() -> bool:
     return all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"))
 
 
-def make_corpus(folder: Path) -> None:
-    """Write every item: source, GGUF file, artifacts, plans, scores, journal, moments, exported folder."""
+def make_corpus(folder: Path, items: Collection[str]) -> None:
+    """Write these items, and those that they or the ways in are made from."""
     import kbitc
 
     torch.manual_seed(0)
-    source = folder / "source"
+    torch.set_num_threads(1)
+    source, whole, priced = (folder / name for name in ("source", "whole", "scores"))
     _source(source)
-    kbitc.compile(source, plan=json.loads(RULES), out=folder / "whole")
-    _sharded(source, folder / "artifact")
-    kbitc.compile(source, BITS, out=folder / "scores")
-    for name, file in (("plan", "kbit_plan.json"), ("measured", "kbit_scores.json")):
-        (folder / name).mkdir()
-        shutil.copyfile(folder / "scores" / file, folder / name / file)
-    (folder / "rules").mkdir()
-    (folder / "rules" / "rules.json").write_text(RULES)
-    _evaluations(folder / "evaluations")
-    _journal(source, folder / "journal")
-    _moments(source, folder / "moments")
-    if importlib.util.find_spec("gguf"):
-        _gguf(folder / "gguf")
-    if has_onnx():
-        kbitc.export_onnx(folder / "whole", folder / "onnx")
+    kbitc.compile(source, plan=json.loads(RULES), out=whole)
+    if {"scores", "measured"} & set(items):
+        _priced(priced)
+    makers: dict[str, Callable[[Path], object]] = {
+        "artifact": lambda out: _sharded(source, out),
+        "plan": lambda out: _copied(whole / "kbit_plan.json", out),
+        "measured": lambda out: _copied(priced / "kbit_scores.json", out),
+        "rules": _rules,
+        "evaluations": _evaluations,
+        "journal": lambda out: _journal(source, out),
+        "moments": lambda out: remember(source, out),
+        "gguf": _gguf,
+        "onnx": lambda out: kbitc.export_onnx(whole, out),
+    }
+    for name in sorted(set(items) & makers.keys()):
+        if name not in ("artifact", "onnx"):  # which make their folder themselves
+            (folder / name).mkdir()
+        makers[name](folder / name)
 
 
 @contextmanager
@@ -107,13 +111,31 @@ def _sharded(source: Path, out: Path) -> None:
         kbitc.compile(source, plan=json.loads(RULES), out=out)
 
 
+def _priced(out: Path) -> None:
+    """An artifact with a score table; of two linears, since pricing takes longer than all else here."""
+    from torch import nn
+
+    import kbitc
+
+    model = nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 96))
+    inputs = (torch.zeros(1, 96),)
+    kbitc.compile(model, BITS, calibrate="none", example_inputs=inputs, out=out)
+
+
+def _copied(file: Path, folder: Path) -> None:
+    shutil.copyfile(file, folder / file.name)
+
+
+def _rules(folder: Path) -> None:
+    (folder / "rules.json").write_text(RULES)
+
+
 def _evaluations(folder: Path) -> None:
     entry = {
         "model": "m", "text": "t.txt", "perplexity": 2.0, "loss": 0.69, "tokens": 100, "context": 32,
         "bits_per_param": 4.0, "bytes": 1000, "activations": "float", "float_activations": {},
         "reference_loss": 0.5, "kl_divergence": 0.1,
     }  # fmt: skip
-    folder.mkdir()
     (folder / "eval.json").write_text(json.dumps([entry, {**entry, "text": "u.txt"}]))
 
 
@@ -132,7 +154,6 @@ def _journal(source: Path, folder: Path) -> None:
             raise KeyboardInterrupt
         put(self, *args)
 
-    folder.mkdir()
     with mock.patch.object(Writer, "put", stop):
         try:
             compile_to(source, folder / "out", Request.of(spec=SPEC))
@@ -156,16 +177,10 @@ def remember(source: Path, folder: Path) -> dict[str, torch.Tensor]:
         return dict(Calibrator(checkpoint, "random").remembered(measured))
 
 
-def _moments(source: Path, folder: Path) -> None:
-    folder.mkdir()
-    remember(source, folder)
-
-
 def _gguf(folder: Path) -> None:
     """A LLaMA in float16 and 8-bit blocks."""
     import gguf
 
-    folder.mkdir()
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
     config = _config()
     writer.add_block_count(2)

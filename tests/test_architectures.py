@@ -1,0 +1,207 @@
+"""The campaign over architectures: shrunk configs build, matmul weights are found, records become a table."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.architectures import report
+from benchmarks.architectures.__main__ import main
+from benchmarks.architectures.classes import SPECIAL, TABLES, model_classes, spread
+from benchmarks.architectures.inputs import inputs_for
+from benchmarks.architectures.measure import difference, matmul_weights
+from benchmarks.architectures.shrink import HIDDEN, VOCABULARY, shrink
+from benchmarks.processes import Job, run_jobs
+
+KINDS = [
+    "LlamaForCausalLM", "GPT2LMHeadModel", "JambaForCausalLM", "DeepseekV3ForCausalLM", "Gemma3ForCausalLM",
+    "MambaForCausalLM", "T5ForConditionalGeneration", "BertForMaskedLM", "WhisperForConditionalGeneration",
+    "Wav2Vec2ForCTC", "SwinForImageClassification", "CLIPModel", "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration", "PatchTSTForPrediction", "ResNetForImageClassification",
+]  # fmt: skip
+
+
+def tiny(name):
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class
+    data = shrink(config_class().to_dict(), SPECIAL.get(config_class.model_type))
+    return model_class, config_class.from_dict(data)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shrunk_models_of_every_kind_are_tiny_and_run(name):
+    model_class, config = tiny(name)
+    model = model_class._from_config(config).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    label, feed = inputs_for(model)
+    assert feed
+    if "llava" in name.lower() or "VL" in name:
+        assert label.startswith("tokens and")
+
+
+def test_hidden_sizes_are_one_all_over_the_tree():
+    small = shrink(transformers.LlavaConfig().to_dict())
+    assert small["text_config"]["hidden_size"] == small["vision_config"]["hidden_size"] == HIDDEN
+
+
+def test_one_layer_of_each_kind_stays():
+    layers = ["linear", "linear", "linear", "full"] * 4
+    small = shrink(
+        {"num_hidden_layers": 16, "hidden_size": 256, "layer_types": layers, "mlp_bias": [True] * 16}
+    )
+    assert small["layer_types"] == ["linear", "full"]
+    assert small["num_hidden_layers"] == 2
+    assert small["mlp_bias"] == [True, True]
+
+
+def test_tokens_stay_apart_and_in_the_vocabulary():
+    big = {"vocab_size": 32000, "pad_token_id": 0, "image_token_id": 31999, "eos_token_id": [31998, 31999]}
+    small = shrink(big)
+    assert small["vocab_size"] == VOCABULARY
+    assert small["pad_token_id"] == 0
+    assert small["eos_token_id"][1] == small["image_token_id"] < VOCABULARY
+    assert small["eos_token_id"][0] not in (small["image_token_id"], 0)
+
+
+def test_heads_divide_and_groups_stay_groups():
+    small = shrink(
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    )
+    assert small["num_attention_heads"] * small["head_dim"] == small["hidden_size"]
+    assert small["num_attention_heads"] % small["num_key_value_heads"] == 0
+    assert 1 < small["num_key_value_heads"] < small["num_attention_heads"]
+
+
+def test_stages_keep_their_ratios_and_rotary_sections_their_sum():
+    small = shrink(
+        {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 6, 3], "num_attention_heads": [1, 2, 5, 8]}
+    )
+    assert small["hidden_sizes"] == [16, 32, 80, 128]
+    assert small["depths"] == [1, 1, 1, 1]
+    sections = shrink({"rope_scaling": {"mrope_section": [16, 24, 24]}, "head_dim": 128})
+    assert sum(sections["rope_scaling"]["mrope_section"]) == sections["head_dim"] // 2
+
+
+def test_special_fields_are_set_last():
+    small = shrink(
+        {"hidden_size": 768, "text_config": {"hidden_size": 4096}}, {"text_config.hidden_size": 80}
+    )
+    assert small["text_config"]["hidden_size"] == 80
+
+
+def test_classes_are_of_every_kind():
+    classes = model_classes()
+    assert {each.kind for each in classes} == {*TABLES, "backbone"} - {"classifier"}
+    assert len(classes) > 500
+    assert len(model_classes(every_head=True)) > len(classes)
+    few = spread(classes, 20)
+    assert len(few) == 20
+    assert len({each.kind for each in few}) > 5
+    assert spread(classes, 0) == []
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.unread = nn.Linear(8, 8)
+        self.sliced = nn.Parameter(torch.randn(16, 8))
+        self.scale = nn.Parameter(torch.randn(2, 8))
+        self.point = nn.Conv1d(8, 8, 1)
+        self.patch = nn.Conv1d(8, 8, 2, stride=2)
+        self.overlapping = nn.Conv1d(8, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, ids):
+        x = self.embed(ids) * self.scale[0]
+        x = x @ self.sliced[:8].T
+        y = self.patch(self.overlapping(self.point(x.mT)))
+        return self.lstm(y.mT)[0]
+
+
+def test_matmul_weights_are_found_by_class_and_by_what_matmuls_read():
+    found = matmul_weights(Mixed().eval(), {"ids": torch.arange(6)[None]})
+    assert set(found) == {
+        "unread.weight", "sliced", "point.weight", "patch.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"
+    }  # fmt: skip
+    assert found["sliced"] == 128
+
+
+def test_a_difference_is_relative_and_sees_shapes_and_infinities():
+    x = torch.tensor([1.0, -2.0])
+    assert difference([x], [x]) == 0
+    assert difference([x + torch.tensor([0.5, 0])], [x]) == pytest.approx(0.25)
+    assert difference([x[:1]], [x]) == float("inf")
+    assert difference([x / 0], [x]) == float("inf")
+    assert difference([x / 0], [x / 0]) == 0
+
+
+def record(**fields):
+    good = {
+        "class": "A", "model_type": "a", "kind": "causal", "inputs": "tokens", "compiles": True, "strict": True,
+        "packed_share": 1.0, "unpacked_count": 0, "unpacked": [], "error": 1e-4, "bit_equal": True, "bits": True,
+        "bits_per_param": 4.0, "stage": "done",
+    }  # fmt: skip
+    return good | fields
+
+
+def test_bars_and_page():
+    good = [record(**{"class": f"A{i}"}) for i in range(120)]
+    text, is_met = report.summary(good)
+    assert is_met
+    assert "MISS" not in text
+    loose = record(strict=True, unpacked_count=1, unpacked=["w: why | not"], packed_share=0.5)
+    assert not report.is_honest(loose)
+    assert not report.summary([*good, loose])[1]
+    assert not report.summary([*good, record(error=1e-3)])[1]
+    assert not report.summary(good[:100])[1]
+    unknown = {"class": "B", "model_type": "b", "kind": "causal", "stage": "build", "message": "no inputs"}
+    page = report.page([*good, loose, unknown])
+    assert "`A7` | tokens | 100.0 % | yes | 1.0e-04 = | yes |" in page
+    assert "why \\| not" in page
+    assert "`B`" in page.partition("## Not tried")[2]
+
+
+def test_from_class_to_record(tmp_path, capsys):
+    """One class, from the command line to its line and its row."""
+    log, page = tmp_path / "a.jsonl", tmp_path / "a.md"
+    command = ["--only", "LlamaForCausalLM", "--limit", "1", "--bits", "0", "--jsonl", str(log)]
+    assert main([*command, "--markdown", str(page)]) == 1  # one class is not enough
+    assert "packed 100.0 %" in capsys.readouterr().out
+    assert "`LlamaForCausalLM`" in page.read_text()
+    assert main(command) == 1
+    assert "0 to run" in capsys.readouterr().out
+    assert len(log.read_text().splitlines()) == 1
+
+
+def fates(word):
+    def work(tell):
+        tell({"word": word, "told": True})
+        match word:
+            case "late":
+                time.sleep(60)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGABRT)
+            case "greedy":
+                bytearray(2**40)
+
+    return work
+
+
+def test_processes_keep_last_words():
+    words = ["fine", "late", "killed", "greedy"]
+    jobs = [Job(fates(word), {"word": word}, 1.5, 2**40) for word in words]
+    ended = {each["word"]: each for each in run_jobs(jobs, 2)}
+    assert set(ended) == set(words)
+    assert "message" not in ended["fine"]
+    assert ended["fine"]["told"]
+    assert ended["late"]["message"] == "took over 1.5 s"
+    assert ended["late"]["told"]
+    assert ended["killed"]["message"] == "killed by SIGABRT"
+    assert "MemoryError" in ended["greedy"]["message"]
