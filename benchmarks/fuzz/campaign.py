@@ -32,7 +32,7 @@ MISPLACED = 0.04  # share of mutants whose file is not where or what it should b
 SEVERAL = 0.08
 
 
-QUICK = ("open and read", "load", "from_pretrained", "moments")
+QUICK = ("open and read", "artifact: load", "file: load", "from_pretrained", "moments")
 """Parts of the names of ways in that take milliseconds."""
 
 
@@ -196,7 +196,7 @@ class Campaign:
         try:
             found = self._act(target, folder)
         except Exception as error:  # noqa: BLE001  # this is what the campaign looks for
-            return record | _outcome(error)
+            return record | _outcome(error, target)
         expected = self.digests[target.name]
         if not expected:
             return record | {"outcome": "no digest"}
@@ -288,7 +288,7 @@ def _judge(record: dict[str, Any]) -> None:
         record |= {"outcome": "memory" if "MemoryError" in message else "exception", "signature": message}
 
 
-def _outcome(error: Exception) -> dict[str, Any]:
+def _outcome(error: Exception, target: Target) -> dict[str, Any]:
     from kbitc.errors import KbitcError
 
     if isinstance(error, KbitcError):
@@ -298,6 +298,8 @@ def _outcome(error: Exception) -> dict[str, Any]:
     is_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error)
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}kbitc{os.sep}" in frame.filename]
+    if target.is_foreign and not ours and not is_memory:
+        return {"outcome": "refused"}
     place = f" at {Path(ours[-1].filename).name}:{ours[-1].name}" if ours else ""
     text = (str(error).splitlines() or [""])[0][:300]
     return {

@@ -34,6 +34,7 @@ class Target:
         act: reads the mutated folder; gives a digest of what must not change, or "".
         share: how often it is chosen, beside the others.
         files: patterns of the files that are mutated.
+        is_foreign: another library is called, which may refuse in its own words before it asks kbitc.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     act: Callable[[Path, Path], str]
     share: int
     files: tuple[str, ...] = ("**/*",)
+    is_foreign: bool = False
 
     def candidates(self, folder: Path) -> list[Path]:
         """Files of a copied item that may be mutated, small ones of many kinds as likely as large ones."""
@@ -205,7 +207,7 @@ def targets() -> list[Target]:
         Target("source: compile", "source", _compile_source, 3),
         Target("artifact: load", "artifact", _load, 20),
         Target("artifact, one file: load", "whole", _load, 8, ("*.json", "*.safetensors")),
-        Target("artifact: from_pretrained", "whole", _from_pretrained, 10, ("*.json", "*.safetensors")),
+        Target("artifact: from_pretrained", "whole", _from_pretrained, 10, ("*.json", "*.safetensors"), True),
         Target("artifact: load_into", "whole", _load_into, 5, ("*.json", "*.safetensors")),
         Target("artifact: inspect", "scores", _inspect, 6, ("*.json",)),
         Target("artifact of a model: inspect", "whole", _inspect, 2, ("*.json",)),
