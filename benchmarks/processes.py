@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+LATE = "took over"
+"""How the message begins of a job whose time was over."""
+
 Record = dict[str, Any]
 Tell = Callable[[Record], None]
 
@@ -158,7 +161,7 @@ def _end(each: _Running) -> Record:
     _, status, usage = os.wait4(each.pid, 0)
     record = each.last()
     if each.is_late:
-        record["message"] = f"took over {each.job.timeout:g} s"
+        record["message"] = f"{LATE} {each.job.timeout:g} s"
     elif os.WIFSIGNALED(status):
         record["message"] = f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
     record["seconds_total"] = round(time.monotonic() - each.started, 1)

@@ -87,6 +87,11 @@ def insert(data: bytes, random: Random) -> bytes:
 BYTES: tuple[Mutator, ...] = (flip_bits, flip_bits, truncate, extend, overwrite, overwrite, remove, insert)
 
 
+def mutate_bytes(data: bytes, random: Random) -> bytes:
+    """Of a format that no mutator knows."""
+    return random.choice(BYTES)(data, random)
+
+
 def mutate_value(value: Any, random: Random) -> Any:
     """One place of a JSON value is changed: strange, of another type, gone, twice, renamed, nested."""
     places = list(_places(value))
@@ -285,7 +290,7 @@ def mutator_of(name: str) -> Mutator:
         ".safetensors": mutate_safetensors,
         ".gguf": mutate_gguf,
     }
-    return suffixes.get(Path(name).suffix, lambda data, random: random.choice(BYTES)(data, random))
+    return suffixes.get(Path(name).suffix, mutate_bytes)
 
 
 def mutate_file(path: Path, random: Random) -> str:
@@ -294,7 +299,7 @@ def mutate_file(path: Path, random: Random) -> str:
     mutator = mutator_of(path.name) if random.random() < 0.85 else random.choice(BYTES)
     mutant = mutator(data, random)
     path.write_bytes(mutant)
-    return f"{path.name}: {mutator.__name__.strip('<>')}, {len(data)} to {len(mutant)} bytes"
+    return f"{path.name}: {mutator.__name__}, {len(data)} to {len(mutant)} bytes"
 
 
 def misplace(path: Path, random: Random) -> str:
