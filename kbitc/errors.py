@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class KbitcError(Exception):
@@ -28,6 +29,25 @@ class PassError(KbitcError):
 
 class BackendUnavailable(KbitcError):
     """A backend or an optional package is missing; the message says what to install."""
+
+
+@contextmanager
+def foreign(what: str, advice: str = "") -> Iterator[None]:
+    """Around calls into other libraries: whatever they raise is an error about what they were given.
+
+    Nothing of kbitc belongs into it that can fail by a mistake of its own.
+
+    Args:
+        what: was done, and with which file.
+        advice: what to do then.
+    """
+    try:
+        yield
+    except KbitcError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise SourceError(f"{what}: {said}{'; ' if advice else ''}{advice}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.backends._decoding.decoder import Decoder
-from kbitc.errors import BackendUnavailable, SourceError, UsageError
+from kbitc.checkpoint.skeletons import load_config
+from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
 
 REPORT = "kbit_export.json"
 GRAPH = "model.onnx"
@@ -107,13 +108,12 @@ class OnnxModel(nn.Module):
         self.config: Any = None
         self.generation_config: Any = None
         if (folder / "config.json").exists():
-            from transformers import AutoConfig
-
-            self.config = AutoConfig.from_pretrained(folder)
+            self.config = load_config(folder, str(folder))
         if (folder / "generation_config.json").exists():
             from transformers import GenerationConfig
 
-            self.generation_config = GenerationConfig.from_pretrained(folder)
+            with foreign(f"{folder / 'generation_config.json'}: cannot be read"):
+                self.generation_config = GenerationConfig.from_pretrained(folder)
         self._past = [
             given for given in self.session.get_inputs() if given.name.startswith("past_key_values.")
         ]

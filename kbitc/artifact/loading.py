@@ -7,7 +7,6 @@ quantizer, so that what comes back is the Hugging Face model with packed paramet
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from kbitc.artifact.reader import Artifact
 from kbitc.artifact.transformers_quantizer import register
 from kbitc.checkpoint.dense import compute_dtype, quiet_transformers
-from kbitc.checkpoint.folder_checks import read_json
+from kbitc.checkpoint.json_file import read_json
+from kbitc.checkpoint.skeletons import load_config, model_classes
 from kbitc.errors import SourceError, UsageError
 from kbitc.tensor.kbit_tensor import KbitTensor
 
@@ -42,24 +42,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
             "and use kbitc.load_into(module, folder)"
         )
     register()
-    data = read_json(config)
-    model_class = _model_class(data, config)
+    wanted = dtype or compute_dtype(read_json(config))
+    model_class = model_classes(load_config(artifact.folder, str(folder)), str(folder))[0]
     with quiet_transformers():
-        model: nn.Module = model_class.from_pretrained(artifact.folder, dtype=dtype or compute_dtype(data))
-    return model.eval()
-
-
-def _model_class(config: dict[str, Any], path: Path) -> Any:
-    import transformers
-
-    names = config.get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise SourceError(
-            f"{path}: transformers {transformers.__version__} has no model class '{names[0]}'; "
-            "install the version that the model was made with"
+        model: nn.Module = model_class.from_pretrained(
+            artifact.folder, dtype=wanted, trust_remote_code=False
         )
-    return model_class
+    return model.eval()
 
 
 def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> nn.Module:

@@ -24,7 +24,7 @@ from kbitc.artifact.reader import Artifact
 from kbitc.artifact.stored import checksum, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint import Checkpoint, open_checkpoint
-from kbitc.checkpoint.folder_checks import read_json
+from kbitc.checkpoint.json_file import read_json
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.documents import documents
 from kbitc.compiler.lowering import lower
