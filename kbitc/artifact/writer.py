@@ -26,6 +26,8 @@ from torch import Tensor
 
 from kbitc.artifact.folders import FORMAT, FolderClaim
 from kbitc.artifact.stored import tensor_bytes
+from kbitc.checkpoint.checksums import digest, digests_in
+from kbitc.checkpoint.folder_checks import INDEX
 from kbitc.errors import UsageError
 from kbitc.formats.layout import Slot
 
@@ -173,6 +175,25 @@ class Writer:
         self._log.flush()
         self._note(entry)
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the header of every file of tensors and of everything else in the folder, by name."""
+        missing = set(self.slots) - set(self.done)
+        assert not missing, f"not written: {sorted(missing)[:3]}"
+        own = {file.name: digest(file.header(self.dtypes)) for file in self.files}
+        index = self._index()
+        if index is not None:
+            own[INDEX] = digest(index.encode())
+        return digests_in(self.partial, own) | own
+
+    def _index(self) -> str | None:
+        if len(self.files) == 1:
+            return None
+        index = {
+            "metadata": {"total_size": sum(file.payload for file in self.files)},
+            "weight_map": {key: self._place[key][0].name for key in sorted(self._place)},
+        }
+        return json.dumps(index, indent=1)
+
     def commit(self, documents: Mapping[str, str]) -> None:
         """Write the headers and the given text files, then move the folder to its final name."""
         missing = set(self.slots) - set(self.done)
@@ -182,12 +203,9 @@ class Writer:
                 with (self.partial / file.name).open("r+b") as handle:
                     handle.write(file.header(self.dtypes))
                     os.fsync(handle.fileno())
-        if len(self.files) > 1:
-            index = {
-                "metadata": {"total_size": sum(file.payload for file in self.files)},
-                "weight_map": {key: self._place[key][0].name for key in sorted(self._place)},
-            }
-            documents = {**documents, "model.safetensors.index.json": json.dumps(index, indent=1)}
+        index = self._index()
+        if index is not None:
+            documents = {**documents, INDEX: index}
         for name, text in documents.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         self._log.close()

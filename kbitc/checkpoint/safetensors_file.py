@@ -70,7 +70,7 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     Raises:
         SourceError: fewer than that are there, or the file is gone.
     """
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # transformers calls under the meta device
     array: Any = buffer.numpy()
     view = memoryview(array)
     done = 0

@@ -164,7 +164,8 @@ def compile_to(
             config = writer.partial / "config.json"
             data = read_json(config) if config.exists() else None
             section = graph_section(run.captured, program)
-            writer.commit(documents(_plan_file(result, writer), data, program.get(SCORES), [section]))
+            plan, scores = _plan_file(result, writer), program.get(SCORES)
+            writer.commit(documents(plan, data, scores, [section], writer.digests()))
         seconds["pack"] = perf_counter() - started
     return result
 

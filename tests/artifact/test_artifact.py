@@ -209,7 +209,7 @@ def truncate(folder):
     ("change", "message"),
     [
         (flip_last_byte, "does not match its checksum"),
-        (truncate, "truncated or damaged"),
+        (truncate, "is truncated"),
         (lambda f: (f / "model.safetensors").unlink(), "tensors are missing"),
         (lambda f: (f / PLAN_FILE).unlink(), "not a compiled model"),
         (lambda f: (f / PLAN_FILE).write_text("{"), "damaged"),
