@@ -19,9 +19,9 @@ from kbitc.artifact.reader import ADVICE, Artifact
 from kbitc.artifact.transformers_quantizer import quantization_config, register
 from kbitc.checkpoint.companions import CONFIG
 from kbitc.checkpoint.dense import compute_dtype, quiet_transformers
-from kbitc.checkpoint.json_file import read_json
 from kbitc.checkpoint.skeletons import load_config, model_classes
 from kbitc.errors import SourceError, UsageError, foreign
+from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 
@@ -66,8 +66,8 @@ def _check_config(artifact: Artifact, config: Mapping[str, Any]) -> None:
     keys = ("quant_method", "weights", "transposed")
     if not isinstance(entry, dict) or any(entry.get(key) != wanted[key] for key in keys):
         raise SourceError(
-            f"{artifact.folder / CONFIG}: its quantization_config is not that of {PLAN_FILE}: one of them was "
-            f"changed; {ADVICE}"
+            f"{artifact.folder / CONFIG}: its quantization_config is not that of {PLAN_FILE}: one of them "
+            f"was changed; {ADVICE}"
         )
     for key in ("transformers_weights", "configuration_files"):
         if key in config:
@@ -82,8 +82,8 @@ def _check_keys(artifact: Artifact, about: Mapping[str, Any]) -> None:
         names = sorted(map(str, about[f"{what}_keys"]))
         if names:
             raise SourceError(
-                f"{artifact.folder}: {CONFIG} is not of the model that was compiled: {len(names)} tensors are "
-                f"{what}, the first is {names[0]}; {ADVICE}"
+                f"{artifact.folder}: {CONFIG} is not of the model that was compiled: {len(names)} tensors "
+                f"are {what}, the first is {names[0]}; {ADVICE}"
             )
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from kbitc.artifact.folders import FORMAT
-from kbitc.checkpoint.json_file import mapping, shape, sizes, strings, well_formed
 from kbitc.errors import SourceError
 from kbitc.formats.spec import Spec, parse
 from kbitc.graph.plan import Choice
 from kbitc.pipeline.records import Fired
+from kbitc.system.json_file import mapping, shape, sizes, strings, well_formed
 from kbitc.version import VERSION
 
 

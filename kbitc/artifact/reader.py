@@ -6,7 +6,6 @@ file of tensors may lie beside them, so that what is verified is what is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +19,16 @@ from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.stored import assemble
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.checkpoint.checksums import SEAL, check_seal, digest, digest_of_file
 from kbitc.checkpoint.folder_checks import INDEX, WHOLE, check_regular, inside
-from kbitc.checkpoint.json_file import read_json, well_formed
 from kbitc.checkpoint.safetensors_file import Stored, header_bytes, read_header
 from kbitc.errors import SourceError
 from kbitc.formats.layout import SHARED, Slot, packed_slots, shared_codebooks
 from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.formats.spec import Spec
+from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_file, digest_of_part
+from kbitc.system.json_file import read_json, well_formed
 
 ADVICE = "copy it again or compile the model again"
-CHUNK = 2**22  # bytes that are hashed at once
 THREADS = 4
 OF_THE_MODEL = ("config.json", "generation_config.json", INDEX)
 """Files that decide what the model computes, beside its tensors."""
@@ -55,7 +53,7 @@ class Artifact:
         """Read the plan and every header.
 
         Raises:
-            SourceError: not an artifact, of a newer format, truncated, or its tensors are not those of the plan.
+            SourceError: not an artifact, of a newer format, truncated, or its tensors are not the plan's.
         """
         path = folder / PLAN_FILE
         if not path.is_file():
@@ -129,14 +127,16 @@ class Artifact:
             ):
                 if self.plan.checksums[name] != found:
                     raise SourceError(
-                        f"{stored.file}: tensor '{name}' does not match its checksum: the file was changed or "
-                        f"damaged; {ADVICE}"
+                        f"{stored.file}: tensor '{name}' does not match its checksum: the file was changed "
+                        f"or damaged; {ADVICE}"
                     )
 
     def _verify_files(self, *, is_whole: bool) -> None:
         known = self.plan.files or {}
         own = {file.name: file for file in self.files}
-        added = [name for name in (*own, *OF_THE_MODEL) if name not in known and (self.folder / name).exists()]
+        added = [
+            name for name in (*own, *OF_THE_MODEL) if name not in known and (self.folder / name).exists()
+        ]
         if added:
             raise SourceError(f"{self.folder / added[0]}: did not belong to this artifact; remove it")
         for name, wanted in known.items():
@@ -145,10 +145,8 @@ class Artifact:
             file = inside(self.folder, name, str(self.folder))
             found = digest(header_bytes(file)[0]) if name in own else digest_of_file(file)
             if found != wanted:
-                raise SourceError(
-                    f"{file}: {'its header ' if name in own else ''}does not match its checksum: it was changed "
-                    f"or damaged; {ADVICE}"
-                )
+                what = f"{file}: its header" if name in own else f"{file}: it"
+                raise SourceError(f"{what} does not match its checksum: it was changed or damaged; {ADVICE}")
 
     def shared(self) -> dict[str, Tensor]:
         """The shared codebooks, by stored name."""
@@ -203,26 +201,33 @@ def _weight_files(folder: Path) -> list[Path]:
             names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
             files = [inside(folder, name, label) for name in names]
     else:
-        raise SourceError(f"{folder}: its tensors are missing: it holds neither {WHOLE} nor {INDEX}; {ADVICE}")
+        raise SourceError(
+            f"{folder}: its tensors are missing: it holds neither {WHOLE} nor {INDEX}; {ADVICE}"
+        )
     others = sorted({*folder.glob("*.safetensors")} - {*files})
     others += [path for path in (folder / "adapter_config.json",) if path.exists()]
     if others:
         raise SourceError(
-            f"{others[0]}: does not belong to this artifact, but may be loaded in place of what does; move it "
-            "to a folder of its own"
+            f"{others[0]}: does not belong to this artifact, but may be loaded in place of what does; "
+            "move it to a folder of its own"
         )
     return files
 
 
 def _check_names(folder: Path, plan: PlanFile, stored: Mapping[str, Stored]) -> None:
-    missing, more = sorted(plan.checksums.keys() - stored.keys()), sorted(stored.keys() - plan.checksums.keys())
+    missing, more = (
+        sorted(plan.checksums.keys() - stored.keys()),
+        sorted(stored.keys() - plan.checksums.keys()),
+    )
     if missing:
         raise SourceError(
             f"{folder}: {len(missing)} tensors are missing, the first is '{missing[0]}'; copy the "
             "whole folder again or compile the model again"
         )
     if more:
-        raise SourceError(f"{stored[more[0]].file}: holds '{more[0]}', which its plan does not name; {ADVICE}")
+        raise SourceError(
+            f"{stored[more[0]].file}: holds '{more[0]}', which its plan does not name; {ADVICE}"
+        )
 
 
 def _check_slots(folder: Path, plan: PlanFile, stored: Mapping[str, Stored]) -> None:
@@ -239,8 +244,7 @@ def _check_slots(folder: Path, plan: PlanFile, stored: Mapping[str, Stored]) -> 
         if name not in stored:
             raise SourceError(f"{folder}: the tensor '{name}' is missing, which the plan asks for; {ADVICE}")
     for name, there in stored.items():
-        slot = wanted.get(name)
-        is_right = dims.get(name) == there.info.shape if slot is None else _fits(there.info, slot)
+        is_right = _fits(there.info, wanted[name]) if name in wanted else dims.get(name) == there.info.shape
         if not is_right:
             raise SourceError(
                 f"{there.file}: '{name}' is {there.info.dtype} of shape {there.info.shape}, which its plan "
@@ -260,14 +264,4 @@ def _fits(info: TensorInfo, slot: Slot) -> bool:
 
 
 def _digest(stored: Stored) -> str:
-    """SHA-256 of a tensor's bytes, some at a time."""
-    total, left = hashlib.sha256(), stored.info.nbytes
-    with stored.file.open("rb", buffering=0) as handle:
-        handle.seek(stored.offset)
-        while left:
-            part = handle.read(min(CHUNK, left))
-            if not part:
-                break
-            total.update(part)
-            left -= len(part)
-    return total.hexdigest()
+    return digest_of_part(stored.file, stored.offset, stored.info.nbytes)

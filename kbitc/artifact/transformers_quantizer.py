@@ -44,8 +44,8 @@ def _classes() -> tuple[type, type]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from kbitc.artifact.folders import FORMAT
     from kbitc.artifact import verifying
+    from kbitc.artifact.folders import FORMAT
     from kbitc.artifact.reader import read_shared
     from kbitc.artifact.stored import assemble
     from kbitc.errors import SourceError

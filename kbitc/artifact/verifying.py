@@ -57,15 +57,15 @@ def verify_files(files: Sequence[Path], config: Any) -> None:
         artifact = Artifact.open(folder)
     if {*files} != {*artifact.files}:
         raise SourceError(
-            f"{folder}: other files are loaded than those of the artifact: {sorted(file.name for file in files)}; "
-            f"{ADVICE}"
+            f"{folder}: other files are loaded than those of the artifact: "
+            f"{', '.join(sorted(file.name for file in files))}; {ADVICE}"
         )
     artifact.verify()
 
 
 def _fetch_plan(folder: Path, config: Any) -> None:
     """Of a model of the hub transformers downloads only what it reads itself."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     repository = getattr(config, "_name_or_path", "")
     found = None
@@ -74,11 +74,11 @@ def _fetch_plan(folder: Path, config: Any) -> None:
             found = cached_file(repository, PLAN_FILE, revision=getattr(config, "_commit_hash", None))
         except OSError as error:
             raise SourceError(
-                f"{repository}: its {PLAN_FILE}, which has the checksums, cannot be fetched: {error}; load it "
-                f"unverified with {VARIABLE}=off"
+                f"{repository}: its {PLAN_FILE}, which has the checksums, cannot be fetched: {error}; load "
+                f"it unverified with {VARIABLE}=off"
             ) from error
     if found is None or Path(found).parent != folder:
         raise SourceError(
-            f"{folder}: holds no {PLAN_FILE}, which has the checksums; copy it too, or load the model unverified "
-            f"with {VARIABLE}=off"
+            f"{folder}: holds no {PLAN_FILE}, which has the checksums; copy it too, or load the model "
+            f"unverified with {VARIABLE}=off"
         )

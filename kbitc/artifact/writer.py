@@ -26,10 +26,11 @@ from torch import Tensor
 
 from kbitc.artifact.folders import FORMAT, FolderClaim
 from kbitc.artifact.stored import tensor_bytes
-from kbitc.checkpoint.checksums import digest, digests_in
 from kbitc.checkpoint.folder_checks import INDEX
-from kbitc.errors import UsageError
+from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
+from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_part, digests_in, sealed
+from kbitc.system.json_file import parse, well_formed
 
 SHARD_BYTES = 4 * 2**30
 
@@ -113,7 +114,7 @@ class Writer:
                 with (folder / file.name).open("wb") as handle:
                     if file.size:
                         os.posix_fallocate(handle.fileno(), 0, file.size)
-            self.journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self.journal.write_text(json.dumps(sealed(header)) + "\n", encoding="utf-8")
         except OSError as error:
             size = sum(file.size for file in self.files)
             raise UsageError(
@@ -126,7 +127,7 @@ class Writer:
         entries, length = _journaled(self.journal)
         if not entries:
             return False
-        if entries[0] != header:
+        if entries[0] != sealed(header):
             raise UsageError(
                 f"{self.claim.state}: was begun with another source, plan or kbitc version, so --resume "
                 "cannot continue it; run again without --resume to start over"
@@ -139,15 +140,25 @@ class Writer:
                 return False
         except FileNotFoundError:
             return False
-        for entry in entries[1:]:
-            self._note(entry)
+        with well_formed(str(self.journal), "run again without --resume to start over", UsageError):
+            for entry in entries[1:]:
+                if self.claim.is_placed or self._is_there(entry):
+                    self._note(entry)
         os.truncate(self.journal, length)
         return True
 
+    def _is_there(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the files hold what the journal says of a unit, which a power failure may undo."""
+        for key, (checksum, _) in entry["tensors"].items():
+            file, offset = self._place[key]
+            if digest_of_part(self.partial / file.name, offset, file.slots[key].nbytes) != checksum:
+                return False
+        return True
+
     def _note(self, entry: dict[str, Any]) -> None:
-        self.done[entry["unit"]] = entry
-        for key, (digest, dtype) in entry["tensors"].items():
-            self.checksums[key] = digest
+        self.done[entry["unit"]] = {key: value for key, value in entry.items() if key != SEAL}
+        for key, (checksum, dtype) in entry["tensors"].items():
+            self.checksums[key] = checksum
             self.dtypes[key] = getattr(torch, dtype)
 
     def put(self, unit: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
@@ -171,7 +182,7 @@ class Writer:
                 handle.write(data)
             dtype = str(tensor.dtype).removeprefix("torch.")
             entry["tensors"][key] = [hashlib.sha256(data).hexdigest(), dtype]
-        self._log.write(json.dumps(entry) + "\n")
+        self._log.write(json.dumps(sealed(entry)) + "\n")
         self._log.flush()
         self._note(entry)
 
@@ -229,15 +240,15 @@ class Writer:
 def _journaled(journal: Path) -> tuple[list[dict[str, Any]], int]:
     """The entries of a journal, and the bytes that they take.
 
-    A kill may cut the last line short: what that told of is written again.
+    A kill may cut the last line short: what that told of is written again, and so is what follows on a line
+    that does not match its checksum.
     """
     entries, length = [], 0
     for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
         try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            break
-        if not isinstance(entry, dict):
+            entry = parse(line if line.endswith(b"\n") else b"", str(journal))
+            check_seal(entry if isinstance(entry, dict) else {}, str(journal), "")
+        except SourceError:
             break
         entries.append(entry)
         length += len(line)

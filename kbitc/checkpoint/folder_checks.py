@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kbitc.checkpoint.json_file import AGAIN, read_json
 from kbitc.checkpoint.safetensors_file import read_header
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, read_json
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

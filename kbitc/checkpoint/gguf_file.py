@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from kbitc.checkpoint import companions
 from kbitc.checkpoint.base import Checkpoint, TensorInfo
-from kbitc.checkpoint.checksums import fingerprint
 from kbitc.checkpoint.gguf_header import Block, Header
 from kbitc.checkpoint.gguf_processors import Processed
 from kbitc.checkpoint.linked import Linked, link
 from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import BackendUnavailable, SourceError, first_line
+from kbitc.system.checksums import fingerprint
 
 ROPE_FREQS = "rope_freqs.weight"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.checkpoint.json_file import AGAIN, MALFORMED, shape
 from kbitc.checkpoint.safetensors_file import read_bytes
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, MALFORMED, shape
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

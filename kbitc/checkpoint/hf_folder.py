@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from kbitc.checkpoint import companions
 from kbitc.checkpoint.base import Checkpoint, TensorInfo
-from kbitc.checkpoint.checksums import fingerprint
 from kbitc.checkpoint.conversion import model_rules
 from kbitc.checkpoint.folder_checks import weight_files
-from kbitc.checkpoint.json_file import read_json, read_limited
 from kbitc.checkpoint.linked import Linked, link
 from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.safetensors_file import Stored, read_header
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import SourceError
+from kbitc.system.checksums import fingerprint
+from kbitc.system.json_file import read_json, read_limited
 
 
 class HfFolder(Checkpoint):

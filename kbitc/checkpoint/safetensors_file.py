@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.checkpoint.json_file import AGAIN, mapping, parse, shape, sizes, well_formed
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, mapping, parse, shape, sizes, well_formed
 
 MAX_HEADER = 100_000_000  # the format's own limit
 

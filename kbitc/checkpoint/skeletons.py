@@ -18,7 +18,6 @@ from kbitc.checkpoint.names import tensor_of
 from kbitc.checkpoint.room import Room
 from kbitc.errors import SourceError, first_line
 
-
 CODE_IS_NOT_RUN = "code that comes with a model is not run; use a model that transformers itself knows"
 
 

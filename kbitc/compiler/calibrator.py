@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_of
+from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
 from kbitc.errors import BackendUnavailable, SourceError, UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import is_pretrained, random_inputs
@@ -34,7 +34,7 @@ AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
 SEED = 0
-FORMAT = 2  # of what is kept
+FORMAT = 3  # of what is kept
 SMALL = 2 * 10**9  # bytes of a model that is sampled in float32
 
 _log = logging.getLogger(__name__)
@@ -143,7 +143,8 @@ class Calibrator:
             make_private(path.parent)
             if path.exists():
                 check_private(path)
-                return load_file(path)
+                with contextlib.suppress(SourceError):  # damaged: it is measured and written again
+                    return read_tensors(path)
         except (OSError, BackendUnavailable) as error:
             _log.warning("%s. What calibration measures is not kept", error)
             return measure()
@@ -151,7 +152,7 @@ class Calibrator:
         # A cache that cannot be written costs time, nothing else.
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             scratch = Path(folder) / path.name
-            save_file(dict(measured), scratch)
+            write_tensors(measured, scratch)
             scratch.chmod(0o600)
             scratch.replace(path)
         return measured

@@ -10,10 +10,10 @@ from typing import Any
 from kbitc.artifact.folders import PLAN_FILE, REPORT_FILE
 from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.transformers_quantizer import quantization_config
-from kbitc.checkpoint.checksums import digest, sealed
 from kbitc.report.artifact_page import artifact_page
 from kbitc.report.page import Section
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
+from kbitc.system.checksums import digest, sealed
 
 
 def documents(
@@ -34,7 +34,7 @@ def documents(
     """
     files = {REPORT_FILE: artifact_page(plan, scores, (), sections)}
     if scores is not None:
-        files[SCORES_FILE] = json.dumps(sealed(scores.to_json())) + "\n"
+        files[SCORES_FILE] = json.dumps(scores.to_json()) + "\n"
     if config is not None:
         entry = {"quantization_config": quantization_config(plan)}
         files["config.json"] = json.dumps(config | entry, indent=2) + "\n"

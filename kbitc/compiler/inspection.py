@@ -40,7 +40,6 @@ from kbitc.report.parts import fusions_section
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
 
-
 CHECKSUMS = ("checksums", "files")
 
 

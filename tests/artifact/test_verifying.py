@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import kbitc
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.reader import Artifact
-from kbitc.checkpoint.checksums import sealed
 from kbitc.errors import SourceError
 from kbitc.quantizers import quantize
+from kbitc.system.checksums import sealed
 
 IDS = torch.tensor([[1, 5, 9, 100, 7]])
 WEIGHTS = "model.safetensors"
@@ -171,7 +171,10 @@ CHANGES = {
 }
 OLD = {"more_layers", "fewer_layers", "other_files", "other_config", "last_byte", "first_byte", "second_file"}
 OLD |= {"exchanged", "index_outside", "adapter", "no_plan", "linked"}
-BY_US = {"no_quantization": config(quantization_config=None), "renamed": config(quantization_config={"quant_method": "x"})}
+BY_US = {
+    "no_quantization": config(quantization_config=None),
+    "renamed": config(quantization_config={"quant_method": "x"}),
+}
 
 
 def sealed_without(folder, name):
@@ -189,7 +192,10 @@ def link_out(folder):
 def test_a_change_is_found(out, name, way):
     CHANGES[name](out)
     # transformers itself says that a file is not there which the config names
-    with pytest.raises((SourceError, OSError, ValueError) if name.startswith("other_") else SourceError, match=out.parent.name):
+    with pytest.raises(
+        (SourceError, OSError, ValueError) if name.startswith("other_") else SourceError,
+        match=out.parent.name,
+    ):
         WAYS[way](out)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

@@ -116,7 +116,8 @@ def test_code_of_a_tokenizer_is_not_run(source, yes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"architectures": ["AutoModelForCausalLM"]}, {"architectures": ["Evil"]}, {"model_type": "evil"}]
+    "changes",
+    [{"architectures": ["AutoModelForCausalLM"]}, {"architectures": ["Evil"]}, {"model_type": "evil"}],
 )
 def test_code_of_an_artifact_is_not_run(source, tmp_path, changes, yes):
     out = tmp_path / "out"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from kbitc.checkpoint.gguf_header import Header
-from kbitc.checkpoint.json_file import MAX_DEPTH, parse, read_json, well_formed
 from kbitc.checkpoint.safetensors_file import read_header
 from kbitc.errors import SourceError, UsageError
+from kbitc.system.json_file import MAX_DEPTH, parse, read_json, well_formed
 
 DEEP = [MAX_DEPTH + 1, sys.getrecursionlimit() - 100, 100_000]
 BAD = [
@@ -53,10 +53,14 @@ def test_good_json_is_read():
 
 def test_a_file_that_is_none_or_too_long(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.json")
-    for name, message in (("pipe.json", "no regular file"), (".", "no regular file"), ("gone", "No such file")):
+    for name, message in (
+        ("pipe.json", "no regular file"),
+        (".", "no regular file"),
+        ("gone", "No such file"),
+    ):
         with pytest.raises(SourceError, match=message):
             read_json(tmp_path / name)
-    monkeypatch.setattr("kbitc.checkpoint.json_file.read_limited.__defaults__", (10,))
+    monkeypatch.setattr("kbitc.system.json_file.read_limited.__defaults__", (10,))
     (tmp_path / "long.json").write_text('{"a": "0123456789"}')
     with pytest.raises(SourceError, match="more than the 10"):
         read_json(tmp_path / "long.json")
@@ -75,8 +79,9 @@ def test_a_file_that_is_none_or_too_long(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_taken_apart_wrongly_is_damaged(mistake):
-    with pytest.raises(SourceError, match=r"plan\.json: damaged .*; compile again"), well_formed(
-        "plan.json", "compile again"
+    with (
+        pytest.raises(SourceError, match=r"plan\.json: damaged .*; compile again"),
+        well_formed("plan.json", "compile again"),
     ):
         mistake({"a": [1], "inf": float("inf"), "zero": 0})
     with pytest.raises(AssertionError), well_formed("plan.json", "compile again"):

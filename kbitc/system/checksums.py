@@ -15,6 +15,7 @@ from kbitc.errors import SourceError
 
 SEAL = "sha256"
 """The key of the checksum of everything else in a JSON object."""
+CHUNK = 2**22  # bytes that are read at once
 WHOLE = 16 * 2**20  # bytes of a file that is hashed whole
 SAMPLES, SAMPLE = 4, 4096  # of a tensor of a longer one: spread evenly, and so many bytes each
 
@@ -35,6 +36,24 @@ def digest_of_file(path: Path) -> str:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def digest_of_part(path: Path, offset: int, nbytes: int) -> str:
+    """SHA-256 of some bytes of a file, or of those that are there.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    total, left = hashlib.sha256(), nbytes
+    try:
+        with path.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            while left and (part := handle.read(min(CHUNK, left))):
+                total.update(part)
+                left -= len(part)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return total.hexdigest()
 
 
 def digests_in(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, str]:

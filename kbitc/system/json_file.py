@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded in size and depth, valid UTF-8, of the shape that was asked.
+"""JSON from files that nobody vouches for: bounded in size and depth, valid UTF-8, of the shape asked for.
 
 The one thing to know: every file of JSON that kbitc reads comes through here, so that a damaged or hostile
 one is a `SourceError` that names it, whatever is wrong with it.

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kbitc.checkpoint import open_checkpoint
-from kbitc.checkpoint.checksums import check_seal, sealed
 from kbitc.errors import SourceError
+from kbitc.system.checksums import check_seal, sealed
 
 
 def fingerprint(folder):
@@ -40,8 +40,8 @@ def test_fingerprint_tells_sources_apart_by_what_they_hold(tiny_model, tmp_path)
 @pytest.mark.parametrize("changed", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_fingerprint_of_a_long_file_sees_a_change_of_any_tensor(tiny_model, tmp_path, monkeypatch, changed):
     """Two fine-tunes of one model, of equal names, sizes and times."""
-    monkeypatch.setattr("kbitc.checkpoint.checksums.WHOLE", 0)
-    monkeypatch.setattr("kbitc.checkpoint.checksums.SAMPLE", 16)
+    monkeypatch.setattr("kbitc.system.checksums.WHOLE", 0)
+    monkeypatch.setattr("kbitc.system.checksums.SAMPLE", 16)
     folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
     first = fingerprint(folder)
