@@ -249,7 +249,7 @@ class PlanFile:
                 source_hash=data["source"]["sha256"],
                 parameters=_positive(data["parameters"]),
                 nbytes=_positive(data["bytes"]),
-                source_bytes=_positive(data["source_bytes"]),
+                source_bytes=_positive(data["source_bytes"], least=0),
                 weights={name: WeightEntry.from_json(entry) for name, entry in data["weights"].items()},
                 left_alone={name: LeftAlone.from_json(entry) for name, entry in data["left_alone"].items()},
                 checksums={name: str(digest) for name, digest in data["checksums"].items()},
@@ -268,9 +268,9 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _positive(value: Any) -> int:
+def _positive(value: Any, least: int = 1) -> int:
     count = int(value)
-    if count <= 0:
+    if count < least:
         raise ValueError(f"{value} where something is counted")
     return count
 

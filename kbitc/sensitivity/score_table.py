@@ -99,7 +99,8 @@ class ScoreTable:
             data = read_json(path)
         except SourceError as error:
             raise UsageError(
-                f"{error}. A table of scores is written by 'kbitc compile MODEL --bits B' into its artifact"
+                f"{path}: cannot be read as a table of scores ({error}). 'kbitc compile MODEL --bits B' "
+                "writes one into its artifact"
             ) from error
         table = ScoreTable.from_json(data, str(path))
         if data["format"] > 1 or SEAL in data:

@@ -192,10 +192,8 @@ def link_out(folder):
 def test_a_change_is_found(out, name, way):
     CHANGES[name](out)
     # transformers itself says that a file is not there which the config names
-    with pytest.raises(
-        (SourceError, OSError, ValueError) if name.startswith("other_") else SourceError,
-        match=out.parent.name,
-    ):
+    kinds = (SourceError, OSError, ValueError) if name.startswith("other_") else SourceError
+    with pytest.raises(kinds, match=f"{out.parent.name}|must reference a file inside"):
         WAYS[way](out)
 
 
@@ -236,7 +234,7 @@ def test_whoever_asks_for_it_loads_unverified(out, monkeypatch):
 def test_a_changed_tokenizer_is_found_when_all_is_verified(out):
     (out / "tokenizer_config.json").write_text('{"x": 1}')
     kbitc.load(out)
-    with pytest.raises(SourceError, match=r"tokenizer_config\.json: does not match its checksum"):
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json: it does not match its checksum"):
         Artifact.open(out).verify(is_whole=True)
 
 
@@ -247,7 +245,7 @@ def test_shards(whole, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors.index.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(SourceError, match=r"index\.json: does not match"):
+    with pytest.raises(SourceError, match=r"index\.json: it does not match"):
         kbitc.load(tmp_path / "out")
 
 
