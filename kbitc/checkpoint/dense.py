@@ -50,7 +50,7 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.
     config = skeleton.config
     wanted = dtype or compute_dtype({"dtype": str(config.dtype or torch.float32)})
     state = {name: checkpoint.read(name) for name in checkpoint.tensors()}
-    with quiet_transformers():
+    with quiet_transformers(), foreign(f"{checkpoint.label}: transformers cannot load it"):
         model: nn.Module = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=wanted, trust_remote_code=False
         )

@@ -40,7 +40,7 @@ def test_every_artifact_has_a_whole_page(artifact, check):
         assert entry["reason"] in text
     for name in plan["left_alone"]:
         assert name in text
-    assert page.tags["svg"] == 3
+    assert page.tags["figure"] == 3
     assert [step["name"] for step in plan["passes"]] == list(
         ("canonicalize", "score_sensitivity", "allocate_bits")
     )
@@ -63,7 +63,7 @@ def test_inspect_writes_the_page_again_with_measured_losses(artifact, tmp_path, 
         without = inspection.inspect(str(artifact)).html()
     finally:
         (tmp_path / "scores.json").rename(artifact / "kbit_scores.json")
-    assert check(without).tags["svg"] == 2
+    assert check(without).tags["figure"] == 2
     with pytest.raises(UsageError, match=r"--measured: demo is not compiled"):
         inspection.inspect("demo", measured=[other])
 
