@@ -110,7 +110,7 @@ def test_a_fault_of_our_own_is_one_paragraph_and_a_traceback_on_request(monkeypa
     def fail():
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr("kbitc.cli.main.app", fail)
+    monkeypatch.setattr(sys.modules["kbitc.cli.main"], "app", fail)
     monkeypatch.delenv("KBITC_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
