@@ -62,6 +62,25 @@ def _is_shortage(error: BaseException) -> bool:
     return any(words in said for words in ("not enough memory", "can't allocate memory", "out of memory"))
 
 
+@contextmanager
+def foreign(what: str, advice: str = "") -> Iterator[None]:
+    """Around calls into other libraries: whatever they raise is an error about what they were given.
+
+    Nothing of kbitc belongs into it that can fail by a mistake of its own.
+
+    Args:
+        what: was done, and with which file.
+        advice: what to do then.
+    """
+    try:
+        yield
+    except KbitcError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise SourceError(f"{what}: {said}{'; ' if advice else ''}{advice}") from error
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of what an error says, without a full stop; its class where it says nothing.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,8 @@ from kbitc.backends._decoding.decode_step import TracedStep
 from kbitc.backends._decoding.decoder import Decoder, GrowingCache, why_not
 from kbitc.backends.cpu.step_package import (
     FUSIONS,
-    PACKAGE,
     compile_package,
+    is_whole,
     load_package,
     package_folder,
     package_key,
@@ -24,6 +23,7 @@ from kbitc.errors import UsageError
 from kbitc.pipeline import Pass
 from kbitc.pipeline.defaults import lowering_pipeline
 from kbitc.pipeline.records import Fired
+from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 # What a call of forward may say and still be the plain step.
@@ -62,10 +62,10 @@ class CompiledDecoder(Decoder):
         root = package_folder()
         key = package_key(model, step, state, self.passes)
         self.package = root / key
-        self.was_compiled = not (self.package / PACKAGE).exists()
+        self.was_compiled = not is_whole(self.package)
         if self.was_compiled:
             compile_package(model, root, self.package, state, self.passes)
-        fusions = json.loads((self.package / FUSIONS).read_text(encoding="utf-8"))
+        fusions = read_json(self.package / FUSIONS)
         self.fusions = {name: Fired.from_json(record) for name, record in fusions.items()}
         self._run = load_package(self.package, state)
         self._state = state

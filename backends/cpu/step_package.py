@@ -21,14 +21,17 @@ from kbitc import cache
 from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding import decode_step, decoder
 from kbitc.backends._decoding.decode_step import TracedStep, export_step
-from kbitc.errors import BackendUnavailable, UsageError, first_line
+from kbitc.errors import BackendUnavailable, SourceError, UsageError, first_line
 from kbitc.graph import matching, rewriting, weight_reads
 from kbitc.pipeline import Pass
+from kbitc.system.checksums import digests_in
+from kbitc.system.json_file import read_json
 from kbitc.version import VERSION
 
 PACKAGE = "step.pt2"
 CONSTANTS = "constants.safetensors"
 FUSIONS = "fusions.json"
+SUMS = "checksums.json"  # of the other files
 
 OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
@@ -111,10 +114,12 @@ def compile_package(
             _build(model, made, state, passes)
         for file in made.iterdir():
             file.chmod(0o600)
+        if target.exists() and not is_whole(target):
+            shutil.rmtree(target, ignore_errors=True)
         try:
             made.rename(target)
         except OSError:
-            if not (target / PACKAGE).exists():  # else another process was faster
+            if not is_whole(target):  # else another process was faster
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -155,6 +160,15 @@ def _build(model: nn.Module, folder: Path, state: dict[str, Tensor], passes: Seq
     save_file(made, folder / CONSTANTS)
     record = {name: fired.to_json() for name, fired in fusions.items()}
     (folder / FUSIONS).write_text(json.dumps(record), encoding="utf-8")
+    (folder / SUMS).write_text(json.dumps(digests_in(folder)), encoding="utf-8")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a package is there, as it was made."""
+    try:
+        return read_json(folder / SUMS) == digests_in(folder, [SUMS])
+    except SourceError:
+        return False
 
 
 def load_package(folder: Path, state: dict[str, Tensor]) -> Any:

@@ -14,10 +14,11 @@ from typing import Any
 import onnx_ir as ir
 
 from kbitc.artifact.folders import FolderClaim
-from kbitc.backends.onnx_export.runtime import GRAPH, REPORT
+from kbitc.backends.onnx_export.runtime import DIGESTS, GRAPH, REPORT
 from kbitc.backends.onnx_export.trace import Signature
 from kbitc.checkpoint.companions import copy_files, write_config
 from kbitc.errors import UsageError
+from kbitc.system.checksums import digests_in, sealed
 
 DATA = "model.onnx.data"
 GENAI = "genai_config.json"
@@ -46,13 +47,13 @@ def write_package(
         ir.save(model, partial / GRAPH, external_data=DATA, size_threshold_bytes=1024, max_workers=1)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         full = {**report, "files": sizes, "file_bytes": sum(sizes.values())}
-        _write_json(partial / REPORT, full)
         if companions is not None:
             copy_files(companions, partial)
         if config is not None:
             write_config(_without_dtype(config.to_dict()), partial)
         if signature.kind == "decoder":
             _write_json(partial / GENAI, genai_config(config, generation_config, signature))
+        _write_json(partial / REPORT, sealed({**full, DIGESTS: digests_in(partial)}))
         claim.put_in_place()
     except OSError as error:
         raise UsageError(

@@ -6,7 +6,6 @@ is what the next one takes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kbitc.artifact import verifying
 from kbitc.backends._decoding.decoder import Decoder
-from kbitc.errors import BackendUnavailable, SourceError, UsageError
+from kbitc.checkpoint.folder_checks import inside
+from kbitc.checkpoint.skeletons import load_config
+from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
+from kbitc.system.checksums import SEAL, check_seal, digest_of_file
+from kbitc.system.json_file import mapping, read_json, well_formed
 
 REPORT = "kbit_export.json"
+DIGESTS = "checksums"
+ADVICE = "copy it again or export the model again"
+_FIELDS = {
+    "kind": str,
+    "activations": str,
+    "parameters": int,
+    "file_bytes": int,
+    "files": dict,
+    "weights": dict,
+    "left_alone": dict,
+}
 GRAPH = "model.onnx"
 
 
@@ -34,15 +49,48 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises:
         SourceError: not an exported folder, or damaged.
     """
-    try:
-        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except OSError as error:
+    path = folder / REPORT
+    if not path.exists():
         raise SourceError(
             f"{folder}: holds no {REPORT}; write one with 'kbitc export OUT --format onnx -o DIR'"
-        ) from error
-    except ValueError as error:
-        raise SourceError(f"{folder / REPORT}: damaged ({error}); export the model again") from error
+        )
+    report = read_json(path)
+    with well_formed(str(path), ADVICE):
+        for key, kind in _FIELDS.items():
+            if not isinstance(report[key], kind) or isinstance(report[key], bool):
+                raise TypeError(f"{key} is {report[key]!r:.80}")
+        if report["parameters"] <= 0 or report["file_bytes"] <= 0:
+            raise ValueError("it counts nothing")
+        for entry in report["weights"].values():
+            float(entry["error"]), int(entry["container_bytes"])
+        for entry in report["left_alone"].values():
+            int(entry["bytes"])
     return report
+
+
+def verify_files(folder: Path, report: Mapping[str, Any]) -> int:
+    """Compare the report and every file that it names with their checksums; how many files that is.
+
+    Exports of earlier versions have none: of those only the sizes are compared.
+
+    Raises:
+        SourceError: names the first file that differs.
+    """
+    path = folder / REPORT
+    with well_formed(str(path), ADVICE):
+        digests = mapping(report.get(DIGESTS, {}), DIGESTS)
+        if DIGESTS in report or SEAL in report:
+            check_seal(report, str(path), ADVICE)
+        for name, size in mapping(report["files"], "files").items():
+            file = inside(folder, name, str(folder))
+            if not file.is_file() or file.stat().st_size != size:
+                raise SourceError(f"{file}: is missing, or not of {size} bytes; {ADVICE}")
+        for name, wanted in digests.items():
+            if digest_of_file(inside(folder, name, str(folder))) != wanted:
+                raise SourceError(
+                    f"{folder / name}: does not match its checksum: it was changed or damaged; {ADVICE}"
+                )
+    return len(digests)
 
 
 def open_session(folder: Path) -> Any:
@@ -96,24 +144,25 @@ class OnnxModel(nn.Module):
         config: of transformers; None for a plain module.
 
     Raises:
-        SourceError: damaged files.
+        SourceError: damaged or changed files.
         BackendUnavailable: onnxruntime is missing.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.report = read_report(folder)
+        if verifying.is_wanted():
+            verify_files(folder, self.report)
         self.session = open_session(folder)
         self.config: Any = None
         self.generation_config: Any = None
         if (folder / "config.json").exists():
-            from transformers import AutoConfig
-
-            self.config = AutoConfig.from_pretrained(folder)
+            self.config = load_config(folder, str(folder))
         if (folder / "generation_config.json").exists():
             from transformers import GenerationConfig
 
-            self.generation_config = GenerationConfig.from_pretrained(folder)
+            with foreign(f"{folder / 'generation_config.json'}: cannot be read"):
+                self.generation_config = GenerationConfig.from_pretrained(folder)
         self._past = [
             given for given in self.session.get_inputs() if given.name.startswith("past_key_values.")
         ]
@@ -123,7 +172,8 @@ class OnnxModel(nn.Module):
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """All outputs by name, for numpy or torch inputs by name."""
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+        with foreign("ONNX Runtime cannot run the graph", ADVICE):
+            return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
 
     def new_cache(self, batch: int = 1) -> OnnxCache:
         """No tokens."""
@@ -157,7 +207,8 @@ class OnnxModel(nn.Module):
             if name in self._names
         }
         feed |= {given.name: state for given, state in zip(self._past, cache.states, strict=True)}
-        logits, *cache.states = self.session.run_with_ort_values(self.outputs, feed)
+        with foreign("ONNX Runtime cannot run the graph", ADVICE):
+            logits, *cache.states = self.session.run_with_ort_values(self.outputs, feed)
         cache.length = total
         return torch.from_numpy(logits.numpy())
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kbitc.errors import UsageError
+from kbitc.errors import SourceError, UsageError
 from kbitc.system import files
+from kbitc.system.json_file import read_any_json, well_formed
 
 EVAL_FILE = "kbit_eval.json"  # in an artifact
 
@@ -101,7 +102,7 @@ class Evaluation:
             loss=float(entry["loss"]),
             nbytes=None if nbytes is None else int(nbytes),
             activations=str(entry.get("activations", "float")),
-            float_activations=dict(entry.get("float_activations", {})),
+            float_activations={k: str(v) for k, v in entry.get("float_activations", {}).items()},
             reference_loss=number("reference_loss"),
             divergence=number("kl_divergence"),
         )
@@ -114,12 +115,11 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         UsageError: not such a file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_any_json(path)
+    except SourceError as error:
+        raise UsageError(f"{path}: not a result of 'kbitc eval --json' ({error})") from error
+    with well_formed(f"{path}: not a result of 'kbitc eval --json'", "remove it", UsageError):
         return [Evaluation.from_json(entry) for entry in (data if isinstance(data, list) else [data])]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: not a result of 'kbitc eval --json' ({type(error).__name__}: {error})"
-        ) from error
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> None:

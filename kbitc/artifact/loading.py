@@ -6,17 +6,22 @@ quantizer, so that what comes back is the Hugging Face model with packed paramet
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kbitc.artifact.reader import Artifact
-from kbitc.artifact.transformers_quantizer import register
+from kbitc.artifact import verifying
+from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.reader import ADVICE, Artifact
+from kbitc.artifact.transformers_quantizer import quantization_config, register
+from kbitc.checkpoint.companions import CONFIG
 from kbitc.checkpoint.dense import compute_dtype, quiet_transformers
-from kbitc.checkpoint.folder_checks import read_json
-from kbitc.errors import SourceError, UsageError
+from kbitc.checkpoint.skeletons import load_config, model_classes
+from kbitc.errors import SourceError, UsageError, foreign
+from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 
@@ -27,39 +32,59 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
         folder: the artifact.
         dtype: compute dtype: of activations and of the unpacked rest. By default the model's own,
             but float32 instead of float16, which CPUs compute slowly.
-        verify: compare every tensor with its checksum first.
+        verify: compare the configuration and every tensor with their checksums first.
 
     Raises:
-        SourceError: not an artifact, damaged, of a newer format, or not of a transformers model.
+        SourceError: not an artifact, damaged or changed, of a newer format, or not of a transformers model.
     """
     artifact = Artifact.open(Path(folder))
-    if verify:
-        artifact.verify()
-    config = artifact.folder / "config.json"
-    if not config.exists():
+    path = artifact.folder / CONFIG
+    if not path.exists():
         raise SourceError(
             f"{folder}: holds the weights of a plain module, without a config.json; build the module "
             "and use kbitc.load_into(module, folder)"
         )
+    data = read_json(path)
+    _check_config(artifact, data)
     register()
-    data = read_json(config)
-    model_class = _model_class(data, config)
-    with quiet_transformers():
-        model: nn.Module = model_class.from_pretrained(artifact.folder, dtype=dtype or compute_dtype(data))
-    return model.eval()
-
-
-def _model_class(config: dict[str, Any], path: Path) -> Any:
-    import transformers
-
-    names = config.get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise SourceError(
-            f"{path}: transformers {transformers.__version__} has no model class '{names[0]}'; "
-            "install the version that the model was made with"
+    if verify and verifying.is_wanted():
+        artifact.verify()
+    model_class = model_classes(load_config(artifact.folder, str(folder)), str(folder))[0]
+    wanted = dtype or compute_dtype(data)
+    with verifying.done(), quiet_transformers(), foreign(f"{folder}: transformers cannot load it", ADVICE):
+        model, about = model_class.from_pretrained(
+            artifact.folder, dtype=wanted, trust_remote_code=False, output_loading_info=True
         )
-    return model_class
+    _check_keys(artifact, about)
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _check_config(artifact: Artifact, config: Mapping[str, Any]) -> None:
+    """The config names the plan's weights and formats, and no other files or classes to read."""
+    entry, wanted = config.get("quantization_config"), quantization_config(artifact.plan)
+    keys = ("quant_method", "weights", "transposed")
+    if not isinstance(entry, dict) or any(entry.get(key) != wanted[key] for key in keys):
+        raise SourceError(
+            f"{artifact.folder / CONFIG}: its quantization_config is not that of {PLAN_FILE}: one of them "
+            f"was changed; {ADVICE}"
+        )
+    for key in ("transformers_weights", "configuration_files"):
+        if key in config:
+            raise SourceError(
+                f"{artifact.folder / CONFIG}: names other files by '{key}', which are not read; {ADVICE}"
+            )
+
+
+def _check_keys(artifact: Artifact, about: Mapping[str, Any]) -> None:
+    """Everything in the files has its place in the model, and the other way round."""
+    for what in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, about[f"{what}_keys"]))
+        if names:
+            raise SourceError(
+                f"{artifact.folder}: {CONFIG} is not of the model that was compiled: {len(names)} tensors "
+                f"are {what}, the first is {names[0]}; {ADVICE}"
+            )
 
 
 def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> nn.Module:
@@ -75,7 +100,7 @@ def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> 
         UsageError: names do not fit the module.
     """
     artifact = Artifact.open(Path(folder))
-    if verify:
+    if verify and verifying.is_wanted():
         artifact.verify()
     state: dict[str, Tensor] = artifact.state()
     for name, entry in artifact.plan.weights.items():

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from kbitc.artifact.folders import FORMAT
-from kbitc.errors import SourceError, UsageError
+from kbitc.errors import SourceError
 from kbitc.formats.spec import Spec, parse
 from kbitc.graph.plan import Choice
 from kbitc.pipeline.records import Fired
+from kbitc.system.json_file import mapping, shape, sizes, strings, well_formed
 from kbitc.version import VERSION
 
 
@@ -79,11 +80,10 @@ class WeightEntry:
         dtype = getattr(torch, entry["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"'{entry['dtype']}' is no dtype")
-        shape, aliases = tuple(map(int, entry["shape"])), tuple(map(str, entry["aliases"]))
+        dims, aliases = shape(entry["shape"], "a weight"), strings(entry["aliases"], "aliases")
         features = entry.get("outlier_features")
-        if features is not None and not isinstance(features, Mapping):
-            raise TypeError(f"outlier_features: {features!r}")
-        return WeightEntry(choice, shape, dtype, bool(entry["is_transposed"]), aliases, features)
+        checked = None if features is None else _features(features)
+        return WeightEntry(choice, dims, dtype, bool(entry["is_transposed"]), aliases, checked)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class LeftAlone:
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> LeftAlone:
         """The inverse of :meth:`to_json`."""
-        shape, aliases = tuple(map(int, entry["shape"])), tuple(map(str, entry["aliases"]))
-        return LeftAlone(str(entry["reason"]), shape, aliases)
+        dims, aliases = shape(entry["shape"], "a tensor"), strings(entry["aliases"], "aliases")
+        return LeftAlone(str(entry["reason"]), dims, aliases)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ class PlanFile:
         source_bytes: of the same tensors in the source.
         weights: by first name, in the model's order.
         left_alone: everything else that is stored, by first name.
-        checksums: SHA-256 of each stored tensor, by stored name.
+        checksums: SHA-256 of the bytes of each stored tensor, by stored name.
+        files: SHA-256 of every other file that was written with this one, by name; of files of tensors, of
+            the header alone, which says what their bytes mean. None in plan files of versions before.
         budget: bits per parameter that the plan was made for, if any.
         calibration: how reports call what was measured on; None for nothing.
         predicted: None where no score table says something of the plan.
@@ -183,6 +185,7 @@ class PlanFile:
     weights: Mapping[str, WeightEntry]
     left_alone: Mapping[str, LeftAlone]
     checksums: Mapping[str, str]
+    files: Mapping[str, str] | None = None
     budget: float | None = None
     calibration: str | None = None
     predicted: Prediction | None = None
@@ -203,7 +206,7 @@ class PlanFile:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
-        return {
+        data = {
             "format": self.format,
             "kbitc": self.kbitc,
             "source": {"name": self.source, "sha256": self.source_hash},
@@ -220,6 +223,7 @@ class PlanFile:
             "left_alone": {name: entry.to_json() for name, entry in self.left_alone.items()},
             "checksums": dict(sorted(self.checksums.items())),
         }
+        return data if self.files is None else data | {"files": dict(sorted(self.files.items()))}
 
     @staticmethod
     def from_json(data: Any, path: Path) -> PlanFile:
@@ -232,43 +236,57 @@ class PlanFile:
         Raises:
             SourceError: damaged, or of a newer format.
         """
-        try:
-            version = data["format"]
+        with well_formed(str(path), "compile the model again"):
+            version = mapping(data, "a plan file")["format"]
             if not isinstance(version, int) or version > FORMAT:
                 raise SourceError(
                     f"{path.parent}: artifact format {version} (written by kbitc {data.get('kbitc', '?')}), "
                     f"but this kbitc reads up to {FORMAT}; upgrade kbitc"
                 )
-            predicted = data.get("predicted")
+            predicted, calibration, files = data.get("predicted"), data.get("calibration"), data.get("files")
             return PlanFile(
                 source=str(data["source"]["name"]),
                 source_hash=data["source"]["sha256"],
                 parameters=_positive(data["parameters"]),
-                nbytes=int(data["bytes"]),
-                source_bytes=int(data["source_bytes"]),
+                nbytes=_positive(data["bytes"]),
+                source_bytes=_positive(data["source_bytes"], least=0),
                 weights={name: WeightEntry.from_json(entry) for name, entry in data["weights"].items()},
                 left_alone={name: LeftAlone.from_json(entry) for name, entry in data["left_alone"].items()},
-                checksums={str(name): str(digest) for name, digest in data["checksums"].items()},
+                checksums={name: str(digest) for name, digest in data["checksums"].items()},
+                files=None if files is None else {name: str(digest) for name, digest in files.items()},
                 budget=_number(data.get("budget")),
-                calibration=data.get("calibration"),
+                calibration=None if calibration is None else str(calibration),
                 predicted=None if predicted is None else Prediction.from_json(predicted),
                 passes=tuple(PassEntry.from_json(entry) for entry in data.get("passes", ())),
                 fusions={name: Fired.from_json(record) for name, record in data.get("fusions", {}).items()},
                 kbitc=str(data.get("kbitc", "?")),
                 format=version,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, UsageError):
-                raise SourceError(f"{path}: {error}") from error
-            raise SourceError(f"{path}: damaged ({error}); compile the model again") from error
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _positive(value: Any) -> int:
+def _positive(value: Any, least: int = 1) -> int:
     count = int(value)
-    if count <= 0:
-        raise ValueError(f"parameters: {value}")
+    if count < least:
+        raise ValueError(f"{value} where something is counted")
     return count
+
+
+def _features(data: object) -> dict[str, Any]:
+    """Outlier features as `kbitc.sensitivity.outliers.OutlierFeatures.to_json` has them."""
+    own = mapping(data, "outlier_features")
+    index = sizes(own["index"], "outlier_features")
+    made: dict[str, Any] = {}
+    for key, value in own.items():
+        if key == "index":
+            made[key] = list(index)
+        elif isinstance(value, list):
+            made[key] = [float(figure) for figure in value]
+            if len(value) != len(index):
+                raise ValueError(f"{len(value)} figures of {len(index)} outlier features")
+        else:
+            made[key] = int(value) if key == "kept" else str(value)
+    return made

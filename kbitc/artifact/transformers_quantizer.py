@@ -44,6 +44,7 @@ def _classes() -> tuple[type, type]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    from kbitc.artifact import verifying
     from kbitc.artifact.folders import FORMAT
     from kbitc.artifact.reader import read_shared
     from kbitc.artifact.stored import assemble
@@ -102,7 +103,10 @@ def _classes() -> tuple[type, type]:
         def _process_model_before_weight_loading(
             self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
         ) -> Any:
-            self.shared = read_shared(Path(file) for file in checkpoint_files or ())
+            files = [Path(file) for file in checkpoint_files or ()]
+            if self.pre_quantized and files and verifying.is_wanted():
+                verifying.verify_files(files, model.config)
+            self.shared = read_shared(files)
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
             return model

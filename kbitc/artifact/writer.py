@@ -26,8 +26,11 @@ from torch import Tensor
 
 from kbitc.artifact.folders import FORMAT, FolderClaim
 from kbitc.artifact.stored import tensor_bytes
-from kbitc.errors import UsageError
+from kbitc.checkpoint.folder_checks import INDEX
+from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
+from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_part, digests_in, sealed
+from kbitc.system.json_file import parse, well_formed
 
 SHARD_BYTES = 4 * 2**30
 
@@ -111,7 +114,7 @@ class Writer:
                 with (folder / file.name).open("wb") as handle:
                     if file.size:
                         os.posix_fallocate(handle.fileno(), 0, file.size)
-            self.journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self.journal.write_text(json.dumps(sealed(header)) + "\n", encoding="utf-8")
         except OSError as error:
             size = sum(file.size for file in self.files)
             raise UsageError(
@@ -124,7 +127,7 @@ class Writer:
         entries, length = _journaled(self.journal)
         if not entries:
             return False
-        if entries[0] != header:
+        if entries[0] != sealed(header):
             raise UsageError(
                 f"{self.claim.state}: was begun with another source, plan or kbitc version, so --resume "
                 "cannot continue it; run again without --resume to start over"
@@ -137,15 +140,25 @@ class Writer:
                 return False
         except FileNotFoundError:
             return False
-        for entry in entries[1:]:
-            self._note(entry)
+        with well_formed(str(self.journal), "run again without --resume to start over", UsageError):
+            for entry in entries[1:]:
+                if self.claim.is_placed or self._is_there(entry):
+                    self._note(entry)
         os.truncate(self.journal, length)
         return True
 
+    def _is_there(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the files hold what the journal says of a unit, which a power failure may undo."""
+        for key, (checksum, _) in entry["tensors"].items():
+            file, offset = self._place[key]
+            if digest_of_part(self.partial / file.name, offset, file.slots[key].nbytes) != checksum:
+                return False
+        return True
+
     def _note(self, entry: dict[str, Any]) -> None:
-        self.done[entry["unit"]] = entry
-        for key, (digest, dtype) in entry["tensors"].items():
-            self.checksums[key] = digest
+        self.done[entry["unit"]] = {key: value for key, value in entry.items() if key != SEAL}
+        for key, (checksum, dtype) in entry["tensors"].items():
+            self.checksums[key] = checksum
             self.dtypes[key] = getattr(torch, dtype)
 
     def put(self, unit: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
@@ -169,9 +182,28 @@ class Writer:
                 handle.write(data)
             dtype = str(tensor.dtype).removeprefix("torch.")
             entry["tensors"][key] = [hashlib.sha256(data).hexdigest(), dtype]
-        self._log.write(json.dumps(entry) + "\n")
+        self._log.write(json.dumps(sealed(entry)) + "\n")
         self._log.flush()
         self._note(entry)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the header of every file of tensors and of everything else in the folder, by name."""
+        missing = set(self.slots) - set(self.done)
+        assert not missing, f"not written: {sorted(missing)[:3]}"
+        own = {file.name: digest(file.header(self.dtypes)) for file in self.files}
+        index = self._index()
+        if index is not None:
+            own[INDEX] = digest(index.encode())
+        return digests_in(self.partial, own) | own
+
+    def _index(self) -> str | None:
+        if len(self.files) == 1:
+            return None
+        index = {
+            "metadata": {"total_size": sum(file.payload for file in self.files)},
+            "weight_map": {key: self._place[key][0].name for key in sorted(self._place)},
+        }
+        return json.dumps(index, indent=1)
 
     def commit(self, documents: Mapping[str, str]) -> None:
         """Write the headers and the given text files, then move the folder to its final name."""
@@ -182,12 +214,9 @@ class Writer:
                 with (self.partial / file.name).open("r+b") as handle:
                     handle.write(file.header(self.dtypes))
                     os.fsync(handle.fileno())
-        if len(self.files) > 1:
-            index = {
-                "metadata": {"total_size": sum(file.payload for file in self.files)},
-                "weight_map": {key: self._place[key][0].name for key in sorted(self._place)},
-            }
-            documents = {**documents, "model.safetensors.index.json": json.dumps(index, indent=1)}
+        index = self._index()
+        if index is not None:
+            documents = {**documents, INDEX: index}
         for name, text in documents.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         self._log.close()
@@ -211,15 +240,15 @@ class Writer:
 def _journaled(journal: Path) -> tuple[list[dict[str, Any]], int]:
     """The entries of a journal, and the bytes that they take.
 
-    A kill may cut the last line short: what that told of is written again.
+    A kill may cut the last line short: what that told of is written again, and so is what follows on a line
+    that does not match its checksum.
     """
     entries, length = [], 0
     for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
         try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            break
-        if not isinstance(entry, dict):
+            entry = parse(line if line.endswith(b"\n") else b"", str(journal))
+            check_seal(entry if isinstance(entry, dict) else {}, str(journal), "")
+        except SourceError:
             break
         entries.append(entry)
         length += len(line)

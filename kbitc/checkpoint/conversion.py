@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.errors import SourceError, first_line
+from kbitc.errors import SourceError, first_line, foreign
 
 ReadSource = Callable[[str], Tensor]
 """Reads one tensor by the source's name."""
@@ -93,7 +93,8 @@ def model_rules(model: nn.Module) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     pretrained: Any = model
-    rules: list[Any] = get_model_conversion_mapping(pretrained)
+    with foreign(f"{type(model).__name__}: transformers has no rules for it"):
+        rules: list[Any] = get_model_conversion_mapping(pretrained)
     return rules
 
 

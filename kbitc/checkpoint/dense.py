@@ -11,12 +11,21 @@ import torch
 from torch import nn
 
 from kbitc.checkpoint import Checkpoint
+from kbitc.checkpoint.skeletons import CODE_IS_NOT_RUN
+from kbitc.errors import SourceError, foreign
 
 
 def compute_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype to compute in by default: the config's, but float32 for float16."""
+    """The dtype to compute in by default: the config's, but float32 for float16.
+
+    Raises:
+        SourceError: the config names another thing.
+    """
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return torch.float32 if stored == "float16" else getattr(torch, stored)
+    dtype = getattr(torch, stored, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SourceError(f"config.json: the dtype '{stored:.40}' is none that a model computes in")
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @contextmanager
@@ -41,8 +50,10 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.
     config = skeleton.config
     wanted = dtype or compute_dtype({"dtype": str(config.dtype or torch.float32)})
     state = {name: checkpoint.read(name) for name in checkpoint.tensors()}
-    with quiet_transformers():
-        model: nn.Module = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+    with quiet_transformers(), foreign(f"{checkpoint.label}: transformers cannot load it"):
+        model: nn.Module = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, dtype=wanted, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -56,10 +67,14 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer that lies in a folder; None if there is none."""
+    """The tokenizer that lies in a folder; None if there is none.
+
+    Raises:
+        SourceError: transformers cannot read it, or it is code that comes with a model.
+    """
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
+    with quiet_transformers(), foreign(f"{folder}: its tokenizer cannot be read", CODE_IS_NOT_RUN):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kbitc.checkpoint.safetensors_file import AGAIN, read_header
+from kbitc.checkpoint.safetensors_file import read_header
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, read_json
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -17,23 +17,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ARTIFACT = "kbit_plan.json"
 METHOD = "kbit"
 WANTED = "give a Hugging Face model folder (config.json and model.safetensors)"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        SourceError: it cannot be read, or is something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SourceError(f"{path}: is not valid JSON ({error}); {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: is a JSON {type(data).__name__}, not an object; {AGAIN}")
-    return data
 
 
 def check_folder(folder: Path, label: str) -> None:
@@ -48,7 +31,7 @@ def check_folder(folder: Path, label: str) -> None:
     config = folder / "config.json"
     if not config.exists():
         raise SourceError(f"{label}: no config.json; {_instead_of_config(folder)}")
-    check_unquantized(read_json(config), label)
+    check_unquantized(read_json(inside(folder, config.name, label)), label)
 
 
 def check_regular(folder: Path, label: str) -> None:
@@ -120,9 +103,9 @@ def weight_files(folder: Path, config: Mapping[str, Any], label: str) -> list[Pa
         SourceError: none, a shard is missing, or the index does not fit the shards.
     """
     named = config.get("transformers_weights")
-    whole = folder / (named if isinstance(named, str) else WHOLE)
-    if whole.exists():
-        return [whole]
+    name = named if isinstance(named, str) else WHOLE
+    if (folder / name).exists():
+        return [inside(folder, name, label)]
     index = folder / INDEX
     if index.exists():
         return _shards(index, label)
@@ -139,20 +122,39 @@ def weight_files(folder: Path, config: Mapping[str, Any], label: str) -> list[Pa
     raise SourceError(f"{label}: has config.json but no weights; download {WHOLE} (or its shards) too")
 
 
+def inside(folder: Path, name: str, label: str) -> Path:
+    """A file that something in a folder names, if it lies in that folder.
+
+    A snapshot of the hub's cache links to the cache's own blobs; any other way out is refused.
+
+    Raises:
+        SourceError: it lies elsewhere.
+    """
+    path = folder / name
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    is_plain = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    if not is_plain or not any(path.resolve().is_relative_to(home) for home in homes):
+        raise SourceError(
+            f"{label}: '{name}' is a file outside of {folder}, which is not read; copy it into the folder"
+        )
+    return path
+
+
 def _shards(index: Path, label: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError(f"{index}: has no 'weight_map' from tensors to files; {AGAIN}")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    files = [inside(index.parent, name, label) for name in sorted(set(weight_map.values()))]
     gone = [file.name for file in files if not file.exists()]
     if gone:
         raise SourceError(
             f"{label}: {len(gone)} of {len(files)} shards are missing, the first is '{gone[0]}' "
             f"(named by {index.name}); finish the download"
         )
-    held = {file.name: read_header(file).keys() for file in files}
+    held = {file.relative_to(index.parent): read_header(file).keys() for file in files}
     for name, shard in weight_map.items():
-        if name not in held[shard]:
+        if name not in held[Path(shard)]:
             raise SourceError(
                 f"{label}: {index.name} says that {shard} holds '{name}', but it does not; index "
                 f"and shards are of different downloads; {AGAIN}"
@@ -162,11 +164,12 @@ def _shards(index: Path, label: str) -> list[Path]:
 
 def pickle_message(label: str, file: str, config: Mapping[str, Any] | None = None) -> str:
     """Why a pickled checkpoint is refused, and how to convert it."""
-    names = (config or {}).get("architectures") or ["AutoModelForCausalLM"]
+    named = (config or {}).get("architectures")
+    first = named[0] if isinstance(named, list) and named else "AutoModelForCausalLM"
     return (
         f"{label}: its weights are pickled ({file}), and a pickle can run code when it is opened, "
         "so kbitc does "
         'not. Where you trust the file, convert it once: python -c "from transformers import '
-        f"{names[0]} as M; M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\", "
+        f"{first} as M; M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\", "
         "and give the new folder (copy the tokenizer files into it)"
     )

@@ -20,11 +20,11 @@ from kbitc.checkpoint import companions
 from kbitc.checkpoint.base import Checkpoint, TensorInfo
 from kbitc.checkpoint.gguf_header import Block, Header
 from kbitc.checkpoint.gguf_processors import Processed
-from kbitc.checkpoint.hf_folder import fingerprint_of
 from kbitc.checkpoint.linked import Linked, link
 from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import BackendUnavailable, SourceError, first_line
+from kbitc.system.checksums import fingerprint
 
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -104,7 +104,7 @@ class GgufFile(Checkpoint):
 
     def fingerprint(self) -> str:
         """See `Checkpoint`."""
-        return fingerprint_of([self.path], b"")
+        return fingerprint({self.path: [(b.offset, b.nbytes) for b in self.blocks.values()]})
 
     def save_companions(self, folder: Path) -> None:
         """See `Checkpoint`; the tokenizer is converted by transformers."""
@@ -117,7 +117,9 @@ class GgufFile(Checkpoint):
         }
         companions.write_config(data, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+            )
         except Exception as error:  # noqa: BLE001  # a model without a tokenizer is still worth having
             _log.warning(
                 "%s: transformers cannot convert its tokenizer (%s); copy the tokenizer files of "

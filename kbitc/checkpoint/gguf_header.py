@@ -7,6 +7,7 @@ for 49 thousand of them); this walks past arrays, takes milliseconds, and checks
 from __future__ import annotations
 
 import math
+import os
 import stat
 import struct
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 
 from kbitc.checkpoint.base import TensorInfo
-from kbitc.checkpoint.safetensors_file import AGAIN, read_bytes
+from kbitc.checkpoint.safetensors_file import read_bytes
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, MALFORMED, shape
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters
 STRING, ARRAY = 8, 9
-MOST = 1 << 24  # of anything that a header lists: keys, tensors, tokens
+MOST = 1 << 24  # of anything that a header lists: keys, tensors, tokens, bytes of a text
+MAX_DIMENSIONS = 8
 DEEPEST = 4  # arrays in arrays
 CHUNK = 1 << 22  # elements dequantized at once: their float32 form, 16 MB, stays near the cache
 
@@ -83,19 +86,18 @@ class Header:
         Raises:
             SourceError: not a GGUF file, truncated, or one that cannot be read here.
         """
-        about = path.stat()
-        size = about.st_size
-        if not stat.S_ISREG(about.st_mode):
-            raise SourceError(f"{label}: is a pipe, socket or device, no file; give a file")
-        with path.open("rb") as handle:
-            if handle.read(4) != MAGIC:
-                raise SourceError(f"{label}: is not a GGUF file, as it does not start like one; {AGAIN}")
-            try:
-                return _read(_Cursor(handle, size), path, label)
-            except (EOFError, ValueError, KeyError) as error:
-                raise SourceError(
-                    f"{label}: its header is cut off or damaged ({error!r}); {AGAIN}"
-                ) from error
+        try:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise SourceError(f"{label}: is a pipe, socket or device, no file; give a file")
+            with path.open("rb") as handle:
+                if handle.read(4) != MAGIC:
+                    raise SourceError(f"{label}: is not a GGUF file, as it does not start like one; {AGAIN}")
+                return _read(_Cursor(handle, about.st_size), path, label)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (EOFError, *MALFORMED) as error:
+            raise SourceError(f"{label}: its header is cut off or damaged ({error!r}); {AGAIN}") from error
 
 
 class _Cursor:
@@ -114,8 +116,10 @@ class _Cursor:
             raise EOFError(f"{count} bytes wanted, {len(raw)} left")
         return raw
 
-    def text(self) -> str:
-        return self.bytes(self.numbers("Q")[0]).decode("utf-8")
+    def skip(self, count: int) -> None:
+        if count > self.size - self.handle.tell():
+            raise EOFError(f"{count} bytes wanted, {self.size - self.handle.tell()} left")
+        self.handle.seek(count, os.SEEK_CUR)
 
     def count(self, form: str, nbytes: int) -> int:
         """How many things follow, each of at least ``nbytes`` bytes."""
@@ -124,6 +128,9 @@ class _Cursor:
         if count > min(left // nbytes, MOST):
             raise EOFError(f"{count} of something in {left} bytes")
         return count
+
+    def text(self) -> str:
+        return self.bytes(self.count("Q", 1)).decode("utf-8")
 
     def value(self, kind: int, depth: int = 0) -> object:
         """A scalar or string; None for an array, which is walked past."""
@@ -136,10 +143,10 @@ class _Cursor:
             raise EOFError(f"arrays in arrays, deeper than {DEEPEST}")
         if inner in SCALARS:
             width = struct.calcsize(f"<{SCALARS[inner]}")
-            self.bytes(self.count("Q", width) * width)
+            self.skip(self.count("Q", width) * width)
             return None
         for _ in range(self.count("Q", 8 if inner == STRING else 12)):
-            self.bytes(self.numbers("Q")[0]) if inner == STRING else self.value(inner, depth + 1)
+            self.skip(self.count("Q", 1)) if inner == STRING else self.value(inner, depth + 1)
         return None
 
 
@@ -157,15 +164,18 @@ def _read(cursor: _Cursor, path: Path, label: str) -> Header:
     places: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(tensors):
         name = cursor.text()
-        dims = cursor.numbers(f"{cursor.count('I', 8)}Q")
+        count = cursor.count("I", 8)
+        if count > MAX_DIMENSIONS:
+            raise ValueError(f"'{name}' has {count} dimensions")
+        dims = shape(list(reversed(cursor.numbers(f"{count}Q"))), f"'{name}'")
         kind, offset = cursor.numbers("IQ")
-        places.append((name, tuple(reversed(dims)), kind, offset))
+        places.append((name, dims, kind, offset))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise KeyError(f"an alignment of {alignment!r}")
+    if type(alignment) is not int or alignment <= 0:
+        raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.handle.tell() // alignment) * alignment
     blocks = {
-        name: _block(path, label, name, shape, kind, start + offset) for name, shape, kind, offset in places
+        name: _block(path, label, name, dims, kind, start + offset) for name, dims, kind, offset in places
     }
     end = max((block.offset + block.nbytes for block in blocks.values()), default=0)
     if cursor.size < end:
@@ -182,7 +192,7 @@ def _plain() -> dict[int, torch.dtype]:
     return {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 
-def _block(path: Path, label: str, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Block:
+def _block(path: Path, label: str, name: str, dims: tuple[int, ...], kind: int, offset: int) -> Block:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     known = {int(member): member.name for member in GGMLQuantizationType}
@@ -194,5 +204,7 @@ def _block(path: Path, label: str, name: str, shape: tuple[int, ...], kind: int,
             "quantization"
         )
     elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    info = TensorInfo.of(shape, plain.get(kind, torch.float16))
-    return Block(path, offset, math.prod(shape) // elements * nbytes, kind, info)
+    if 0 in dims or (dims or (1,))[-1] % elements:
+        raise ValueError(f"'{name}' of shape {dims} in blocks of {elements}")
+    info = TensorInfo.of(dims, plain.get(kind, torch.float16))
+    return Block(path, offset, math.prod(dims) // elements * nbytes, kind, info)

@@ -6,7 +6,6 @@ data: shards, sizes, shapes, missing tensors. After that a read can only fail if
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 from kbitc.checkpoint import companions
 from kbitc.checkpoint.base import Checkpoint, TensorInfo
 from kbitc.checkpoint.conversion import model_rules
-from kbitc.checkpoint.folder_checks import read_json, weight_files
+from kbitc.checkpoint.folder_checks import weight_files
 from kbitc.checkpoint.linked import Linked, link
 from kbitc.checkpoint.room import Room
 from kbitc.checkpoint.safetensors_file import Stored, read_header
 from kbitc.checkpoint.skeletons import build, load_config, model_classes
 from kbitc.errors import SourceError
+from kbitc.system.checksums import fingerprint
+from kbitc.system.json_file import read_json, read_limited
 
 
 class HfFolder(Checkpoint):
@@ -90,7 +91,10 @@ class HfFolder(Checkpoint):
 
     def fingerprint(self) -> str:
         """See `Checkpoint`."""
-        return fingerprint_of(self.files, (self.folder / companions.CONFIG).read_bytes())
+        spans: dict[Path, list[tuple[int, int]]] = {file: [] for file in self.files}
+        for stored in self.stored.values():
+            spans[stored.file].append((stored.offset, stored.info.nbytes))
+        return fingerprint(spans, read_limited(self.folder / companions.CONFIG))
 
     def save_companions(self, folder: Path) -> None:
         """See `Checkpoint`."""
@@ -112,13 +116,6 @@ def skeleton_of(folder: Path, room: Room) -> nn.Module:
     room.check_config(read_json(folder / companions.CONFIG), str(folder))
     config = load_config(folder, str(folder))
     return build(model_classes(config, str(folder))[0], config, str(folder), room)
-
-
-def fingerprint_of(files: list[Path], config: bytes) -> str:
-    """A hash of the files' names, sizes and times of change, and the config's bytes."""
-    stats = [(file.name, file.stat()) for file in files]
-    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return hashlib.sha256("\n".join([*lines, ""]).encode() + config).hexdigest()
 
 
 def _stored(files: list[Path]) -> dict[str, Stored]:

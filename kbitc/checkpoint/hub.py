@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.checkpoint import companions
-from kbitc.checkpoint.folder_checks import check_folder, pickle_message, read_json
+from kbitc.checkpoint.folder_checks import check_folder, pickle_message
 from kbitc.checkpoint.hf_folder import HfFolder
 from kbitc.errors import SourceError, first_line
+from kbitc.system.json_file import read_json
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
 SMALL = [companions.CONFIG, *companions.PATTERNS, "model.safetensors.index.json"]

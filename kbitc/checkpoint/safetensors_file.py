@@ -7,8 +7,7 @@ against 1.6 GB/s from the page cache, 1 GB in 4 shards, 2-core Xeon under load).
 
 from __future__ import annotations
 
-import json
-import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from kbitc.checkpoint.base import TensorInfo
 from kbitc.errors import SourceError
+from kbitc.system.json_file import AGAIN, mapping, parse, shape, sizes, well_formed
 
 MAX_HEADER = 100_000_000  # the format's own limit
-AGAIN = "copy or download it again"
 
 DTYPES = {
     "F64": torch.float64,
@@ -71,7 +70,7 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     Raises:
         SourceError: fewer than that are there, or the file is gone.
     """
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # transformers calls under the meta device
     array: Any = buffer.numpy()
     view = memoryview(array)
     done = 0
@@ -99,28 +98,19 @@ def read_header(file: Path) -> dict[str, Stored]:
     Raises:
         SourceError: not a safetensors file, damaged or truncated.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            raw = handle.read(length) if 0 < length <= min(MAX_HEADER, size - 8) else None
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if raw is None:
-        raise SourceError(
-            f"{file}: is not a safetensors file, or cut off within its header ({size} bytes); {AGAIN}"
-        )
-    start = 8 + length
-    try:
-        header = json.loads(raw)
+    raw, size = header_bytes(file)
+    header = parse(raw[8:], f"{file}: its header", has_unique_keys=True)
+    with well_formed(f"{file}: its header", AGAIN):
         tensors = {
-            name: _stored(file, start, name, entry)
-            for name, entry in header.items()
+            name: _stored(file, len(raw), name, mapping(entry, name))
+            for name, entry in mapping(header, "it").items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{file}: its header is damaged ({error!r}); {AGAIN}") from error
-    end = max((s.offset + s.info.nbytes for s in tensors.values()), default=start)
+    end = len(raw)
+    for stored in sorted(tensors.values(), key=lambda s: s.offset):
+        if stored.offset < end and stored.info.nbytes:
+            raise SourceError(f"{file}: its header is damaged: tensors overlap; {AGAIN}")
+        end = max(end, stored.offset + stored.info.nbytes)
     if size < end:
         raise SourceError(
             f"{file}: is truncated, {size} of {end} bytes, as by an unfinished download; {AGAIN}"
@@ -128,21 +118,39 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
+def header_bytes(file: Path) -> tuple[bytes, int]:
+    """The length and the JSON that a file begins with, and the size of the file.
+
+    Raises:
+        SourceError: not a safetensors file, or cut off.
+    """
+    try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise SourceError(f"{file}: is no regular file")
+        with file.open("rb") as handle:
+            length = handle.read(8)
+            count = int.from_bytes(length, "little")
+            raw = handle.read(count) if 0 < count <= min(MAX_HEADER, about.st_size - 8) else b""
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if not raw or len(raw) < count:
+        raise SourceError(
+            f"{file}: is not a safetensors file, or cut off within its header ({about.st_size} bytes); "
+            f"{AGAIN}"
+        )
+    return length + raw, about.st_size
+
+
 def _stored(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Stored:
-    dtype, dims, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, dims = str(entry["dtype"]), shape(entry["shape"], name)
+    begin, end = sizes(entry["data_offsets"], name)
     if dtype not in DTYPES:
         raise SourceError(
             f"{file}: '{name}' has dtype {dtype}, which no 16- or 32-bit model has; give the model "
             "before it was quantized"
         )
-    if not _are_sizes(dims) or not _are_sizes(span):
-        raise ValueError(name)
-    begin, end = span
-    info = TensorInfo.of(tuple(dims), DTYPES[str(dtype)])
-    if end - begin != info.nbytes or math.prod(info.shape) < 0:
+    info = TensorInfo.of(dims, DTYPES[dtype])
+    if end - begin != info.nbytes:
         raise ValueError(f"{name}: {end - begin} bytes for {info.shape} of {dtype}")
     return Stored(file, start + begin, info)
-
-
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)

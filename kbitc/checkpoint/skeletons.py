@@ -18,6 +18,8 @@ from kbitc.checkpoint.names import tensor_of
 from kbitc.checkpoint.room import Room
 from kbitc.errors import SourceError, first_line
 
+CODE_IS_NOT_RUN = "code that comes with a model is not run; use a model that transformers itself knows"
+
 
 def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> Any:
     """The transformers config of a folder, or of a GGUF file in it.
@@ -29,13 +31,27 @@ def load_config(folder: Path, label: str, *, gguf_file: str | None = None) -> An
 
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise SourceError(
             f"{label}: transformers cannot read the model's config: {first_line(error)}. "
             f"This is transformers {transformers.__version__}: install the version that the model "
             "was made with (code that comes with a model is not run)"
         ) from error
+    _check_attention(config, label)
+    return config
+
+
+def _check_attention(config: Any, label: str) -> None:
+    """An attention that is named like a repository is compiled code, which transformers would download."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    for part in (config, *inner):
+        named = getattr(part, "_attn_implementation", None)
+        if named is not None and (not isinstance(named, str) or "/" in named):
+            raise SourceError(
+                f"{label}: config.json names the attention '{named}', which is code that does not belong to "
+                "transformers and is not run; remove 'attn_implementation' from it"
+            )
 
 
 def model_classes(config: Any, label: str) -> list[Any]:
@@ -49,6 +65,8 @@ def model_classes(config: Any, label: str) -> list[Any]:
     names = getattr(config, "architectures", None)
     if not names:
         return _guesses(config)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{label}: 'architectures' in config.json is no list of names of classes: {names}")
     named = getattr(transformers, names[0], None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return [named]

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from kbitc.cli import console
 from kbitc.cli.app import app
-from kbitc.errors import KbitcError, UsageError
+from kbitc.errors import KbitcError, UsageError, first_line
 from kbitc.system.stopping import Stopped, stoppable
 
 COMMANDS = (
@@ -46,4 +46,12 @@ def main() -> NoReturn:
         console.fail(str(error), 1)
     except BrokenPipeError:
         sys.stderr.close()
+    except Exception as error:
+        if os.environ.get("KBITC_DEBUG"):
+            raise
+        console.fail(
+            f"a fault of kbitc, or a damaged file that it does not know: {type(error).__name__}: "
+            f"{first_line(error)}. KBITC_DEBUG=1 shows where",
+            1,
+        )
     sys.exit(0)

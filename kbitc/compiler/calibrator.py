@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import tokenizer_of
+from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
 from kbitc.compiler.sampling import SEED, sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, out_of_memory
@@ -37,7 +37,7 @@ from kbitc.version import VERSION
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
-FORMAT = 3  # of what is kept: its layout, and how text is sampled and inputs are drawn
+FORMAT = 4  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
     "weight at a time; or give the process more memory"
@@ -161,7 +161,8 @@ class Calibrator:
             make_private(path.parent)
             if path.exists():
                 check_private(path)
-                return load_file(path)
+                with contextlib.suppress(SourceError):  # damaged: it is measured and written again
+                    return read_tensors(path)
         except (OSError, BackendUnavailable) as error:
             _log.warning("%s. What calibration measures is not kept", error)
             return measure()
@@ -169,7 +170,7 @@ class Calibrator:
         # A cache that cannot be written costs time, nothing else.
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             scratch = Path(folder) / path.name
-            save_file(dict(measured), scratch)
+            write_tensors(measured, scratch)
             scratch.chmod(0o600)
             scratch.replace(path)
         return measured

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kbitc.artifact.folders import PLAN_FILE, REPORT_FILE
@@ -12,6 +13,7 @@ from kbitc.artifact.transformers_quantizer import quantization_config
 from kbitc.report.artifact_page import artifact_page
 from kbitc.report.page import Section
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
+from kbitc.system.checksums import digest, sealed
 
 
 def documents(
@@ -19,6 +21,7 @@ def documents(
     config: dict[str, Any] | None,
     scores: ScoreTable | None = None,
     sections: Sequence[Section] = (),
+    digests: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """File names to contents.
 
@@ -27,14 +30,14 @@ def documents(
         config: the model's ``config.json``, if it has one.
         scores: the table that the plan was made from, if it was.
         sections: of the report, beside those that follow from the above.
+        digests: of every other file of the artifact; the plan then names them and these.
     """
-    files = {
-        PLAN_FILE: json.dumps(plan.to_json(), indent=1) + "\n",
-        REPORT_FILE: artifact_page(plan, scores, (), sections),
-    }
+    files = {REPORT_FILE: artifact_page(plan, scores, (), sections)}
     if scores is not None:
         files[SCORES_FILE] = json.dumps(scores.to_json()) + "\n"
     if config is not None:
         entry = {"quantization_config": quantization_config(plan)}
         files["config.json"] = json.dumps(config | entry, indent=2) + "\n"
-    return files
+    own = {name: digest(text.encode()) for name, text in files.items()}
+    whole = replace(plan, files={**(digests or {}), **own})
+    return files | {PLAN_FILE: json.dumps(sealed(whole.to_json()), indent=1) + "\n"}

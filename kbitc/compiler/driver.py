@@ -24,7 +24,6 @@ from kbitc.artifact.reader import Artifact
 from kbitc.artifact.stored import checksum, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint import Checkpoint, open_checkpoint
-from kbitc.checkpoint.folder_checks import read_json
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.documents import documents
 from kbitc.compiler.lowering import lower
@@ -43,6 +42,7 @@ from kbitc.report.module_tree import graph_section
 from kbitc.sensitivity.moments import CALIBRATION
 from kbitc.sensitivity.outliers import OUTLIERS
 from kbitc.sensitivity.score_table import SCORES
+from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.version import VERSION
 
@@ -166,7 +166,8 @@ def compile_to(
             config = writer.partial / "config.json"
             data = read_json(config) if config.exists() else None
             section = graph_section(run.captured, program)
-            writer.commit(documents(_plan_file(result, writer), data, program.get(SCORES), [section]))
+            plan, scores = _plan_file(result, writer), program.get(SCORES)
+            writer.commit(documents(plan, data, scores, [section], writer.digests()))
         seconds["pack"] = perf_counter() - started
     return result
 

@@ -40,6 +40,8 @@ from kbitc.report.parts import fusions_section
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.score_table import SCORES_FILE, ScoreTable
 
+CHECKSUMS = ("checksums", "files")
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -71,7 +73,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """The ``--json`` output."""
         if self.plan is not None:
-            return {key: value for key, value in self.plan.to_json().items() if key != "checksums"}
+            return {key: value for key, value in self.plan.to_json().items() if key not in CHECKSUMS}
         assert self.program is not None
         weights = {
             name: {

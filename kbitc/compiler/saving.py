@@ -82,4 +82,4 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
             left_alone=left,
             checksums=writer.checksums,
         )
-        writer.commit(documents(plan, data))
+        writer.commit(documents(plan, data, digests=writer.digests()))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report
-from kbitc.errors import SourceError, UsageError
+from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report, verify_files
+from kbitc.errors import SourceError, UsageError, foreign
 from kbitc.evaluation.opening import Loaded, open_model
 from kbitc.tensor.kbit_tensor import KbitTensor
 
@@ -68,14 +68,22 @@ def verify(folder: str | Path, against: str | nn.Module | None = None) -> list[C
     """
     path = Path(folder)
     report = read_report(path)
+    verify_files(path, report)
+    unchanged = Check("files that do not match their checksums", 0, 0)
     model, tokenizer = _reference(report, against, path)
-    checks = [_expanded(path, report, model), _memory(path, report)]
+    checks = [unchanged, _expanded(path, report, model), _memory(path, report)]
     exported = OnnxModel(path)
-    limit = TOLERANCE[report["activations"]] + CONTAINER_GAIN * _container_error(report)
+    limit = _tolerance(report, path) + CONTAINER_GAIN * _container_error(report)
     with torch.inference_mode():
         compared = _compare_decoder if report["kind"] == "decoder" else _compare_whole
         checks += [Check(name, error, limit) for name, error in compared(exported, model, tokenizer)]
     return checks
+
+
+def _tolerance(report: dict[str, Any], folder: Path) -> float:
+    if report["activations"] not in TOLERANCE:
+        raise SourceError(f"{folder}: is of another kind of activations, '{report['activations']}'")
+    return TOLERANCE[report["activations"]]
 
 
 def _reference(report: dict[str, Any], against: str | nn.Module | None, folder: Path) -> tuple[Any, Any]:
@@ -83,8 +91,8 @@ def _reference(report: dict[str, Any], against: str | nn.Module | None, folder: 
         raise UsageError(f"{folder}: exported from a plain module; kbitc verify compares transformers models")
     if isinstance(against, nn.Module):
         return against, None
-    source = against or report["source"]
-    if source is None or not Path(source).exists():
+    source = against or report.get("source")
+    if not isinstance(source, str) or not Path(source).exists():
         raise SourceError(
             f"{folder}: its source {source or ''} is not there; name the artifact with --against OUT"
         )
@@ -104,7 +112,8 @@ def _expanded(folder: Path, report: dict[str, Any], model: nn.Module) -> Check:
     """
     import onnx
 
-    graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+    with foreign(f"{folder / GRAPH}: cannot be read", "export the model again"):
+        graph = onnx.load(folder / GRAPH, load_external_data=False).graph
     floats = {
         onnx.TensorProto.FLOAT,
         onnx.TensorProto.FLOAT16,

@@ -8,14 +8,14 @@ weight that no key names are both errors, so that a plan never means less than i
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kbitc.errors import UsageError, did_you_mean
+from kbitc.errors import SourceError, UsageError, did_you_mean
 from kbitc.formats.spec import Spec, Wish, parse_wish
+from kbitc.system.json_file import read_any_json
 
 PLAN_FORMAT = 1
 
@@ -103,8 +103,8 @@ def read_rules(path: Path) -> Any:
         UsageError: missing, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_any_json(path)
+    except SourceError as error:
         raise UsageError(f"{path}: cannot be read as a plan: {error}") from error
 
 

@@ -38,7 +38,8 @@ class Fired:
         >>> Fired.from_json(Fired((("q", "k"),), {"o": "alone"}).to_json())
         Fired(groups=(('q', 'k'),), left={'o': 'alone'})
         """
-        return Fired(tuple(tuple(names) for names in data["groups"]), dict(data["left"]))
+        left = {str(name): str(reason) for name, reason in data["left"].items()}
+        return Fired(tuple(tuple(map(str, names)) for names in data["groups"]), left)
 
 
 def records(program: Program) -> dict[str, Fired]:

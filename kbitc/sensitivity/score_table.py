@@ -6,18 +6,20 @@ other budget in a second, without the model.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kbitc.errors import UsageError
+from kbitc.errors import SourceError, UsageError
 from kbitc.formats.spec import Spec, parse
 from kbitc.graph.facts import Fact
 from kbitc.graph.queries import NameGroups
+from kbitc.system.checksums import SEAL, check_seal, sealed
+from kbitc.system.json_file import read_json, strings, well_formed
 
-FORMAT = 1
+FORMAT = 2  # from 2 on with a checksum
 SCORES_FILE = "kbit_scores.json"  # in an artifact
 
 
@@ -62,8 +64,8 @@ class ScoreTable:
     groups: Mapping[str, NameGroups] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a file."""
-        return {
+        """As it stands in a file, with its checksum."""
+        data = {
             "format": FORMAT,
             "source": self.source,
             "unit": self.unit,
@@ -82,6 +84,7 @@ class ScoreTable:
                 for name, options in self.options.items()
             },
         }
+        return sealed(data)
 
     @staticmethod
     def open(path: Path) -> ScoreTable:
@@ -89,16 +92,20 @@ class ScoreTable:
 
         Raises:
             UsageError: none there, or a damaged one.
+            SourceError: it does not match its checksum.
         """
         path = path / SCORES_FILE if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_json(path)
+        except SourceError as error:
             raise UsageError(
-                f"{path}: cannot be read as a table of scores: {error}. 'kbitc compile MODEL --bits B' "
+                f"{path}: cannot be read as a table of scores ({error}). 'kbitc compile MODEL --bits B' "
                 "writes one into its artifact"
             ) from error
-        return ScoreTable.from_json(data, str(path))
+        table = ScoreTable.from_json(data, str(path))
+        if data["format"] > 1 or SEAL in data:
+            check_seal(data, str(path), "compile the model again")
+        return table
 
     @staticmethod
     def from_json(data: Any, label: str = "scores") -> ScoreTable:
@@ -107,29 +114,41 @@ class ScoreTable:
         Raises:
             UsageError: not a score table, or of a newer format.
         """
-        try:
-            if data["format"] > FORMAT:
+        with well_formed(label, "compile the model again", UsageError):
+            if int(data["format"]) > FORMAT:
                 raise UsageError(
                     f"{label}: score format {data['format']}, but this kbitc reads up to {FORMAT}; "
                     "upgrade kbitc"
                 )
             options = {
-                name: tuple(Option(parse(s), int(n), float(c), float(e)) for s, n, c, e in entry["options"])
+                name: tuple(_option(*option) for option in entry["options"])
                 for name, entry in data["weights"].items()
             }
             numel = {name: int(entry["parameters"]) for name, entry in data["weights"].items()}
-            return ScoreTable(
+            groups = {kind: [strings(names, kind) for names in own] for kind, own in data["groups"].items()}
+            table = ScoreTable(
                 options,
                 numel,
                 int(data["fixed_bytes"]),
                 int(data["parameters"]),
-                data["source"],
-                data["unit"],
+                str(data["source"]),
+                str(data["unit"]),
                 str(data.get("quantizer", "")),
-                {kind: [tuple(names) for names in groups] for kind, groups in data["groups"].items()},
+                groups,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{label}: not a table of scores ({type(error).__name__}: {error})") from error
+            named = {name for own in groups.values() for names in own for name in names}
+            if min([table.parameters, *numel.values()]) <= 0 or table.fixed < 0:
+                raise ValueError("a weight without parameters")
+            if not all(options.values()) or not named <= options.keys():
+                raise ValueError("a weight without options")
+            return table
+
+
+def _option(spec: str, nbytes: int, cost: float, error: float) -> Option:
+    option = Option(parse(spec), int(nbytes), float(cost), float(error))
+    if option.nbytes < 0 or math.isnan(option.cost):
+        raise ValueError(f"{spec} of {nbytes} bytes and cost {cost}")
+    return option
 
 
 SCORES: Fact[ScoreTable] = Fact("scores")

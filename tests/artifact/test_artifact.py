@@ -112,6 +112,58 @@ def test_resume_survives_a_torn_journal_line(tmp_path):
         assert torch.equal(handle.get_tensor("b"), DATA["b"]["b"])
 
 
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder of which both units were written before the interruption; gives the journal."""
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out", SLOTS, {"id": 1}) as writer:
+        for unit, tensors in DATA.items():
+            writer.put(unit, tensors, {"error": 0.5})
+        raise KeyboardInterrupt
+    return writer.journal, writer.partial
+
+
+def resume(tmp_path):
+    """Finish it; the units that were found done, and the file's bytes."""
+    with Writer(tmp_path / "out", SLOTS, {"id": 1}, is_resumed=True) as writer:
+        done = set(writer.done)
+        for unit in set(DATA) - done:
+            writer.put(unit, DATA[unit], {"error": 0.5})
+        notes = [writer.done[unit]["error"] for unit in DATA]
+        writer.commit({PLAN_FILE: "{}"})
+    return done, notes, (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_resume_takes_nothing_from_a_changed_journal(interrupted, tmp_path):
+    journal, _ = interrupted
+    whole = (write(tmp_path / "whole") / "model.safetensors").read_bytes()
+    head, *lines = journal.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace("0.5", "0.7")
+    journal.write_text("".join([head, *lines]))
+    assert resume(tmp_path) == ({"a"}, [0.5, 0.5], whole)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"{" * 9000, b'{"unit": "b"}', b"\xff", b'{"unit": "b", "tensors": 3}']
+)
+def test_resume_survives_a_damaged_journal(interrupted, tmp_path, line):
+    journal, _ = interrupted
+    head, first, _ = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(head + first + line + b"\n")
+    assert resume(tmp_path)[0] == {"a"}
+
+
+def test_resume_writes_again_what_the_files_do_not_hold(interrupted, tmp_path):
+    """As after a power failure, where the journal may be ahead of the data."""
+    _, partial = interrupted
+    whole = (write(tmp_path / "whole") / "model.safetensors").read_bytes()
+    file = partial / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    done, _, written = resume(tmp_path)
+    assert (len(done), written) == (1, whole)
+
+
 def test_resume_refuses_another_source(tmp_path):
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out", SLOTS, {"id": 1}):
         raise KeyboardInterrupt
@@ -209,7 +261,7 @@ def truncate(folder):
     ("change", "message"),
     [
         (flip_last_byte, "does not match its checksum"),
-        (truncate, "truncated or damaged"),
+        (truncate, "is truncated"),
         (lambda f: (f / "model.safetensors").unlink(), "tensors are missing"),
         (lambda f: (f / PLAN_FILE).unlink(), "not a compiled model"),
         (lambda f: (f / PLAN_FILE).write_text("{"), "damaged"),

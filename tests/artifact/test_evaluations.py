@@ -97,19 +97,17 @@ def test_an_artifacts_own_come_first(tmp_path):
         ('{"model": 1}', "KeyError: 'context'"),
         (json.dumps(OLD | {"loss": "much"}), "ValueError"),
         (json.dumps(OLD | {"tokens": None}), "TypeError"),
-        (json.dumps(OLD | {"float_activations": 3}), "TypeError"),
+        (json.dumps(OLD | {"float_activations": 3}), "AttributeError"),
         ("[3]", "TypeError"),
-        ('[{"model"', "JSONDecodeError"),
-        ("", "JSONDecodeError"),
+        ('[{"model"', "is not valid JSON"),
+        ("", "is not valid JSON"),
     ],
 )
 def test_a_damaged_file_is_named_and_not_written_over(text, why, tmp_path):
     path = tmp_path / EVAL_FILE
     path.write_text(text)
     for use in (lambda: evaluations_of(tmp_path), lambda: keep_evaluation(tmp_path, PLAIN)):
-        with pytest.raises(
-            UsageError, match=rf"kbit_eval\.json: not a result of 'kbitc eval --json' \({why}"
-        ):
+        with pytest.raises(UsageError, match=rf"kbit_eval\.json: not a result of 'kbitc eval --json'.*{why}"):
             use()
     assert path.read_text() == text
 

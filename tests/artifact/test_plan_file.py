@@ -24,7 +24,7 @@ SPECS = ("nf4:64", "int3:50+zp", "bof5:32+dq", "learned4:64+out2%", "int8:64", "
 texts = st.text(max_size=12)
 names = st.text(min_size=1, max_size=12)
 counts = st.integers(1, 10**12)
-shapes = st.lists(st.integers(1, 10**6), max_size=4).map(tuple)
+shapes = st.lists(st.integers(1, 1000), max_size=4).map(tuple)
 aliases = st.lists(texts, max_size=2).map(tuple)
 shares = st.floats(0, 1).map(lambda value: round(value, 6))
 numbers = st.floats(-1e6, 1e6)
@@ -51,6 +51,7 @@ plans = st.builds(
     weights=st.dictionaries(names, entries, max_size=3),
     left_alone=st.dictionaries(names, st.builds(LeftAlone, texts, shapes, aliases), max_size=2),
     checksums=st.dictionaries(names, texts, max_size=3),
+    files=st.none() | st.dictionaries(names, texts, max_size=3),
     budget=st.none() | numbers,
     calibration=st.none() | texts,
     predicted=st.none() | st.builds(Prediction, numbers, texts, texts, st.none() | numbers),

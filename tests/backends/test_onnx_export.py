@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -32,6 +33,7 @@ from kbitc.backends.onnx_export.container import ACTIVATIONS, choose_container  
 from kbitc.backends.onnx_export.emit import Emitter  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.export import export_onnx  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.initializers import ExportOptions  # noqa: E402  # it needs the packages
+from kbitc.backends.onnx_export.runtime import OnnxModel  # noqa: E402  # it needs the packages
 from kbitc.backends.onnx_export.weight import OnnxWeight  # noqa: E402  # it needs the packages
 
 KINDS = ("linear", "embedding", "tied")
@@ -247,16 +249,54 @@ def test_verify_finds_a_changed_weight(demo, tmp_path):
     start = len(data) // 2
     data[start : start + 20000] = bytes(20000)
     (broken / "model.onnx.data").write_bytes(data)
+    with pytest.raises(SourceError, match=r"model\.onnx\.data: does not match its checksum"):
+        onnx_verify.verify(broken)
+    as_before(broken)
     assert any(not found.is_passed for found in onnx_verify.verify(broken))
+
+
+def as_before(folder, change=lambda report: None):
+    """An export of an earlier version, which had no checksums."""
+    report = json.loads((folder / "kbit_export.json").read_text())
+    change(report)
+    plain = {key: value for key, value in report.items() if key not in ("checksums", "sha256")}
+    (folder / "kbit_export.json").write_text(json.dumps(plain))
+
+
+def test_a_changed_file_is_found(demo, tmp_path):
+    """Whichever of them, before anything is run; so is a report that says something else."""
+    broken = shutil.copytree(demo[0] / "onnx", tmp_path / "broken")
+    names = [path.name for path in broken.iterdir() if path.name != "kbit_export.json"]
+    assert {"model.onnx", "model.onnx.data", "config.json", "genai_config.json", "tokenizer.json"} <= {*names}
+    for name in names:
+        raw = (broken / name).read_bytes()
+        (broken / name).write_bytes(raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:])
+        with pytest.raises(SourceError, match=f"{re.escape(name)}: does not match its checksum"):
+            OnnxModel(broken)
+        (broken / name).write_bytes(raw)
+    OnnxModel(broken)
+    report = json.loads((broken / "kbit_export.json").read_text())
+    for change in ({"parameters": 7}, {"checksums": {}}, {"weights": {}}, {"sha256": None}, {"files": {}}):
+        (broken / "kbit_export.json").write_text(json.dumps(report | change))
+        with pytest.raises(SourceError, match=r"kbit_export\.json: does not match its checksum"):
+            OnnxModel(broken)
+    for change in (
+        {"weights": 3},
+        {"files": [1]},
+        {"kind": None},
+        {"parameters": 0},
+        {"left_alone": {"a": 1}},
+    ):
+        (broken / "kbit_export.json").write_text(json.dumps(report | change))
+        with pytest.raises(SourceError, match=r"kbit_export\.json: damaged"):
+            OnnxModel(broken)
 
 
 def test_verify_finds_a_dense_weight(demo, tmp_path):
     folder, _ = demo
     broken = tmp_path / "broken"
     shutil.copytree(folder / "onnx", broken)
-    report = json.loads((broken / "kbit_export.json").read_text())
-    report["weights"].pop("model.layers.0.mlp.up_proj.weight")
-    (broken / "kbit_export.json").write_text(json.dumps(report))
+    as_before(broken, lambda report: report["weights"].pop("model.layers.0.mlp.up_proj.weight"))
     with pytest.raises(SourceError, match=r"up_proj\.weight.* expanded"):
         onnx_verify.verify(broken)
 

@@ -104,3 +104,19 @@ def test_bad_usage_is_one_paragraph(kbitc, arguments, code, message, tmp_path):
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_our_own_is_one_paragraph_and_a_traceback_on_request(monkeypatch, capsys):
+    def fail():
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr(sys.modules["kbitc.cli.main"], "app", fail)
+    monkeypatch.delenv("KBITC_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a fault of kbitc, or a damaged file that it does not know: ZeroDivisionError: a mistake" in said
+    monkeypatch.setenv("KBITC_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main()

@@ -27,6 +27,7 @@ class Checker(HTMLParser):
         self.tags[tag] += 1
         for key, value in attrs:
             assert not key.startswith("on"), (tag, key)
+            assert key != "style", "the policy lets no attribute style anything"
             if key == "id":
                 self.ids.append(value)
             if key in ("href", "src"):
@@ -53,6 +54,10 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
+def digest_of(text):
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 def check_page(html):
     """A valid page that fetches nothing."""
     page = Checker(html)
@@ -62,15 +67,15 @@ def check_page(html):
     assert "http" not in html.replace("http-equiv", "")
     (policy,) = page.policies
     script = policy.pop("script-src", None)
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
     assert policy == {
         "default-src": "'none'",
         "base-uri": "'none'",
         "form-action": "'none'",
-        "style-src": "'unsafe-inline'",
+        "style-src": f"'sha256-{digest_of(style)}'",
     }
     scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
-    assert [script] == [f"'sha256-{digest}'" for digest in digests] or (script is None and not scripts)
+    assert [script] == [f"'sha256-{digest_of(text)}'" for text in scripts] or (script is None and not scripts)
     assert page.tags["script"] == len(scripts) <= 1
     return page
 

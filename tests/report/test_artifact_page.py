@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from kbitc.artifact.plan_file import PlanFile
 from kbitc.compiler import inspection
 from kbitc.compiler.driver import compile_to
 from kbitc.compiler.request import Request
-from kbitc.errors import UsageError
+from kbitc.errors import SourceError, UsageError
 from kbitc.formats.spec import parse
 from kbitc.report.artifact_page import artifact_page
 from kbitc.report.page import Section
@@ -39,7 +40,7 @@ def test_every_artifact_has_a_whole_page(artifact, check):
         assert entry["reason"] in text
     for name in plan["left_alone"]:
         assert name in text
-    assert page.tags["svg"] == 3
+    assert page.tags["figure"] == 3
     assert [step["name"] for step in plan["passes"]] == list(
         ("canonicalize", "score_sensitivity", "allocate_bits")
     )
@@ -62,7 +63,7 @@ def test_inspect_writes_the_page_again_with_measured_losses(artifact, tmp_path, 
         without = inspection.inspect(str(artifact)).html()
     finally:
         (tmp_path / "scores.json").rename(artifact / "kbit_scores.json")
-    assert check(without).tags["svg"] == 2
+    assert check(without).tags["figure"] == 2
     with pytest.raises(UsageError, match=r"--measured: demo is not compiled"):
         inspection.inspect("demo", measured=[other])
 
@@ -139,3 +140,43 @@ def test_sections_of_others_have_their_place(check):
 def test_a_plan_without_a_score_table_or_weights(check):
     check(artifact_page(plan_of(["a.0.w"])))
     check(artifact_page(plan_of([])))
+
+
+ALTERED = [
+    {"index": ["<script>alert(1)</script>"], "magnitude": [1.0], "reason": ""},
+    {"index": [1], "magnitude": ["<script>alert(1)</script>"], "reason": ""},
+    {"index": [1], "magnitude": [1.0, 2.0], "reason": ""},
+    {"index": [1], "kept": "<script>", "reason": ""},
+    {"reason": ""},
+    [1],
+]
+
+
+@pytest.mark.parametrize("features", ALTERED, ids=range(len(ALTERED)))
+def test_no_script_of_an_altered_plan_gets_into_its_page(artifact, features, tmp_path):
+    """Outlier features are numbers, or the plan is damaged."""
+    folder = shutil.copytree(artifact, tmp_path / "out")
+    plan = json.loads((folder / "kbit_plan.json").read_text())
+    next(iter(plan["weights"].values()))["outlier_features"] = features
+    (folder / "kbit_plan.json").write_text(json.dumps(plan))
+    with pytest.raises(SourceError, match=r"kbit_plan\.json: damaged"):
+        inspection.inspect(str(folder))
+
+
+def test_text_of_an_altered_plan_is_escaped(artifact, check, evil, tmp_path):
+    folder = shutil.copytree(artifact, tmp_path / "out")
+    plan = json.loads((folder / "kbit_plan.json").read_text())
+    first = next(iter(plan["weights"].values()))
+    first |= {"reason": evil, "aliases": [evil], "quantizer": evil}
+    first["outlier_features"] = {"index": [1], "magnitude": [2.0], "reason": evil, "kept": 1}
+    plan |= {
+        "calibration": evil,
+        "kbitc": evil,
+        "fusions": {evil: {"groups": [[evil]], "left": {evil: evil}}},
+    }
+    plan["passes"] = [{"name": evil, "nodes_before": 1, "nodes_after": 1, "changes": evil}]
+    plan["source"]["name"] = evil
+    (folder / "kbit_plan.json").write_text(json.dumps(plan))
+    html = inspection.inspect(str(folder)).html()
+    check(html)
+    assert "alert(1)" not in html.replace("&lt;script&gt;alert(1)&lt;/script&gt;", "")

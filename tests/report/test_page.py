@@ -104,7 +104,7 @@ def test_a_table_sorts_and_filters_where_it_has_a_name(check):
     for html in (plain, named):
         assert '<td>&lt;b&gt;</td><td class=n data-v="1.5">1.5</td>' in html
         assert "<td class=s><code>spec</code>note</td>" in html
-        assert 'style="width:50.0%"' in html
+        assert '<rect width="50.0" height=1 />' in html
     assert "button" not in plain
     seen = check(page("t", "s", {}, [Section("a", named), Section("b", plain)]))
     assert (seen.tags["button"], seen.tags["script"]) == (2, 1)
