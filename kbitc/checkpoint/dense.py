@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kbitc.checkpoint import Checkpoint
+from kbitc.errors import SourceError, first_line
 
 
 def compute_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -56,10 +57,20 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer that lies in a folder; None if there is none."""
+    """The tokenizer that lies in a folder; None if there is none.
+
+    Raises:
+        SourceError: transformers cannot make one of the files.
+    """
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise SourceError(
+                f"transformers cannot load the tokenizer: {first_line(error)}. Copy the tokenizer files of "
+                "the original model"
+            ) from error
