@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kbitc.checkpoint import Checkpoint
+from kbitc.checkpoint.companions import vocabulary_names
 from kbitc.errors import SourceError, first_line
 
 
@@ -64,7 +65,7 @@ def tokenizer_in(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any((folder / name).exists() for name in vocabulary_names()):
         return None
     with quiet_transformers():
         try:
