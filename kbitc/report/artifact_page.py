@@ -56,7 +56,7 @@ def artifact_page(
         *sections,
         passes_section(plan.passes),
         fusions_section(plan.fusions),
-        Section("Not packed", left_alone(plan.left_alone)),
+        Section("Left at 16 bits", left_alone(plan.left_alone)),
     ]
     subtitle = f"compiled to k-bit weights by kbitc {plan.kbitc}"
     return page(plan.source, subtitle, headline_facts(plan), parts)
