@@ -4,7 +4,7 @@ before:  linear(x, w, b)    addmm(b, x, w)        matmul(x, t(w))    _grouped_mm
 after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_linear(x, w, n)
 
 T is ``is_transposed``: w is stored as (in, out). Parameters that no such node reads, or that are
-read in two ways, stay at 16 bits in ``rest``, each with the reason. Tied weights are one `Weight`.
+read in two ways, stay unpacked in ``rest``, each with the reason. Tied weights are one `Weight`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import fx
 
-from kbitc.graph.matching import Match, Miss, match
+from kbitc.graph.matching import KERNEL, Match, Miss, match
 from kbitc.graph.program import Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
 from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEVER_READ = "never read by the captured graph"
+EXP = "aten.exp"  # an error in what it takes is a relative one in what it gives: Mamba's A_log
 POINTWISE = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tanh")
 
 
@@ -56,9 +57,16 @@ class Canonicalize:
                 calls = sorted((read.node for read, _ in outcomes), key=order.__getitem__)
                 weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
             else:
-                rest[name] = replace(tensor, reason=miss.reason, is_matmul=miss.is_matmul)
+                rest[name] = replace(
+                    tensor,
+                    reason=miss.reason,
+                    is_matmul=miss.is_matmul,
+                    is_wide=tensor.is_wide or any(op_name(read.node) == EXP for read, _ in outcomes),
+                    is_summed=_is_summed(outcomes),
+                )
         module = fx.GraphModule(program.graph, graph)
-        return replace(program, graph=module, weights=weights, rest=rest, stage=Stage.CANONICAL)
+        canonical = replace(program, graph=module, weights=weights, rest=rest, stage=Stage.CANONICAL)
+        return canonical.with_stored_dtypes(rest)
 
 
 Outcomes = list[tuple[WeightRead, Match | Miss]]
@@ -105,6 +113,11 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
     if len({o.is_transposed for o in matches}) > 1:
         return Miss("used both as (out, in) and as (in, out)", is_matmul)
     return None
+
+
+def _is_summed(outcomes: Outcomes) -> bool:
+    """Whether rows of a tensor meet others in sums or are looked up, or nothing reads it."""
+    return not outcomes or any(isinstance(o, Match) or o.is_matmul or o.reason == KERNEL for _, o in outcomes)
 
 
 def _rewrite(

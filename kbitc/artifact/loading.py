@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kbitc.artifact import verifying
 from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.mixed_floats import run_in_one_dtype
 from kbitc.artifact.reader import ADVICE, Artifact
 from kbitc.artifact.transformers_quantizer import quantization_config, register
 from kbitc.checkpoint.companions import CONFIG
@@ -88,7 +89,9 @@ def _check_keys(artifact: Artifact, about: Mapping[str, Any]) -> None:
 
 
 def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> nn.Module:
-    """Put an artifact's weights into a module of the same structure.
+    """Put an artifact's weights into a module of the same structure, in the module's dtypes.
+
+    What is stored at 32 bits stays so in a module of 16, whose layers then compute in float32 there.
 
     Args:
         module: may be on the meta device; changed in place and returned.
@@ -102,7 +105,14 @@ def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> 
     artifact = Artifact.open(Path(folder))
     if verify and verifying.is_wanted():
         artifact.verify()
-    state: dict[str, Tensor] = artifact.state()
+    own = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    state: dict[str, Tensor] = artifact.state(
+        {name: dtype for name, dtype in own.items() if _is_plain(dtype)}
+    )
+    kept = {name for name in artifact.plan.left_alone if _is_kept(state[name].dtype, own.get(name))}
+    for name in state.keys() - artifact.plan.packed.keys() - kept:
+        if _is_plain(state[name].dtype) and _is_plain(own.get(name)):
+            state[name] = state[name].to(own[name])
     for name, entry in artifact.plan.weights.items():
         tensor = state[name]
         if isinstance(tensor, KbitTensor):
@@ -116,4 +126,18 @@ def load_into(module: nn.Module, folder: str | Path, *, verify: bool = True) -> 
             f"{folder}: does not fit this module: missing {outcome.missing_keys[:3]}, "
             f"unexpected {outcome.unexpected_keys[:3]}"
         )
+    for dtype in {own[name] for name in kept}:
+        run_in_one_dtype(module, dtype)
     return module
+
+
+def _is_plain(dtype: torch.dtype | None) -> bool:
+    """Whether a dtype is one to compute in."""
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _is_kept(stored: torch.dtype, own: torch.dtype | None) -> bool:
+    """Whether a tensor is stored at 32 bits, which a module has 16 for."""
+    return (
+        _is_plain(stored) and _is_plain(own) and stored.itemsize > 2 and own is not None and own.itemsize == 2
+    )

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from kbitc.artifact.stored import checksum, stored_tensors
@@ -94,8 +95,8 @@ def _convert(
     assert program.plan is not None
     if isinstance(entry, Rest):
         # Whole numbers take the model's width: a source may hold its index buffers in another.
-        source = source if source.is_floating_point() else source.to(entry.dtype)
-        return {entry.name: checked_plain(entry.name, source, must_be_finite=entry.is_parameter)}, {}
+        dtype = entry.stored if source.is_floating_point() else entry.dtype
+        return {entry.name: checked_plain(entry.name, source, dtype, must_be_finite=entry.is_parameter)}, {}
     if program.plan.weights[entry.name].spec.is_left_alone:
         kept = checked_plain(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": relative_error(source, kept), "quantizer": ""}
@@ -125,15 +126,17 @@ def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, P
     return used, quantizer.quantize(oriented, choice.spec, evidence)
 
 
-def checked_plain(name: str, tensor: Tensor, *, must_be_finite: bool) -> Tensor:
-    """A tensor as it is stored unpacked, see `kbitc.formats.layout.stored_plain`.
+def checked_plain(
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, *, must_be_finite: bool
+) -> Tensor:
+    """A tensor as it is stored unpacked: in ``dtype``, by default see `kbitc.formats.layout.stored_plain`.
 
     Raises:
         UsageError: a parameter that is not finite.
     """
     if must_be_finite:
         check_finite(name, tensor)
-    return stored_plain(tensor)
+    return stored_plain(tensor) if dtype is None else tensor.to(dtype)
 
 
 def _source_bytes(entry: Weight | Rest) -> int:

@@ -88,7 +88,7 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A tensor that stays at 16 bits, and why."""
+    """A tensor that is not packed, and why."""
 
     reason: str
     shape: tuple[int, ...]

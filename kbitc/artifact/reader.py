@@ -152,12 +152,11 @@ class Artifact:
         """The shared codebooks, by stored name."""
         return {name: stored.read() for name, stored in self.stored.items() if name.startswith(SHARED)}
 
-    def state(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def state(self, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
         """All weights by parameter name: packed ones as ``KbitTensor``, the rest as stored.
 
         Args:
-            dtype: logical dtype of packed weights, and dtype of the other floats; by default the
-                source's.
+            dtypes: logical dtypes of packed weights by name; by default the source's.
         """
         shared = self.shared()
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.specs}
@@ -167,15 +166,14 @@ class Artifact:
             if owner in parts and leaf in TENSOR_FIELDS:
                 parts[owner][leaf] = tensor
             elif not key.startswith(SHARED):
-                is_cast = dtype is not None and tensor.is_floating_point()
-                state[key] = tensor.to(dtype) if is_cast else tensor
+                state[key] = tensor
         for name, entry in self.plan.packed.items():
             state[name] = assemble(
                 parts[name],
                 entry.spec,
                 entry.shape,
                 shared,
-                dtype or entry.dtype,
+                (dtypes or {}).get(name, entry.dtype),
                 is_transposed=entry.is_transposed,
             )
         return state

@@ -46,8 +46,10 @@ def _classes() -> tuple[type, type]:
 
     from kbitc.artifact import verifying
     from kbitc.artifact.folders import FORMAT
+    from kbitc.artifact.mixed_floats import run_in_one_dtype
     from kbitc.artifact.reader import read_shared
     from kbitc.artifact.stored import assemble
+    from kbitc.checkpoint.float32_names import float32_names
     from kbitc.errors import SourceError
     from kbitc.formats.layout import SHARED
     from kbitc.formats.packed import TENSOR_FIELDS
@@ -86,6 +88,7 @@ def _classes() -> tuple[type, type]:
         """Reads kbitc artifacts; compiling is ``kbitc compile``."""
 
         quantization_config: KbitConfig
+        dtype = torch.get_default_dtype()
         requires_calibration = True  # transformers: only pre-quantized checkpoints
 
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -103,12 +106,22 @@ def _classes() -> tuple[type, type]:
         def _process_model_before_weight_loading(
             self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
         ) -> Any:
+            self.wide = float32_names(model, self.dtype)
             files = [Path(file) for file in checkpoint_files or ()]
             if self.pre_quantized and files and verifying.is_wanted():
                 verifying.verify_files(files, model.config)
             self.shared = read_shared(files)
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
+            return model
+
+        def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+            # What an artifact holds unpacked at 32 bits would lose at 16.
+            is_wide = hasattr(param, "get_dtype") and param.get_dtype() in ("F32", "F64")
+            return None if is_wide else super().get_new_dtype(converter, param, dtype)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            run_in_one_dtype(model, self.dtype)
             return model
 
         def assemble(self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
@@ -120,7 +133,7 @@ def _classes() -> tuple[type, type]:
                 parse(config.weights[name]),
                 shape,
                 self.shared,
-                getattr(self, "dtype", None) or torch.get_default_dtype(),
+                torch.float32 if name in self.wide else self.dtype,
                 is_transposed=name in config.transposed,
             )
 

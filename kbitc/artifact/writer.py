@@ -45,6 +45,15 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64",
 }
 
 
@@ -65,7 +74,7 @@ class Writer:
 
     Raises:
         UsageError: ``out`` exists (without force), cannot be written, is being written by another process,
-            or was begun with another identity.
+            or was begun with another identity; or a tensor has a dtype that safetensors does not know.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Writer:
         is_resumed: bool = False,
         claim: FolderClaim | None = None,
     ) -> None:
+        _check_dtypes(slots)
         self.out = out
         self.slots = slots
         self.files = _split(slots)
@@ -288,6 +298,17 @@ class _File:
                 "data_offsets": [start, start + slot.nbytes],
             }
         return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def _check_dtypes(slots: Mapping[str, Mapping[str, Slot]]) -> None:
+    for unit in slots.values():
+        for key, slot in unit.items():
+            if slot.dtype not in _DTYPES:
+                raise UsageError(
+                    f"{key}: is of {str(slot.dtype).removeprefix('torch.')}, which a safetensors file cannot "
+                    "hold; register it with persistent=False, or store it in another dtype (torch.complex64 "
+                    "for complex numbers)"
+                )
 
 
 def _split(slots: Mapping[str, Mapping[str, Slot]]) -> list[_File]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kbitc.checkpoint import Checkpoint
+from kbitc.checkpoint.companions import vocabulary_names
 from kbitc.checkpoint.skeletons import CODE_IS_NOT_RUN
 from kbitc.errors import SourceError, foreign
 
@@ -74,7 +75,7 @@ def tokenizer_in(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any((folder / name).exists() for name in vocabulary_names()):
         return None
     with quiet_transformers(), foreign(f"{folder}: its tokenizer cannot be read", CODE_IS_NOT_RUN):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -41,7 +41,9 @@ class HfFolder(Checkpoint):
     def __init__(self, folder: Path, label: str | None = None) -> None:
         self.folder = folder
         self.label = label or str(folder)
+        companions.checked(folder / companions.CONFIG, folder)
         self.config = read_json(folder / companions.CONFIG)
+        companions.companion_files(folder)  # what is wrong with them is said before the work
         self.files = weight_files(folder, self.config, self.label)
         self.stored = _stored(self.files)
         self._linked = self._link()

@@ -17,7 +17,6 @@ from kbitc.errors import SourceError, first_line
 from kbitc.system.json_file import read_json
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
-SMALL = [companions.CONFIG, *companions.PATTERNS, "model.safetensors.index.json"]
 WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 
 
@@ -34,10 +33,11 @@ def open_hub(label: str, revision: str | None = None) -> HfFolder:
     match = HUB_ID.fullmatch(label)
     assert match is not None, label
     repo, revision = match["repo"], revision or match["revision"]
-    folder = _snapshot(label, repo, revision, SMALL)
+    small = [companions.CONFIG, *companions.patterns(), "model.safetensors.index.json"]
+    folder = _snapshot(label, repo, revision, small)
     check_folder(folder, label)
     # The folder is named by its commit: a push between the two downloads cannot mix two models.
-    _snapshot(label, repo, folder.name, WEIGHTS)
+    _snapshot(label, repo, folder.name, [*WEIGHTS, *companions.named_in(folder)])
     if not any(folder.glob("model*.safetensors")):
         config = folder / companions.CONFIG
         raise SourceError(

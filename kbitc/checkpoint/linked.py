@@ -129,7 +129,7 @@ def _check_fit(model: nn.Module, recipes: Mapping[str, Recipe], label: str) -> N
         wanted, info = tensor_of(model, name), recipe.info
         where = f"{label}: '{name}' (from '{recipe.sources[0][1]}')"
         is_plain = info.dtype.is_floating_point and info.dtype.itemsize > 1
-        if wanted.is_floating_point() and not is_plain:
+        if wanted.is_floating_point() and not is_plain and wanted.dtype != info.dtype:
             raise SourceError(
                 f"{where} is stored as {str(info.dtype).removeprefix('torch.')}: the checkpoint is "
                 "quantized already; compile the 16-bit model that it was made from"

@@ -187,8 +187,11 @@ def _print_result(result: Result) -> None:
     for key, numel in size.most_common():
         error = f"{(squared[key] / numel) ** 0.5:.4f}" if squared[key] else ""
         table.add_row(key, str(count[key]), f"{numel:,}", error)
-    rest = sum(entry.numel for entry in program.rest.values())
-    table.add_row("16 bits (norms, biases, ...)", str(len(program.rest)), f"{rest:,}", "")
+    wide = [entry.numel for entry in program.rest.values() if entry.is_kept_wide]
+    rest = sum(entry.numel for entry in program.rest.values()) - sum(wide)
+    table.add_row("16 bits (norms, biases, ...)", str(len(program.rest) - len(wide)), f"{rest:,}", "")
+    if wide:
+        table.add_row("32 bits (what 16 bits would lose)", str(len(wide)), f"{sum(wide):,}", "")
     console.out.print(table)
     console.out.print(
         f"[bold]{result.bits_per_param:.4f}[/] stored bits per parameter, "

@@ -42,6 +42,7 @@ def evaluate(
     from kbitc.artifact.evaluations import Evaluation, keep_evaluation
     from kbitc.artifact.folders import PLAN_FILE
     from kbitc.checkpoint import demo
+    from kbitc.evaluation.causality import check_causal
     from kbitc.evaluation.opening import need_tokenizer, open_model
     from kbitc.evaluation.perplexity import perplexity, read_text, windows
     from kbitc.tensor.activations import use_activations
@@ -52,8 +53,11 @@ def evaluate(
     with console.progress("loading") as update:
         loaded = open_model(model)
         tokenizer = need_tokenizer(loaded, model)
+        check_causal(loaded.model, model)
         left = use_activations(loaded.model, activations) if activations != "float" else {}
         reference = open_model(against).model if against else None
+        if reference is not None:
+            check_causal(reference, f"--against {against}")
         context = min(context, demo.CONTEXT) if text is None else context
         ids = windows(loaded.model, tokenizer, body, context, limit_tokens)
         score = perplexity(loaded.model, ids, reference=reference, on_progress=update)

@@ -27,6 +27,7 @@ def run(
     import time
 
     from kbitc.backends import make_decoder
+    from kbitc.evaluation.causality import check_causal
     from kbitc.evaluation.generation import generate
     from kbitc.evaluation.opening import need_tokenizer, open_model
 
@@ -34,6 +35,7 @@ def run(
     with console.progress("loading"):
         loaded = open_model(model)
         tokenizer = need_tokenizer(loaded, model)
+        check_causal(loaded.model, model)
     decoder = make_decoder(loaded.model, backend)
     pieces = generate(decoder, tokenizer, prompt, new_tokens)
     made: list[str] = []

@@ -114,4 +114,4 @@ def _print_left(reasons: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        console.out.print(f"left at 16 bits ({reason}): {', '.join(names[:2])}{more}", highlight=False)
+        console.out.print(f"not packed ({reason}): {', '.join(names[:2])}{more}", highlight=False)

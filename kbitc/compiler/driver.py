@@ -87,7 +87,7 @@ class Result:
             "bits_per_param": self.bits_per_param,
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "weights": program.plan.to_json()["weights"],
-            "left_alone": {name: rest.reason for name, rest in program.rest.items()},
+            "left_alone": {name: rest.description for name, rest in program.rest.items()},
             "fusions": {name: record.to_json() for name, record in self.fusions.items()},
         }
 
@@ -226,7 +226,7 @@ def _plan_file(result: Result, writer: Writer) -> PlanFile:
         source_bytes=result.source_bytes,
         weights=weights,
         left_alone={
-            name: LeftAlone(rest.reason, rest.shape, rest.aliases) for name, rest in program.rest.items()
+            name: LeftAlone(rest.description, rest.shape, rest.aliases) for name, rest in program.rest.items()
         },
         checksums=writer.checksums,
         budget=program.plan.budget,

@@ -87,7 +87,7 @@ class Inspection:
             }
             for name, weight in self.program.weights.items()
         }
-        left = {name: rest.reason for name, rest in self.program.rest.items()}
+        left = {name: rest.description for name, rest in self.program.rest.items()}
         fusions = {name: record.to_json() for name, record in self.fusions.items()}
         return {
             "parameters": self.program.parameter_count,

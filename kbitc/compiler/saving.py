@@ -12,9 +12,10 @@ from kbitc.artifact.pack import checked_plain
 from kbitc.artifact.plan_file import LeftAlone, PlanFile, WeightEntry
 from kbitc.artifact.stored import stored_tensors
 from kbitc.artifact.writer import Writer
+from kbitc.checkpoint.float32_names import float32_names
 from kbitc.compiler.documents import documents
 from kbitc.errors import UsageError
-from kbitc.formats.layout import Slot, shared_codebooks
+from kbitc.formats.layout import Slot, plain_dtype, shared_codebooks
 from kbitc.graph.plan import Choice
 from kbitc.graph.stored import CODEBOOKS
 from kbitc.tensor.kbit_tensor import KbitTensor
@@ -37,6 +38,7 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     parameters = {id(parameter) for parameter in model.parameters()}
+    asked = float32_names(model)
     stored: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, WeightEntry] = {}
     left: dict[str, LeftAlone] = {}
@@ -51,8 +53,12 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
             weights[first] = WeightEntry(choice, shape, tensor.dtype, tensor.is_transposed, aliases)
             stored[first] = {f"{first}.{field}": t for field, t in stored_tensors(packed).items()}
         else:
+            is_wide = key not in parameters or first in asked
+            dtype = plain_dtype(tensor.cpu(), is_wide=is_wide, is_summed=_is_summed(model, first))
             left[first] = LeftAlone("not packed in the module", tuple(tensor.shape), aliases)
-            stored[first] = {first: checked_plain(first, tensor.cpu(), must_be_finite=key in parameters)}
+            stored[first] = {
+                first: checked_plain(first, tensor.cpu(), dtype, must_be_finite=key in parameters)
+            }
     if not weights:
         raise UsageError("nothing in this model is packed; compile it first with kbitc.compile")
     stored = {CODEBOOKS: shared_codebooks(entry.spec for entry in weights.values()), **stored}
@@ -83,3 +89,11 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
             checksums=writer.checksums,
         )
         writer.commit(documents(plan, data, digests=writer.digests()))
+
+
+def _is_summed(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is the weight of a matmul, a convolution or an embedding, as its module tells."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    return leaf == "weight" and (isinstance(module, kinds) or type(module).__name__ == "Conv1D")

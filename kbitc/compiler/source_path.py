@@ -84,7 +84,8 @@ def run_passes(
         manager = manager.without(without())
     on_progress("capture", 0, 0)
     started = perf_counter()
-    context = Context(checkpoint.read, calibrator, on_progress)
+    dtypes = {name: info.dtype for name, info in checkpoint.tensors().items()}
+    context = Context(checkpoint.read, calibrator, on_progress, dtypes)
     first = (captured or from_inputs(example_inputs))(checkpoint, context)
     middle = perf_counter()
     on_progress("plan", 0, 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.errors import SourceError
+from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.speed import speed
 
@@ -84,6 +85,7 @@ def measure(source: str, kind: str, backend: str, prompt_tokens: int, new_tokens
         model = model.dequantize(torch.bfloat16)  # type: ignore[operator]  # transformers' method
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         bits = 16.0
+    check_causal(model, source)
     decoder = make_decoder(model, backend)
     _forget_peak()
     measured = speed(decoder, prompt_tokens, new_tokens, runs)

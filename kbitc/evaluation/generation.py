@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> Iterator[str]:
     """Greedy continuation of a prompt, a piece of text for each token as it is generated.
 
+    Prompt and continuation are decoded as one: a tokenizer may drop the space before a text's first word.
+
     Yields:
-        Text, empty while a character is not whole; pieces concatenate to the continuation.
+        Text, empty while a character is not whole; pieces concatenate to what follows the prompt.
 
     Raises:
         UsageError: the prompt has no tokens.
@@ -25,17 +27,23 @@ def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give at least one word")
-    made: list[int] = []
-    shown = ""
+    known: list[int] = ids[0].tolist()
+    shown = _text(tokenizer, known)
     for token in decoder.generate(ids, new_tokens, ends=_end_tokens(decoder.model)):
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True)
+        known.append(token)
+        text = _text(tokenizer, known)
         # A character may span several tokens: hold back until it is whole.
         if text.endswith("\ufffd"):
             yield ""
         else:
             yield text[len(shown) :]
             shown = text
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    # Cleaning up would change what was shown before: "do n" to "don't".
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _end_tokens(model: nn.Module) -> set[int]:

@@ -74,6 +74,9 @@ def perplexity(
         ids: (windows, context) token ids.
         reference: also measure KL(reference || model).
         on_progress: told of each window.
+
+    Raises:
+        UsageError: the reference has another vocabulary.
     """
     loss = divergence = wanted_loss = 0.0
     for i, window in enumerate(ids):
@@ -82,6 +85,11 @@ def perplexity(
         loss -= float(log_probs.gather(-1, targets).double().sum())
         if reference is not None:
             wanted = _log_probs(reference, window)
+            if wanted.shape != log_probs.shape:
+                raise UsageError(
+                    f"--against: that model has {wanted.shape[1]} tokens, this one {log_probs.shape[1]}; "
+                    "compare models of one vocabulary"
+                )
             divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
             wanted_loss -= float(wanted.gather(-1, targets).double().sum())
         on_progress("scoring", i + 1, len(ids))

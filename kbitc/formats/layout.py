@@ -19,6 +19,9 @@ from kbitc.formats.spec import SCALE_GROUP, Spec
 
 SHARED = "kbit.codebook."
 SCALE_MAP = f"{SHARED}dynamic8"
+LOSS = 1e-3
+"""Relative error above which rounding loses something; to a normal float16 it is 4.9e-4 at most."""
+CHUNK = 2**22  # values that are compared at once
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,37 @@ def plain_slot(dtype: torch.dtype, shape: tuple[int, ...]) -> Slot:
     return Slot(torch.float16 if is_wide else dtype, shape)
 
 
+def plain_dtype(tensor: Tensor, *, is_wide: bool = False, is_summed: bool = False) -> torch.dtype:
+    """What a tensor that is no weight is stored in: floats at 16 bits where that loses nothing, else at 32.
+
+    Args:
+        tensor: any.
+        is_wide: 32 bits, however little 16 would lose.
+        is_summed: each row meets others in sums, where an error in a small value drowns: it is judged as a
+            whole, and not by each value.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize <= 2:
+        return tensor.dtype
+    narrow = (torch.float32,) if is_wide else (torch.float16, torch.bfloat16, torch.float32)
+    fits = (dtype for dtype in narrow if dtype.itemsize < tensor.dtype.itemsize)
+    return next((dtype for dtype in fits if _holds(dtype, tensor, is_summed)), tensor.dtype)
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor, is_summed: bool) -> bool:
+    """Whether rounding to a dtype loses at most `LOSS` of every value, or of every row."""
+    values = tensor.detach().squeeze()
+    rows = values.flatten(1) if is_summed and values.dim() > 1 else values.reshape(-1, 1)
+    for part in rows.split(max(1, CHUNK // max(1, rows.shape[1]))):
+        back = part.to(dtype).to(part.dtype)
+        error, size = (part - back).double().norm(dim=1), part.double().norm(dim=1)
+        is_same = ((part == back) | (part.isnan() & back.isnan())).all(1)  # infinite values among them
+        if not bool((is_same | (error <= LOSS * size)).all()):
+            return False
+    return True
+
+
 def stored_plain(tensor: Tensor) -> Tensor:
-    """A tensor as it is stored when it is not packed: float32 and float64 at 16 bits, others as they are.
+    """A weight as it is stored under the spec fp16: float32 and float64 at 16 bits, others as they are.
 
     Float16, or bfloat16 (same size, wider range) where float16 would overflow.
     """

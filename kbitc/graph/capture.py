@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from kbitc.checkpoint.float32_names import float32_names
 from kbitc.checkpoint.names import first_names, stored_names
 from kbitc.errors import SourceError, UsageError, first_line
 from kbitc.graph.context import Context
@@ -175,6 +176,7 @@ class StoredNames:
         """All of it as not packable: the state before ``canonicalize``."""
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         aliases: dict[str, list[str]] = {}
+        asked = float32_names(model)
         for name, first in self.first.items():
             if name != first:
                 aliases.setdefault(first, []).append(name)
@@ -186,6 +188,7 @@ class StoredNames:
                 NOT_LOOKED_AT,
                 is_parameter=isinstance(tensors[name], nn.Parameter),
                 aliases=tuple(aliases.get(name, ())),
+                is_wide=name in asked or not isinstance(tensors[name], nn.Parameter),
             )
             for name in self.stored
         }

@@ -6,9 +6,10 @@ The one thing to know: a pass takes what it needs from here, so that nobody has 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 ReadTensor: TypeAlias = Callable[[str], Tensor]
@@ -68,8 +69,10 @@ class Context:
         read: one tensor of the source by name; None for a program without a source.
         calibration: inputs to measure on; None where there are none.
         on_progress: told of long work.
+        dtypes: of the source's tensors, by name, where they are known without reading.
     """
 
     read: ReadTensor | None = None
     calibration: Calibration | None = None
     on_progress: Progress = silent
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from kbitc.graph.weight_reads import WeightRead, is_move, op_name, value_of
 
+KERNEL = "convolution kernel"
+
 
 @dataclass(frozen=True)
 class Match:
@@ -77,7 +79,7 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
         # What happens inside cannot be seen from here, so --strict must not pass over it.
         return Miss(f"read inside the sub-graph of '{name}'", is_matmul=True)
     if name in _CONVOLUTIONS:
-        return Miss("convolution kernel")
+        return Miss(KERNEL)
     if _module_class(node) in _PLAIN_ONLY and value_of(read.view).dim() > 1:
         return Miss("nn.MultiheadAttention computes with plain tensors only", is_matmul=True)
     matcher = _MATCHERS.get(name)

@@ -8,7 +8,7 @@ has packed already lies in ``packed``, and is stored as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar, cast
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
+from kbitc.formats.layout import Slot, plain_dtype, plain_slot
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Context, ReadTensor
 from kbitc.graph.facts import Fact
@@ -127,7 +128,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Rest:
-    """A parameter or buffer that stays at 16 bits, and why.
+    """A parameter or buffer that is not packed, and why.
 
     Attributes:
         name: first name in the model.
@@ -137,6 +138,10 @@ class Rest:
         is_matmul: True when it *is* the weight of a matmul, so that ``--strict`` must fail.
         is_parameter: False for a persistent buffer.
         aliases: other names of the same tensor.
+        is_wide: stays at 32 bits, where the source has them: a buffer, or what the model computes in float32.
+        is_summed: its rows meet others in sums, as those of a matmul do, see
+            `kbitc.formats.layout.plain_dtype`.
+        stored: what it is stored in; None as long as nobody looked: 16 bits.
     """
 
     name: str
@@ -146,11 +151,29 @@ class Rest:
     is_matmul: bool = False
     is_parameter: bool = True
     aliases: tuple[str, ...] = ()
+    is_wide: bool = False
+    is_summed: bool = False
+    stored: torch.dtype | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def description(self) -> str:
+        """The reason, and that a float is kept at more than 16 bits where it is."""
+        return f"{self.reason}; kept at 32 bits" if self.is_kept_wide else self.reason
+
+    @property
+    def is_kept_wide(self) -> bool:
+        """Whether it is a float that is stored at more than 16 bits."""
+        return self.slot.dtype.is_floating_point and self.slot.dtype.itemsize > 2
+
+    @property
+    def slot(self) -> Slot:
+        """Room for it in an artifact."""
+        return plain_slot(self.dtype, self.shape) if self.stored is None else Slot(self.stored, self.shape)
 
 
 Changes: TypeAlias = Mapping[str, Callable[[Tensor, ReadTensor], Tensor]]
@@ -210,7 +233,25 @@ class Program:
 
     def with_changes(self, changes: Changes) -> Program:
         """A copy that stores some tensors otherwise than it found them."""
-        return replace(self, changes=(*self.changes, changes))
+        changed = replace(self, changes=(*self.changes, changes))
+        return changed.with_stored_dtypes(name for name in changes if name in self.rest)
+
+    def with_stored_dtypes(self, names: Iterable[str]) -> Program:
+        """A copy that knows what tensors of ``rest`` are stored in; floats of 32 bits are read for it."""
+        if self.read is None:
+            return self
+        rest = {name: self._with_stored_dtype(self.rest[name], self.read) for name in names}
+        return replace(self, rest={**self.rest, **rest})
+
+    def _with_stored_dtype(self, rest: Rest, read: ReadTensor) -> Rest:
+        source = self.context.dtypes.get(rest.name, rest.dtype)
+        if not source.is_floating_point:
+            return rest
+        if source.itemsize <= 2:
+            return replace(rest, stored=self.context.dtypes.get(rest.name))
+        # At 32 bits in a source of 16: somebody wanted them.
+        is_wide = rest.is_wide or source.itemsize > rest.dtype.itemsize
+        return replace(rest, stored=plain_dtype(read(rest.name), is_wide=is_wide, is_summed=rest.is_summed))
 
     def as_stored(self, read: ReadTensor) -> ReadTensor:
         """Another reader of the same source, with all changes applied."""

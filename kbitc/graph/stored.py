@@ -28,7 +28,7 @@ def stored_slots(program: Program) -> dict[str, dict[str, Slot]]:
         fields = weight_slots(specs[name], weight.oriented_shape[:-1], weight.in_features)
         units[name] = {f"{name}.{field}": slot for field, slot in fields.items()}
     for name, rest in program.rest.items():
-        units[name] = {name: plain_slot(rest.dtype, rest.shape)}
+        units[name] = {name: rest.slot}
     return units
 
 
@@ -39,4 +39,4 @@ def stored_bytes(program: Program) -> int:
 
 def rest_bytes(program: Program) -> int:
     """Bytes that no choice changes: everything that is no weight."""
-    return sum(plain_slot(rest.dtype, rest.shape).nbytes for rest in program.rest.values())
+    return sum(rest.slot.nbytes for rest in program.rest.values())

@@ -43,20 +43,20 @@ def model_page(
     matmuls = sum(rest.is_matmul for rest in program.rest.values())
     facts = {
         "parameters, tied ones counted once": f"{program.parameter_count:,}",
-        "tensors at 16 bits": f"{(2 * packable + rest_bytes(program)) / 1e6:,.2f} MB",
+        "tensors, with weights at 16 bits": f"{(2 * packable + rest_bytes(program)) / 1e6:,.2f} MB",
         f"of the parameters, in {len(program.weights)} weights, can be packed": (
             f"{100 * packable / max(1, program.parameter_count):.2f} %"
         ),
         "weights of matmuls that cannot be packed": str(matmuls),
     }
-    left = {name: LeftAlone(rest.reason, rest.shape) for name, rest in program.rest.items()}
+    left = {name: LeftAlone(rest.description, rest.shape) for name, rest in program.rest.items()}
     parts = [
         Section("What uniform formats would take", _sizes(program)),
         Section("Parameters by layer", _by_layer(program)),
         Section("Weights", _weights(program, outliers)),
         Section("Outlier features", outlier_map({name: own.to_json() for name, own in outliers.items()})),
         *sections,
-        Section("Stays at 16 bits", left_alone(left)),
+        Section("Not packed", left_alone(left)),
     ]
     return page(label, "not compiled yet: losses are known once 'kbitc compile' has scored it", facts, parts)
 

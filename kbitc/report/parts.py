@@ -1,4 +1,4 @@
-"""Parts that several pages have: maps by layer, what passes did, what stays at 16 bits.
+"""Parts that several pages have: maps by layer, what passes did, what is not packed.
 
 The one thing to know: a part is a `Section`, or the body of one, and an empty body leaves the section out.
 """
@@ -85,7 +85,7 @@ def fusions_section(fusions: Mapping[str, Fired]) -> Section:
 
 
 def left_alone(entries: Mapping[str, LeftAlone]) -> Markup:
-    """Tensors that stay at 16 bits, by reason; each reason folds its tensors."""
+    """Tensors that are not packed, by reason; each reason folds its tensors."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, entry in entries.items():
         by_reason[entry.reason].append(f"{name} {shape_text(entry.shape)}")

@@ -224,6 +224,47 @@ def test_state_is_what_was_saved(saved):
     assert artifact.bits_per_param == 8 * size / sum(p.numel() for p in model.parameters())
 
 
+OTHERS = (
+    "complex64 uint16 uint32 uint64 int8 int16 int32 bool float8_e4m3fn float8_e5m2 float8_e4m3fnuz "
+    "float8_e5m2fnuz float8_e8m0fnu"
+)
+
+
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in OTHERS.split()])
+def test_buffers_of_any_dtype(dtype, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 33)
+            raw = torch.arange(1, 65, dtype=torch.uint8)
+            self.register_buffer("table", raw % 2 > 0 if dtype == torch.bool else raw.view(dtype))
+            self.register_buffer("one", self.table[1].clone())
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model, x = Model(), torch.randn(2, 64)
+    packed = kbitc.compile(model, spec="nf4:64", out=tmp_path / "compiled", example_inputs=(x,))
+    kbitc.save(packed, tmp_path / "saved")
+    for name in ("compiled", "saved"):
+        artifact = Artifact.open(tmp_path / name)
+        artifact.verify()
+        loaded = kbitc.load_into(Model().half(), tmp_path / name)
+        for key in ("table", "one"):
+            for got in (artifact.state()[key], loaded.state_dict()[key]):
+                assert got.dtype == dtype
+                raw = getattr(model, key)
+                assert torch.equal(got.reshape(-1).view(torch.uint8), raw.reshape(-1).view(torch.uint8))
+
+
+def test_a_dtype_that_safetensors_lacks_is_named(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 33))
+    model.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
+    with pytest.raises(UsageError, match="phases: is of complex128.*persistent=False"):
+        kbitc.compile(model, spec="nf4:64", out=tmp_path / "out", example_inputs=(torch.randn(2, 64),))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_nothing_packed_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="nothing in this model is packed"):
         kbitc.save(nn.Linear(3, 3), tmp_path / "x")

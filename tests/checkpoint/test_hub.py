@@ -138,6 +138,19 @@ def test_download_then_cache(opened, hub, tmp_path):
     assert opened("org/tiny", HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == [answer]
 
 
+def test_what_the_tokenizer_names_is_fetched(opened, hub):
+    folder = hub.root / "org" / "tiny"
+    (folder / "tokenizer_config.json").write_text(
+        '{"vocab_file": "words.lst", "weights": "pytorch_model.bin"}'
+    )
+    for name in ("words.lst", "spm.model", "dict.txt", "notes.txt"):
+        (folder / name).write_text(name)  # equal contents would be fetched once
+    assert opened("org/tiny")[0][1] == 21
+    fetched = {path.rpartition("/")[2] for path in hub.seen if "/resolve/" in path}
+    assert {"words.lst", "spm.model", "dict.txt"} <= fetched
+    assert not {"notes.txt", "pytorch_model.bin", "modeling.py"} & fetched
+
+
 def test_shards_and_revisions(opened):
     first, second, third = opened("org/sharded@v1", "org/sharded|v1", "org/sharded@v2")
     assert first[:2] == ["org/sharded@v1", 21]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
+import transformers
 
 import kbitc
 from kbitc.artifact.folders import PLAN_FILE
@@ -43,3 +45,20 @@ def test_a_saved_module_loads_as_the_compiled_one_does(tiny_model, tmp_path):
     with torch.no_grad():
         outputs = [kbitc.load(tmp_path / name)(ids).logits for name in ("compiled", "saved")]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2Model"])
+def test_a_module_loads_as_its_own_class_whatever_its_config_names(kind, tmp_path):
+    sizes = {"vocab_size": 101, "n_positions": 33, "n_embd": 36, "n_layer": 2, "n_head": 3, "pad_token_id": 0}
+    config = transformers.GPT2Config(**sizes, num_labels=3, architectures=["GPT2LMHeadModel"])
+    torch.manual_seed(0)
+    packed = kbitc.compile(
+        getattr(transformers, kind)(config).eval(), spec="nf4:32", out=tmp_path / "compiled"
+    )
+    kbitc.save(packed, tmp_path / "saved")
+    ids = torch.tensor([[1, 5, 9, 100, 7]])
+    for name in ("compiled", "saved"):
+        loaded = kbitc.load(tmp_path / name)
+        assert type(loaded).__name__ == kind
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids)[0], packed(ids)[0])
