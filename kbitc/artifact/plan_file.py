@@ -33,6 +33,7 @@ class WeightEntry:
         dtype: of the source.
         is_transposed: stored as ``(..., in, out)``.
         aliases: other names of the same parameter.
+        view_of: the matrix that its shape is a view of; None where it is one.
         outlier_features: what was found of its input features, and how many are kept; None where none were
             looked for.
     """
@@ -43,6 +44,7 @@ class WeightEntry:
     is_transposed: bool = False
     aliases: tuple[str, ...] = ()
     outlier_features: Mapping[str, Any] | None = None
+    view_of: tuple[int, ...] | None = None
 
     @property
     def spec(self) -> Spec:
@@ -62,6 +64,8 @@ class WeightEntry:
             "is_transposed": self.is_transposed,
             "aliases": list(self.aliases),
         }
+        if self.view_of is not None:
+            entry["view_of"] = list(self.view_of)
         if self.outlier_features is not None:
             entry["outlier_features"] = dict(self.outlier_features)
         return entry
@@ -83,7 +87,10 @@ class WeightEntry:
         features = entry.get("outlier_features")
         if features is not None and not isinstance(features, Mapping):
             raise TypeError(f"outlier_features: {features!r}")
-        return WeightEntry(choice, shape, dtype, bool(entry["is_transposed"]), aliases, features)
+        view_of = tuple(map(int, entry["view_of"])) if "view_of" in entry else None
+        if view_of is not None and (len(view_of) not in (2, 3) or math.prod(view_of) != math.prod(shape)):
+            raise ValueError(f"view_of {view_of} is no matrix with the elements of {shape}")
+        return WeightEntry(choice, shape, dtype, bool(entry["is_transposed"]), aliases, features, view_of)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class Artifact:
                 shared,
                 dtype or entry.dtype,
                 is_transposed=entry.is_transposed,
+                view_of=entry.view_of,
             )
         return state
 

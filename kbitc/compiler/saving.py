@@ -48,7 +48,9 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
             packed = tensor.packed.map(lambda t: t.cpu())
             choice = Choice(tensor.spec, "saved from a module", bits=8 * packed.nbytes() / tensor.numel())
             shape = tuple(tensor.shape)
-            weights[first] = WeightEntry(choice, shape, tensor.dtype, tensor.is_transposed, aliases)
+            weights[first] = WeightEntry(
+                choice, shape, tensor.dtype, tensor.is_transposed, aliases, view_of=tensor.view_of()
+            )
             stored[first] = {f"{first}.{field}": t for field, t in stored_tensors(packed).items()}
         else:
             left[first] = LeftAlone("not packed in the module", tuple(tensor.shape), aliases)

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kbitc.graph.context import ReadTensor
-from kbitc.graph.program import CANONICAL, Program
+from kbitc.graph.program import CANONICAL, Program, as_matrix
 
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""
+
+TURNED = "turned "
+"""Before the kind of a use that multiplies along the weight's rows, as a decoder does that is tied to an encoder:
+its input meets the rows, and its output has the features."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,18 @@ class Streamed(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         name = args[1].name
         x, *rest = [self.load(a.name) if isinstance(a, _Stored) else a for a in (args[0], *args[2:])]
-        is_transposed = kwargs.get("is_transposed", False)
+        form = {"matrix": kwargs.get("matrix"), "is_transposed": kwargs.get("is_transposed", False)}
         if kind == "embedding":
             y = F.embedding(x, self.load(name))
         elif kind == "linear":
-            y = apply(_Linear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            y = apply(_Linear, x, lambda: as_matrix(self.load(name), **form), *rest)
         else:
-            y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            y = apply(_GroupedLinear, x, lambda: as_matrix(self.load(name), **form), *rest)
             x = (x, *rest)
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()  # nothing before it has a gradient: it is among the first
-        self.seen(name, kind, x, y)
+        is_turned = form["is_transposed"] != self.weights[name].is_transposed
+        self.seen(name, TURNED + kind if is_turned else kind, x, y)
         return y
 
 
@@ -90,10 +95,6 @@ def apply(function: Any, *args: Any) -> Tensor:
     """``function.apply``, which torch leaves untyped."""
     out: Tensor = function.apply(*args)
     return out
-
-
-def _oriented(weight: Tensor, is_transposed: bool) -> Tensor:
-    return weight.mT if is_transposed else weight
 
 
 class _Linear(torch.autograd.Function):

@@ -37,28 +37,14 @@ class Geometry(NamedTuple):
         plain = Geometry.row_major(shape)
         return Geometry(_swapped(plain.size), _swapped(plain.stride)) if is_transposed else plain
 
-    def is_whole(self, shape: Sequence[int]) -> bool:
-        """Whether the view holds every element of a row-major tensor of this shape once.
+    def reshaped(self, size: Sequence[int]) -> Geometry | None:
+        """The same elements in another shape; None if that takes a copy."""
+        moved = self.moved(torch.ops.aten.view.default, [list(size)], {})
+        return moved if isinstance(moved, Geometry) else None
 
-        >>> Geometry((3, 2), (1, 3)).is_whole((2, 3)), Geometry((2, 2), (3, 1)).is_whole((2, 3))
-        (True, False)
-        """
-        if self.offset or math.prod(self.size) != math.prod(shape):
-            return False
-        expected = 1
-        for size, stride in sorted(self._dims(), key=lambda dim: dim[1]):
-            if stride != expected:
-                return False
-            expected *= size
-        return True
-
-    def span(self) -> tuple[int, int]:
-        """The first element that the view has, and one past its last."""
-        return self.offset, self.offset + sum((size - 1) * stride for size, stride in self._dims()) + 1
-
-    def _dims(self) -> list[tuple[int, int]]:
-        pairs = zip(self.size, self.stride, strict=True)
-        return [(size, stride) for size, stride in pairs if size > 1]
+    def is_rows(self) -> bool:
+        """Whether it is a whole matrix as it is stored."""
+        return len(self.size) == 2 and self == Geometry.row_major(self.size)
 
     def moved(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -105,6 +105,13 @@ class KbitTensor(Tensor):
         """Where its elements lie in the packed matrix."""
         return self.geometry or Geometry.of_matrix(self.packed.shape, is_transposed=self.is_transposed)
 
+    def view_of(self) -> tuple[int, ...] | None:
+        """The matrix, as the model would store it, that the shape is a view of; None where it is its own."""
+        if self.geometry is None:
+            return None
+        plain = Geometry.of_matrix(self.packed.shape, is_transposed=self.is_transposed)
+        return plain.size
+
     def viewed(self, geometry: Geometry, factor: Tensor | None = None) -> KbitTensor:
         """The same packed matrix, seen otherwise: a plain one where it can be.
 
@@ -210,6 +217,25 @@ class KbitTensor(Tensor):
             "kind, through views, slices, casts and scales, and by embeddings; for anything else call "
             ".dequantize() first, or leave this weight alone (spec fp16) when compiling"
         )
+
+
+def packed_as(
+    packed: Packed, dtype: torch.dtype, shape: tuple[int, ...], *, is_transposed: bool
+) -> KbitTensor:
+    """A packed matrix as the parameter of ``shape`` that a model has.
+
+    Args:
+        packed: ``(*lead, rows, in_features)``.
+        dtype: the logical one.
+        shape: a view of the matrix, or of its transpose ``(*lead, in_features, rows)``.
+        is_transposed: which of the two.
+    """
+    plain = Geometry.of_matrix(packed.shape, is_transposed=is_transposed)
+    moved = plain if tuple(shape) == plain.size else plain.reshaped(shape)
+    if moved is None:
+        raise ValueError(f"a packed {plain.size} cannot be seen as {tuple(shape)}")
+    geometry = None if moved is plain else moved
+    return KbitTensor(packed, dtype, is_transposed=is_transposed, geometry=geometry)
 
 
 def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> KbitTensor:
