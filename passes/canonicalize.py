@@ -22,7 +22,7 @@ from kbitc.graph.layers import written_as_matmuls
 from kbitc.graph.matching import MATMULS, Match, Miss, match
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, is_move, op_name, reads_of
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, value_of
 from kbitc.graph.weight_views import ViewRead, view_reads
 from kbitc.tensor.geometry import Geometry
 
@@ -91,7 +91,7 @@ def _decide(program: Program) -> dict[str, Outcomes]:
             continue
         outcomes: Outcomes = [(read.node, match(read, views.__contains__)) for read in read_by[name]]
         if _is_odd(outcomes):
-            better = _agreed([(read.node, _general(read, deep)) for read in seen[name]])
+            better = _agreed([(read.node, _general(read, deep)) for read in seen[name]], program.rest[name].shape)
             outcomes = outcomes if better is None else better
         decided[name] = outcomes
     return decided
@@ -99,8 +99,7 @@ def _decide(program: Program) -> dict[str, Outcomes]:
 
 def _is_odd(outcomes: Outcomes) -> bool:
     """Whether plain matching leaves a tensor out."""
-    misses = [o for _, o in outcomes if isinstance(o, Miss)]
-    return bool(misses) or len({o.is_transposed for _, o in outcomes if isinstance(o, Match)}) > 1
+    return any(isinstance(outcome, Miss) for _, outcome in outcomes)
 
 
 def _general(read: ViewRead, views: set[fx.Node]) -> Form | Miss:
@@ -110,6 +109,12 @@ def _general(read: ViewRead, views: set[fx.Node]) -> Form | Miss:
         if is_whole:
             return Match("embedding", is_transposed=False, x=read.node.args[1])  # type: ignore[arg-type]
         return Miss("look-up in something else than the rows of a matrix")
+    size = tuple(int(n) for n in value_of(read.parameter).shape)
+    for is_turned in (False, True):
+        if len(size) > 1 and not read.steps and read.geometry == Geometry.of_matrix(size, is_transposed=is_turned):
+            outcome = match(WeightRead(read.node, read.view, is_turned), views.__contains__)
+            if isinstance(outcome, Match):
+                return outcome
     form = contraction(read)
     if isinstance(form, Contraction) and form.product.x in views:
         operands = read.node.all_input_nodes
@@ -118,14 +123,12 @@ def _general(read: ViewRead, views: set[fx.Node]) -> Form | Miss:
     return form
 
 
-def _agreed(outcomes: Outcomes) -> Outcomes | None:
-    """The forms of all reads, if they are of one matrix; None if not."""
-    forms = [form for _, form in outcomes if isinstance(form, Contraction)]
-    if not forms or any(isinstance(form, Miss) for _, form in outcomes):
+def _agreed(outcomes: Outcomes, size: tuple[int, ...]) -> Outcomes | None:
+    """The forms of all reads, if they are of one matrix; None if not. ``size``: of the parameter."""
+    if not outcomes or any(isinstance(form, Miss) for _, form in outcomes):
         return None
-    matrices = {form.matrix for form in forms}
-    if len(forms) < len(outcomes):  # what is looked up has its rows as they are stored
-        matrices.add(tuple(int(n) for n in forms[0].read.parameter.meta["val"].shape))
+    # What is matched without a contraction takes the matrix as it is stored.
+    matrices = {form.matrix if isinstance(form, Contraction) else size for _, form in outcomes}
     return outcomes if len(matrices) == 1 else None
 
 
@@ -134,7 +137,6 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
     is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for _, o in outcomes)
     misses = [o for _, o in outcomes if isinstance(o, Miss)]
     forms = [o for _, o in outcomes if not isinstance(o, Miss)]
-    is_general = any(isinstance(o, Contraction) for o in forms)
     if not tensor.is_parameter:
         return Miss("persistent buffer, not a parameter", is_matmul)
     if tensor.dtype not in DTYPES:
@@ -152,8 +154,6 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
         reasons = dict.fromkeys(o.reason for o in misses)
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
-    if len({o.is_transposed for o in forms}) > 1 and not is_general:
-        return Miss("used both as (out, in) and as (in, out)", is_matmul)
     return None
 
 

@@ -103,11 +103,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
         ctx.load = load
-        return F.linear(x, load(), bias)
+        return F.linear(x, load().to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ ctx.load(), None, None
+        return grad @ ctx.load().to(grad.dtype), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -126,7 +126,7 @@ class _GroupedLinear(torch.autograd.Function):
 def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, tokens in expert_slices(offsets):
-        out[tokens] = x[tokens] @ weight[expert].mT
+        out[tokens] = x[tokens] @ weight[expert].mT.to(x.dtype)
     return out
 
 
