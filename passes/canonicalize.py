@@ -3,9 +3,10 @@
 before:  linear(x, w, b)    addmm(b, x, w)        matmul(x, t(w))    _grouped_mm(x, mT(w), n)
 after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_linear(x, w, n)
 
-T is ``is_transposed``: w is stored as (in, out). A view of a weight (rows, a kernel over patches, a scaled one)
-is read as its whole matrix, between movements of what meets it: `kbitc.graph.contraction`. Parameters that no
-such node reads stay at 16 bits in ``rest``, each with the reason. Tied weights are one `Weight`.
+T is ``is_transposed``: w is stored as (in, out). A view of a weight (rows, a kernel over patches, one that is
+scaled) is read as its whole matrix, and what meets it is moved there and back (`kbitc.graph.contraction`).
+Parameters that no such node reads stay at 16 bits in ``rest``, each with the reason. Tied weights are one
+`Weight`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def _decide(program: Program) -> dict[str, Outcomes]:
             continue
         outcomes: Outcomes = [(read.node, match(read, views.__contains__)) for read in read_by[name]]
         if _is_odd(outcomes):
-            better = _agreed([(read.node, _general(read, deep)) for read in seen[name]], program.rest[name].shape)
+            size = program.rest[name].shape
+            better = _agreed([(read.node, _general(read, deep)) for read in seen[name]], size)
             outcomes = outcomes if better is None else better
         decided[name] = outcomes
     return decided
@@ -105,13 +107,13 @@ def _is_odd(outcomes: Outcomes) -> bool:
 def _general(read: ViewRead, views: set[fx.Node]) -> Form | Miss:
     """What a call is that reads a view of any kind."""
     if op_name(read.node) == "aten.embedding":
-        is_whole = read.geometry.is_rows() and not read.steps and read.node.args[0] is read.view
-        if is_whole:
+        if read.geometry.is_rows() and not read.steps and read.node.args[0] is read.view:
             return Match("embedding", is_transposed=False, x=read.node.args[1])  # type: ignore[arg-type]
         return Miss("look-up in something else than the rows of a matrix")
     size = tuple(int(n) for n in value_of(read.parameter).shape)
     for is_turned in (False, True):
-        if len(size) > 1 and not read.steps and read.geometry == Geometry.of_matrix(size, is_transposed=is_turned):
+        is_matrix = len(size) > 1 and not read.steps
+        if is_matrix and read.geometry == Geometry.of_matrix(size, is_transposed=is_turned):
             outcome = match(WeightRead(read.node, read.view, is_turned), views.__contains__)
             if isinstance(outcome, Match):
                 return outcome

@@ -34,7 +34,7 @@ def assemble(
     is_transposed: bool,
     view_of: tuple[int, ...] | None = None,
 ) -> KbitTensor:
-    """Inverse of :func:`stored_tensors`: a tensor of the logical ``shape``, a view of ``view_of``, and ``dtype``."""
+    """Inverse of :func:`stored_tensors`: of the logical ``shape``, a view of ``view_of``, and ``dtype``."""
     fields: dict[str, Tensor | None] = {name: parts.get(name) for name in TENSOR_FIELDS}
     if fields["codebook"] is None:
         fields["codebook"] = shared[SHARED + spec.codebook_name]

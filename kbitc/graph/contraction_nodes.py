@@ -1,7 +1,7 @@
-"""A contraction as nodes: the canonical call of the whole parameter, and what moves its operands there and back.
+"""A contraction as nodes: the canonical call of the whole parameter, and what moves its operands.
 
-The one thing to know: the input's dimensions are brought to ``(groups, rest, columns)``, columns that the view
-leaves out are zeros, and of the result the rows that it has are kept and put in the order of the old call.
+The one thing to know: the input's dimensions are brought to ``(groups, rest, columns)``, columns that the
+view leaves out are zeros, and of the result the rows that it has are kept and put in the old call's order.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build_contraction(
             x.times(factor, product.of_weight)
     groups, rest = _bring(x, form)
     bias = _bias(form, scale.number) if not any(not meets for meets in form.meets_input) else None
-    canonical = _canonical(x, form, weight, None if bias is None else new(bias), rest)
+    canonical = _canonical(x, form, weight, None if bias is None else new(bias))
     out = _Named(canonical, "", do)
     if form.groups is not None:
         sizes = dict(zip(x.names, value_of(x.node).shape, strict=False))
@@ -129,7 +129,7 @@ def _bias(form: Contraction, number: float) -> fx.Node | None:
     return product.addend if is_last and is_whole else None
 
 
-def _canonical(x: _Named, form: Contraction, weight: fx.Node, bias: fx.Node | None, rest: str) -> fx.Node:
+def _canonical(x: _Named, form: Contraction, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     flags: dict[str, Any] = {"is_transposed": True} if form.is_transposed else {}
     if form.matrix != tuple(value_of(weight).shape):
         flags["matrix"] = form.matrix
@@ -170,7 +170,12 @@ def _offsets(x: _Named, form: Contraction, tokens: Any) -> fx.Node:
 
 
 def _finish(
-    out: _Named, old: fx.Node, form: Contraction, is_added: bool, scale: Any, new: Callable[[fx.Node], fx.Node]
+    out: _Named,
+    old: fx.Node,
+    form: Contraction,
+    is_added: bool,
+    scale: Any,
+    new: Callable[[fx.Node], fx.Node],
 ) -> None:
     """The order and sizes of the old call's result, its scales and its addend."""
     product, do = form.product, out.do

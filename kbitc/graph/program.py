@@ -58,7 +58,7 @@ def as_matrix(weight: Tensor, matrix: tuple[int, ...] | None, *, is_transposed: 
 
     Args:
         weight: of any shape.
-        matrix: ``(*lead, rows, in)`` that it is a view of, ``(*lead, in, rows)`` if transposed; None for its own.
+        matrix: ``(*lead, rows, in)`` that it is a view of, or ``(*lead, in, rows)``; None for its own.
         is_transposed: which of the two.
     """
     whole = weight if matrix is None else weight.reshape(matrix)

@@ -18,7 +18,17 @@ from kbitc.graph.weight_reads import CHECKS, MOVES, op_name, value_of
 from kbitc.tensor.geometry import Geometry
 
 aten = torch.ops.aten
-_CASTS = ("alias", "detach", "contiguous", "clone", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as")
+_CASTS = (
+    "alias",
+    "detach",
+    "contiguous",
+    "clone",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "to",
+    "_to_copy",
+    "type_as",
+)
 _SCALES = ("aten.mul", "aten.div", "aten.neg", "aten._weight_norm")
 
 
@@ -89,8 +99,9 @@ def _through(user: fx.Node, at: ViewRead) -> Iterator[ViewRead]:
 
 def _is_cast(user: fx.Node, view: fx.Node) -> bool:
     before, after = value_of(view), user.meta.get("val")
-    is_tensor = isinstance(after, Tensor) and after.shape == before.shape and after.device == before.device
-    return is_tensor and after.is_floating_point() == before.is_floating_point()
+    if not isinstance(after, Tensor) or after.shape != before.shape or after.device != before.device:
+        return False
+    return after.is_floating_point() == before.is_floating_point()
 
 
 def _keeps_shape(user: fx.Node, view: fx.Node) -> bool:

@@ -22,8 +22,8 @@ Seen = Callable[[str, str, Any, Tensor], None]
 is ``(x, offsets)``."""
 
 TURNED = "turned "
-"""Before the kind of a use that multiplies along the weight's rows, as a decoder does that is tied to an encoder:
-its input meets the rows, and its output has the features."""
+"""Before the kind of a use that multiplies along the weight's rows, as a decoder tied to an encoder does: its
+input meets the rows, and its output has the features."""
 
 
 @dataclass(frozen=True)

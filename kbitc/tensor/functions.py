@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,12 @@ from torch import Tensor
 from kbitc.formats.packed import Packed
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
 
+# A handler answers NotImplemented where it has no form: `kbitc.tensor.reads` then serves its parts.
+
 # Functions: what a model does with a weight.
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
     if isinstance(input, KbitTensor) or not isinstance(weight, KbitTensor):
         return NotImplemented
     if weight.packed.planes.dim() != 2 or not weight.is_plain:  # weight.dim() would cost a microsecond
@@ -25,7 +27,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out
 
 
-def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Tensor:  # noqa: A002
+def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: A002
     """``x @ W`` for a 2-D W that is packed along its first dimension, or a batch of experts."""
     if out is not None:
         raise NotImplementedError("matmul with a packed weight has no out=")
@@ -42,7 +44,7 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Tensor:  # noq
     return _linear(input, other.mT)
 
 
-def _is_matrix(weight: Tensor) -> bool:
+def _is_matrix(weight: Tensor) -> TypeGuard[KbitTensor]:
     """Whether it is what is packed or its transpose, and no other view."""
     return isinstance(weight, KbitTensor) and weight.geometry is None and weight.factor is None
 
@@ -63,7 +65,7 @@ def _addmm(
     beta: float = 1,
     alpha: float = 1,
     out: None = None,
-) -> Tensor:
+) -> Any:
     if (beta, alpha) == (1, 1) and input.dim() == 1 and out is None and _is_matrix(mat2):
         return _linear(mat1, mat2.mT, input)
     if isinstance(input, KbitTensor):
@@ -80,7 +82,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,  # the signature of F.embedding
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     del padding_idx, norm_type, scale_grad_by_freq, sparse  # they matter to gradients alone
     if max_norm is not None:
         raise NotImplementedError("F.embedding with max_norm changes its weight; a packed one is frozen")
@@ -108,7 +110,7 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _getitem(weight: KbitTensor, at: Any) -> KbitTensor:
+def _getitem(weight: KbitTensor, at: Any) -> Any:
     """Experts of a 3-D weight: ``weight[i]``, ``weight[tensor]``."""
     is_view = isinstance(at, (tuple, slice, type(None), type(...)))
     if weight.dim() != 3 or is_view or not _is_matrix(weight):
@@ -134,7 +136,7 @@ def _getitem(weight: KbitTensor, at: Any) -> KbitTensor:
     return weight._like(picked)
 
 
-def _permute(weight: KbitTensor, *dims: Any) -> KbitTensor:
+def _permute(weight: KbitTensor, *dims: Any) -> Any:
     order = [dim % weight.dim() for dim in (dims if isinstance(dims[0], int) else dims[0])]
     *lead, rows, features = range(weight.dim())
     if order not in ([*lead, rows, features], [*lead, features, rows]):
@@ -142,7 +144,7 @@ def _permute(weight: KbitTensor, *dims: Any) -> KbitTensor:
     return weight if order[-1] == features else weight._turned()
 
 
-def _reshape(weight: KbitTensor, *shape: Any) -> KbitTensor:
+def _reshape(weight: KbitTensor, *shape: Any) -> Any:
     """A view of the same shape, as some models write it."""
     if isinstance(shape[0], torch.dtype):
         raise NotImplementedError(f"the bytes of a packed weight cannot be seen as {shape[0]}")
@@ -150,7 +152,7 @@ def _reshape(weight: KbitTensor, *shape: Any) -> KbitTensor:
     return weight if tuple(size) == tuple(weight.shape) else NotImplemented
 
 
-def _einsum(equation: str, *operands: Any) -> Tensor:
+def _einsum(equation: str, *operands: Any) -> Any:
     """``...i,oi->...o`` and its like: a matmul with a 2-D weight, spelled out."""
     given = operands if len(operands) == 2 else tuple(operands[0])
     inputs, _, out = equation.replace(" ", "").partition("->")

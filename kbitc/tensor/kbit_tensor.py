@@ -24,8 +24,10 @@ aten = torch.ops.aten
 _Context: TypeAlias = tuple[Spec, int, torch.dtype, bool, str, "Geometry | None"]
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""What a packed weight serves: `kbitc.tensor.functions` fills it, which importing the room sees to. A handler
-that has no form for its arguments answers ``NotImplemented``; `READS` then gets what the function is made of."""
+"""What a packed weight serves: `kbitc.tensor.functions` fills it, which importing the room sees to.
+
+A handler that has no form for its arguments answers ``NotImplemented``; `READS` then gets what the function
+is made of."""
 
 READS: dict[Any, Callable[..., Any]] = {}
 """The aten calls that read a packed weight: `kbitc.tensor.reads` fills it."""
@@ -101,7 +103,7 @@ class KbitTensor(Tensor):
         """Whether it is the packed matrix as it is: ``(..., rows, in_features)``."""
         return not self.is_transposed and self.geometry is None and self.factor is None
 
-    def layout(self) -> Geometry:
+    def placement(self) -> Geometry:
         """Where its elements lie in the packed matrix."""
         return self.geometry or Geometry.of_matrix(self.packed.shape, is_transposed=self.is_transposed)
 
@@ -173,7 +175,7 @@ class KbitTensor(Tensor):
             factor=self.factor,
         )
 
-    def _turned(self) -> KbitTensor:
+    def _turned(self) -> Any:
         if self.geometry is not None or self.factor is not None:
             return NotImplemented
         return KbitTensor(
@@ -238,7 +240,7 @@ def packed_as(
     return KbitTensor(packed, dtype, is_transposed=is_transposed, geometry=geometry)
 
 
-def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> KbitTensor:
+def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> Any:
     """The weight with its last two dimensions swapped; ``NotImplemented`` for others."""
     dims = {dim0 % weight.dim(), dim1 % weight.dim()}
     if dims != {weight.dim() - 2, weight.dim() - 1}:
@@ -263,13 +265,13 @@ def _to_copy(
     if weight.factor is None:
         return weight._like(moved, dtype)
     factor = weight.factor.to(device=device, dtype=dtype, non_blocking=non_blocking)
-    return weight._like(moved, dtype).viewed(weight.layout(), factor)
+    return weight._like(moved, dtype).viewed(weight.placement(), factor)
 
 
 def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError("only a packed weight of the same spec and shape can be copied in")
-    if source.layout() != target.layout() or source.factor is not None or target.factor is not None:
+    if source.placement() != target.placement() or source.factor is not None or target.factor is not None:
         raise NotImplementedError("a view of a packed weight can neither be written nor copied in")
     for name, value in target.packed.tensors().items():
         value.copy_(getattr(source.packed, name), non_blocking)

@@ -72,7 +72,7 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Tensor:
+) -> Any:
     kernel = weight.shape[2:]
     if isinstance(input, KbitTensor) or not is_patchwise(kernel, stride, padding, dilation, groups):
         return NotImplemented
@@ -229,9 +229,11 @@ def as_matmuls(name: str, args: Sequence[Any]) -> Callable[..., Any] | None:
     if short.removesuffix("_cell") in CELLS:
         return _one_step(short.removesuffix("_cell"))
     if short in ("conv1d", "conv2d", "conv3d"):
-        return _convolution if is_patchwise(args[1].shape[2:], *args[3:7]) else None
+        return _convolution if is_patchwise(args[1].shape[2:], args[3], args[4], args[5], args[6]) else None
     if short == "convolution":
-        return _plain_convolution if not args[6] and is_patchwise(args[1].shape[2:], *args[3:6], args[8]) else None
+        stride, padding, dilation, is_turned, _, groups = args[3:9]
+        is_matmul = not is_turned and is_patchwise(args[1].shape[2:], stride, padding, dilation, groups)
+        return _plain_convolution if is_matmul else None
     return _PRODUCTS.get(short)
 
 

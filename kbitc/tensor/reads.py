@@ -59,17 +59,19 @@ def rows_of(packed: Packed, start: int, stop: int) -> Packed:
         return packed if packed.planes.dim() == 2 else _reshaped(packed, (stop,))
     if packed.scale_codebook is not None:
         plain = reference.plain_scales(packed.operands())
-        constants = dict.fromkeys(("scale_codebook", "scale_absmax", "scale_mean"))
-        packed = replace(packed, scales=plain.scales, **constants)
+        packed = replace(packed, scales=plain.scales, scale_codebook=None, scale_absmax=None, scale_mean=None)
     flat = _reshaped(packed, (-1,))
-    parts = {name: value[start:stop] for name, value in reference.row_tensors(flat.operands()).items()}
+    parts: dict[str, Any] = {
+        name: value[start:stop] for name, value in reference.row_tensors(flat.operands()).items()
+    }
     return replace(flat, **parts)
 
 
 def _reshaped(packed: Packed, lead: tuple[int, ...]) -> Packed:
     """The same rows in other groups."""
     parts = reference.row_tensors(packed.operands())
-    return replace(packed, **{name: value.reshape(*lead, value.shape[-1]) for name, value in parts.items()})
+    grouped: dict[str, Any] = {name: value.reshape(*lead, value.shape[-1]) for name, value in parts.items()}
+    return replace(packed, **grouped)
 
 
 def part_of(packed: Packed, geometry: Geometry) -> Part | None:
@@ -88,7 +90,7 @@ def part_of(packed: Packed, geometry: Geometry) -> Part | None:
     return Part(rows_of(packed, row, row + rows), first, first + columns, is_turned)
 
 
-def _mm(x: Tensor, weight: Tensor) -> Tensor:
+def _mm(x: Tensor, weight: Tensor) -> Any:
     """``x @ weight`` of matrices, one of them packed."""
     if isinstance(x, KbitTensor):
         if isinstance(weight, KbitTensor):
@@ -97,7 +99,7 @@ def _mm(x: Tensor, weight: Tensor) -> Tensor:
     assert isinstance(weight, KbitTensor)
     if weight.factor is not None:
         return _scaled_mm(x, weight, weight.factor)
-    part = part_of(weight.packed, weight.layout())
+    part = part_of(weight.packed, weight.placement())
     if part is None or x.shape[0] == 0:
         return x @ weight.dequantize(x.dtype)
     if not part.is_turned:
@@ -108,9 +110,9 @@ def _mm(x: Tensor, weight: Tensor) -> Tensor:
     return kbit.linear(x, *part.packed.operands(), None)
 
 
-def _scaled_mm(x: Tensor, weight: KbitTensor, factor: Tensor) -> Tensor:
+def _scaled_mm(x: Tensor, weight: KbitTensor, factor: Tensor) -> Any:
     """The same where the weight is a packed one times a factor of each row, of each column or of all."""
-    factor, bare = factor.to(x.dtype), weight.viewed(weight.layout())
+    factor, bare = factor.to(x.dtype), weight.viewed(weight.placement())
     if factor.stride(0) == 0 or factor.shape[0] == 1:
         return _mm(x, bare) * factor[0]
     if factor.stride(1) == 0 or factor.shape[1] == 1:
@@ -118,7 +120,7 @@ def _scaled_mm(x: Tensor, weight: KbitTensor, factor: Tensor) -> Tensor:
     return x @ weight.dequantize(x.dtype)
 
 
-def _bmm(x: Tensor, weight: Tensor) -> Tensor:
+def _bmm(x: Tensor, weight: Tensor) -> Any:
     """``x @ weight`` of batches of matrices, one of them packed."""
     if isinstance(x, KbitTensor):
         if isinstance(weight, KbitTensor):
@@ -126,7 +128,7 @@ def _bmm(x: Tensor, weight: Tensor) -> Tensor:
         return _bmm(weight.mT, aten.transpose(x, 1, 2)).mT
     assert isinstance(weight, KbitTensor)
     batch, rows = x.shape[:2]
-    (count, *_), (step, *_), _ = layout = weight.layout()
+    (count, *_), (step, *_), _ = layout = weight.placement()
     is_same = weight.factor is None or weight.factor.stride(0) == 0 or count == 1
     if is_same and (step == 0 or count == 1):
         return _mm(x.flatten(0, 1), aten.select(weight, 0, 0)).view(batch, rows, -1)
@@ -160,7 +162,7 @@ def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _mv(weight: Tensor, vector: Tensor) -> Tensor:
+def _mv(weight: Tensor, vector: Tensor) -> Any:
     return _mm(weight, vector[:, None])[:, 0]
 
 
@@ -168,7 +170,7 @@ def _view(func: Any) -> Callable[..., Any]:
     """A view by the same call of where its elements lie, or a dense one where it would be none."""
 
     def call(weight: KbitTensor, *args: Any, **kwargs: Any) -> Any:
-        moved = weight.layout().moved(func, args, kwargs)
+        moved = weight.placement().moved(func, args, kwargs)
         factor = weight.factor
         if moved is None or (factor is not None and _moved_factor(factor, func, args, kwargs) is None):
             return func(weight.dequantize().contiguous(), *args, **kwargs)
@@ -201,7 +203,7 @@ def _times(weight: Any, other: Any) -> Any:
     if weight.factor is not None:
         # Both are small where they are expanded: what is the same along a dimension stays so.
         factor = (_core(weight.factor) * _core(factor)).expand(weight.shape)
-    out = weight.viewed(weight.layout(), factor)
+    out = weight.viewed(weight.placement(), factor)
     return out if other.dtype == weight.dtype or other.dim() == 0 else out.to(other.dtype)
 
 

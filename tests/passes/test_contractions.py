@@ -76,7 +76,11 @@ FORMS = {
     "heads out": (lambda x, w: torch.einsum("bth,hnd->btnd", x, w), X, (32, 4, 8)),
     "heads in": (lambda x, w: torch.einsum("bthk,hkd->btd", x.unflatten(-1, (4, 8)), w), X, (4, 8, 16)),
     "groups": (lambda x, w: torch.einsum("btgi,gio->btgo", x.unflatten(-1, (4, 8)), w), X, (4, 8, 16)),
-    "groups, turned": (lambda x, w: torch.einsum("btgi,goi->bgto", x.unflatten(-1, (4, 8)), w), X, (4, 16, 8)),
+    "groups, turned": (
+        lambda x, w: torch.einsum("btgi,goi->bgto", x.unflatten(-1, (4, 8)), w),
+        X,
+        (4, 16, 8),
+    ),
     "moved": (lambda x, w: torch.einsum("...i,oi->o...", x, w), X, (16, 32)),
     "implicit": (lambda x, w: torch.einsum("bti,io", x, w), X, (32, 16)),
     "rows": (lambda x, w, b: F.linear(x, w[:5], b[:5]), X, (16, 32), (16,)),
@@ -193,11 +197,21 @@ def test_every_call_that_is_matched_stands_here():
     # transformers' own grouped matmul is in the tests of its models; conv1d is "aten.conv1d" here.
     known = {*matching._MATCHERS, *contraction._PRODUCTS} - {"transformers.grouped_mm_fallback"}
     layers = {f"aten.{kind}{end}" for kind in CELLS for end in ("", "_cell")}
-    layers |= {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.inner", "aten.tensordot", "aten.mv", "aten.addmv"}
+    layers |= {
+        "aten.conv1d",
+        "aten.conv2d",
+        "aten.conv3d",
+        "aten.inner",
+        "aten.tensordot",
+        "aten.mv",
+        "aten.addmv",
+    }
     assert known | layers <= called
 
 
-@pytest.mark.parametrize("name", ["heads out", "heads in", "groups of a matrix", "conv2d", "lstm", "weight norm"])
+@pytest.mark.parametrize(
+    "name", ["heads out", "heads in", "groups of a matrix", "conv2d", "lstm", "weight norm"]
+)
 def test_an_artifact_holds_it(name, tmp_path):
     model, x = made(name)
     packed = kbitc.compile(model, spec="int6:8", example_inputs=(x,), out=tmp_path / "one")

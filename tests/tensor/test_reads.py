@@ -64,7 +64,9 @@ def test_a_view_is_read_as_the_dequantized_weight(name, weight):
             torch.testing.assert_close(CALLS[name](weight), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["transposed", "rows", "columns", "chunk", "heads", "times rows", "weight norm"])
+@pytest.mark.parametrize(
+    "name", ["transposed", "rows", "columns", "chunk", "heads", "times rows", "weight norm"]
+)
 def test_gradients_of_inputs_pass_through_views(name, weight, monkeypatch):
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     monkeypatch.setitem(globals(), "X", x)
@@ -79,7 +81,7 @@ def test_gradients_of_inputs_pass_through_views(name, weight, monkeypatch):
 
 def test_rows_are_read_where_they_lie_and_nothing_is_dequantized(monkeypatch):
     weight = quantize(torch.randn(24, 40), "int4:8")
-    part = part_of(weight.packed, weight[3:9].T.layout())
+    part = part_of(weight.packed, weight[3:9].T.placement())
     assert part is not None
     assert part.packed.planes.data_ptr() == weight.packed.planes[3:].data_ptr()
     assert (part.first, part.last, part.is_turned) == (0, 40, True)
