@@ -135,10 +135,10 @@ def _obstacle(program: Program, value: fx.Node, user: fx.Node, shift: object) ->
     if weight is None or user.args[0] is not value or sum(a is value for a in user.args) > 1:
         what = "returned by the model" if user.op == "output" else f"read by {op_name(user)}"
         return f"the norm's result is {what}, not by weights alone"
-    if weight.view_of is not None or len(_weight(user).users) > 1:
-        return f"'{weight.name}' is read in another form as well"
     if len(weight.uses) > 1:
         return f"'{weight.name}' is read in {len(weight.uses)} places"
+    if weight.view_of is not None or len(_weight(user).users) > 1:
+        return f"'{weight.name}' is read in another form as well"
     if isinstance(shift, fx.Node):
         bias = user.args[2] if kind == "linear" and len(user.args) > 2 else None
         if not isinstance(bias, fx.Node):
