@@ -96,9 +96,10 @@ class Bench:
             if spec.is_left_alone:
                 parameters[name].data.copy_(checked_plain(name, source, must_be_finite=True))
                 continue
-            _, packed = packed_weight(program, name, source.mT if weight.is_transposed else source)
+            _, packed = packed_weight(program, name, weight.oriented(source))
             back = torch.ops.kbit.dequantize(*packed.operands(), torch.float32)
-            parameters[name].data.copy_(back.mT if weight.is_transposed else back)
+            back = back.mT if weight.is_transposed else back
+            parameters[name].data.copy_(back.reshape(weight.shape))
         return perplexity(self.model, self.ids).loss - self.before
 
 

@@ -3,22 +3,29 @@
 before:  linear(x, w, b)    addmm(b, x, w)        matmul(x, t(w))    _grouped_mm(x, mT(w), n)
 after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_linear(x, w, n)
 
-T is ``is_transposed``: w is stored as (in, out). Parameters that no such node reads, or that are
-read in two ways, stay unpacked in ``rest``, each with the reason. Tied weights are one `Weight`.
+T is ``is_transposed``: w is stored as (in, out). A view of a weight (rows, a kernel over patches, one that is
+scaled) is read as its whole matrix, and what meets it is moved there and back (`kbitc.graph.contraction`).
+Parameters that no such node reads stay at 16 bits in ``rest``, each with the reason. Tied weights are one
+`Weight`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
 
-from kbitc.graph.matching import KERNEL, Match, Miss, match
-from kbitc.graph.program import Program, Rest, Stage, Use, Weight
+from kbitc.graph.contraction import Contraction, contraction
+from kbitc.graph.contraction_nodes import build_contraction
+from kbitc.graph.layers import written_as_matmuls
+from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match
+from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, value_of
+from kbitc.graph.weight_views import ViewRead, view_reads
+from kbitc.tensor.geometry import Geometry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,37 +46,44 @@ class Canonicalize:
 
     def run(self, program: Program) -> Program:
         """The same computation in canonical form, its tensors in ``weights`` and ``rest``."""
-        outcomes_of = _decide(program)
+        program = written_as_matmuls(program)
+        reads_by = _decide(program)
+        misses = {name: _why_left(tensor, reads_by.get(name, [])) for name, tensor in program.rest.items()}
         chosen = {
-            read.node: (name, outcome)
-            for name, outcomes in outcomes_of.items()
-            for read, outcome in outcomes
-            if isinstance(outcome, Match) and _why_left(program.rest[name], outcomes) is None
+            node: (name, outcome)
+            for name, outcomes in reads_by.items()
+            for node, outcome in outcomes
+            if misses[name] is None and not isinstance(outcome, Miss)
         }
         graph, nodes = _rewrite(program, chosen)
         order = {node: i for i, node in enumerate(nodes)}
         weights: dict[str, Weight] = {}
         rest: dict[str, Rest] = {}
         for name, tensor in program.rest.items():
-            outcomes = outcomes_of.get(name, [])
-            miss = _why_left(tensor, outcomes)
+            miss, outcomes = misses[name], reads_by.get(name, [])
             if miss is None:
-                calls = sorted((read.node for read, _ in outcomes), key=order.__getitem__)
+                calls = sorted((node for node, _ in outcomes), key=order.__getitem__)
                 weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
             else:
                 rest[name] = replace(
                     tensor,
                     reason=miss.reason,
                     is_matmul=miss.is_matmul,
-                    is_wide=tensor.is_wide or any(op_name(read.node) == EXP for read, _ in outcomes),
+                    is_wide=tensor.is_wide or any(op_name(node) == EXP for node, _ in outcomes),
                     is_summed=_is_summed(outcomes),
                 )
         module = fx.GraphModule(program.graph, graph)
+        hidden = _behind_products(graph, program.parameters, rest)
+        rest |= {
+            name: replace(rest[name], reason=reason, is_matmul=True, is_summed=True)
+            for name, reason in hidden.items()
+        }
         canonical = replace(program, graph=module, weights=weights, rest=rest, stage=Stage.CANONICAL)
         return canonical.with_stored_dtypes(rest)
 
 
-Outcomes = list[tuple[WeightRead, Match | Miss]]
+Form = Match | Contraction
+Outcomes = list[tuple[fx.Node, Form | Miss]]
 
 
 def _decide(program: Program) -> dict[str, Outcomes]:
@@ -81,18 +95,61 @@ def _decide(program: Program) -> dict[str, Outcomes]:
     ]
     read_by = {name: reads_of(node) for name, node in lifted}
     views = {node for _, node in lifted} | {read.view for all_ in read_by.values() for read in all_}
-    return {
-        name: [(read, match(read, views.__contains__)) for read in read_by[name]]
-        for name in program.rest
-        if name in read_by
-    }
+    seen = {name: view_reads(node) for name, node in lifted}
+    deep = views | {read.view for all_ in seen.values() for read in all_}
+    decided: dict[str, Outcomes] = {}
+    for name in program.rest:
+        if name not in read_by:
+            continue
+        outcomes: Outcomes = [(read.node, match(read, views.__contains__)) for read in read_by[name]]
+        if _is_odd(outcomes):
+            size = program.rest[name].shape
+            better = _agreed([(read.node, _general(read, deep)) for read in seen[name]], size)
+            outcomes = outcomes if better is None else better
+        decided[name] = outcomes
+    return decided
+
+
+def _is_odd(outcomes: Outcomes) -> bool:
+    """Whether plain matching leaves a tensor out."""
+    return any(isinstance(outcome, Miss) for _, outcome in outcomes)
+
+
+def _general(read: ViewRead, views: set[fx.Node]) -> Form | Miss:
+    """What a call is that reads a view of any kind."""
+    if op_name(read.node) == "aten.embedding":
+        if read.geometry.is_rows() and not read.steps and read.node.args[0] is read.view:
+            return Match("embedding", is_transposed=False, x=read.node.args[1])  # type: ignore[arg-type]
+        return Miss("look-up in something else than the rows of a matrix")
+    size = tuple(int(n) for n in value_of(read.parameter).shape)
+    for is_turned in (False, True):
+        is_matrix = len(size) > 1 and not read.steps
+        if is_matrix and read.geometry == Geometry.of_matrix(size, is_transposed=is_turned):
+            outcome = match(WeightRead(read.node, read.view, is_turned), views.__contains__)
+            if isinstance(outcome, Match):
+                return outcome
+    form = contraction(read)
+    if isinstance(form, Contraction) and form.product.x in views:
+        operands = read.node.all_input_nodes
+        if operands.index(read.view) < operands.index(form.product.x):
+            return Miss(f"left operand of {op_name(read.node)} of two parameters", is_matmul=True)
+    return form
+
+
+def _agreed(outcomes: Outcomes, size: tuple[int, ...]) -> Outcomes | None:
+    """The forms of all reads, if they are of one matrix; None if not. ``size``: of the parameter."""
+    if not outcomes or any(isinstance(form, Miss) for _, form in outcomes):
+        return None
+    # What is matched without a contraction takes the matrix as it is stored.
+    matrices = {form.matrix if isinstance(form, Contraction) else size for _, form in outcomes}
+    return outcomes if len(matrices) == 1 else None
 
 
 def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
     """Why a tensor is not packable; None if it is."""
     is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for _, o in outcomes)
-    misses = [(read, o) for read, o in outcomes if isinstance(o, Miss)]
-    matches = [o for _, o in outcomes if isinstance(o, Match)]
+    misses = [o for _, o in outcomes if isinstance(o, Miss)]
+    forms = [o for _, o in outcomes if not isinstance(o, Miss)]
     if not tensor.is_parameter:
         return Miss("persistent buffer, not a parameter", is_matmul)
     if tensor.dtype not in DTYPES:
@@ -106,22 +163,61 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
     if not outcomes:
         return Miss(NEVER_READ)
     if misses:
-        kinds = ", ".join(sorted({o.kind for o in matches}))
-        reasons = dict.fromkeys(o.reason for _, o in misses)
+        kinds = ", ".join(sorted({o.kind for o in forms}))
+        reasons = dict.fromkeys(o.reason for o in misses)
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
-    if len({o.is_transposed for o in matches}) > 1:
-        return Miss("used both as (out, in) and as (in, out)", is_matmul)
     return None
 
 
 def _is_summed(outcomes: Outcomes) -> bool:
     """Whether rows of a tensor meet others in sums or are looked up, or nothing reads it."""
-    return not outcomes or any(isinstance(o, Match) or o.is_matmul or o.reason == KERNEL for _, o in outcomes)
+    return not outcomes or any(
+        not isinstance(o, Miss) or o.is_matmul or o.reason == KERNEL for _, o in outcomes
+    )
+
+
+def _behind_products(
+    graph: fx.Graph, parameters: Mapping[str, str], rest: Mapping[str, Rest]
+) -> dict[str, str]:
+    """Parameters that a matmul's weight is computed of, and how: they are weights of it all the same."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_stored = node.op == "placeholder" and node.name in parameters
+        if is_stored or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
+            constant.add(node)
+    reasons: dict[str, str] = {}
+    for node in graph.nodes:
+        for operand in _weights_of(node, constant):
+            seen, stack = {operand}, [operand]
+            while stack:
+                source = stack.pop()
+                tensor = rest.get(parameters.get(source.name, ""))
+                if tensor is not None and tensor.is_parameter and sum(n > 1 for n in tensor.shape) > 1:
+                    if not tensor.is_matmul:
+                        reasons.setdefault(tensor.name, f"the weight of {op_name(node)} is computed of it")
+                    continue
+                if op_name(source) in MATMULS or source.target in CANONICAL:
+                    continue
+                fresh = [n for n in source.all_input_nodes if n not in seen]
+                seen.update(fresh)
+                stack.extend(fresh)
+    return reasons
+
+
+def _weights_of(node: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
+    """The operand of a matmul that does not depend on the model's inputs, while the other does."""
+    if op_name(node) not in MATMULS:
+        return []
+    operands = node.all_input_nodes
+    if op_name(node) in ("aten.linear", "aten.addmm", "aten.baddbmm"):
+        operands = operands[1:2] if op_name(node) == "aten.linear" else operands[1:]
+    fixed = [operand for operand in operands if operand in constant]
+    return fixed if len(fixed) < len(operands) or op_name(node) == "aten.linear" else []
 
 
 def _rewrite(
-    program: Program, chosen: Mapping[fx.Node, tuple[str, Match]]
+    program: Program, chosen: Mapping[fx.Node, tuple[str, Form]]
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A new graph with canonical calls; the second value is old call to canonical node."""
     graph = fx.Graph()
@@ -136,13 +232,24 @@ def _rewrite(
             if node.name in program.parameters:
                 weight_of[program.parameters[node.name]] = new[node]
             continue
-        name, matched = chosen[node]
-        new[node], canonical[node] = build(graph, node, matched, weight_of[name], new.__getitem__)
-    graph.eliminate_dead_code()
+        name, form = chosen[node]
+        make: Any = build_contraction if isinstance(form, Contraction) else build
+        new[node], canonical[node] = make(graph, node, form, weight_of[name], new.__getitem__)
+    # A call that reads a weight stays, whoever reads its result: the weight says that it is its use.
+    kept = set(canonical.values())
+    graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
     return graph, canonical
 
 
-def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -> Weight:
+def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Form]]) -> Weight:
+    matrices = {form.matrix for _, form in uses if isinstance(form, Contraction)} - {tensor.shape}
+    # What is looked up decides: its rows are read one by one.
+    first = next((form for _, form in uses if form.kind == "embedding"), uses[0][1])
+    view_of = matrices.pop() if matrices else None
+    is_transposed = first.is_transposed
+    if view_of is not None and is_transposed:
+        # What cannot be seen as the parameter that the model has is packed along its rows.
+        is_transposed = _turned(view_of).reshaped(tensor.shape) is not None
     return Weight(
         tensor.name,
         tensor.shape,
@@ -152,8 +259,14 @@ def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -
             for node, matched in uses
         ),
         tensor.aliases,
-        is_transposed=uses[0][1].is_transposed,
+        is_transposed=is_transposed,
+        view_of=view_of,
     )
+
+
+def _turned(matrix: tuple[int, ...]) -> Geometry:
+    """A stored (..., in, out), in the (..., out, in) that is packed of it."""
+    return Geometry.of_matrix((*matrix[:-2], matrix[-1], matrix[-2]), is_transposed=True)
 
 
 def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:

@@ -143,7 +143,7 @@ _EMBEDDING = OutlierFeatures(reason="none: read as an embedding, which has no in
 
 def _deviation(weight: Weight, data: Tensor, side: str) -> Tensor:
     """Standard deviation of each output unit (its row), of each embedded feature, or of each own column."""
-    oriented = (data.mT if weight.is_transposed else data).float()
+    oriented = weight.oriented(data).float()
     if side == "linear":
         if oriented.dim() == 3:  # the same unit of all experts
             oriented = oriented.transpose(0, 1).flatten(1)

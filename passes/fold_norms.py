@@ -137,6 +137,8 @@ def _obstacle(program: Program, value: fx.Node, user: fx.Node, shift: object) ->
         return f"the norm's result is {what}, not by weights alone"
     if len(weight.uses) > 1:
         return f"'{weight.name}' is read in {len(weight.uses)} places"
+    if weight.view_of is not None or len(_weight(user).users) > 1:
+        return f"'{weight.name}' is read in another form as well"
     if isinstance(shift, fx.Node):
         bias = user.args[2] if kind == "linear" and len(user.args) > 2 else None
         if not isinstance(bias, fx.Node):

@@ -88,12 +88,18 @@ def _read_packed(
             unpacked = graph.call_function(dequantize, (*operands, weight.dtype))
         unpacked.meta = {**use.meta, "val": value_of(dense).new_empty(weight.oriented_shape)}
         # What is dequantized has its output features first, however the source stores it.
-        if weight.is_transposed and use.target not in CANONICAL:
+        if use.target not in CANONICAL:
             with graph.inserting_before(use):
-                unpacked = call(graph, unpacked, torch.ops.aten.transpose.int, unpacked, -2, -1)
+                if weight.is_transposed:
+                    unpacked = call(graph, unpacked, torch.ops.aten.transpose.int, unpacked, -2, -1)
+                if weight.view_of is not None:
+                    shape = list(weight.shape)
+                    unpacked = call(graph, unpacked, torch.ops.aten.reshape.default, unpacked, shape)
         use.replace_input_with(dense, unpacked)
         if use.target in CANONICAL:
-            use.kwargs = {key: value for key, value in use.kwargs.items() if key != "is_transposed"}
+            is_turned = bool(use.kwargs.get("is_transposed", False)) ^ weight.is_transposed
+            rest = {key: use.kwargs[key] for key in use.kwargs if key not in ("is_transposed", "matrix")}
+            use.kwargs = rest | ({"is_transposed": True} if is_turned else {})
     graph.erase_node(dense)
 
 

@@ -33,7 +33,7 @@ from kbitc.sensitivity.moments import (
     from_tensors,
     to_tensors,
 )
-from kbitc.sensitivity.streaming import Streamed, expert_slices
+from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
 
 MAGNITUDE = 6.0
 
@@ -152,12 +152,15 @@ def _watch(
     out: Tensor,
 ) -> None:
     """Note the input of a use, and arrange that the gradient of its output is noted in the backward pass."""
-    if kind != "embedding":
+    is_turned, kind = kind.startswith(TURNED), kind.removeprefix(TURNED)
+    if kind != "embedding" and not is_turned:
         x = given[0] if kind == "grouped_linear" else given
         seen.setdefault(name, _Seen(magnitude)).add(x.detach())
     weight = program.weights[name]
-    lead = weight.shape[0] if len(weight.shape) == 3 else 1
-    own = sums[name].setdefault(kind, _Sums.of(lead, weight.rows // lead, weight.in_features))
+    lead = weight.matrix[0] if len(weight.matrix) == 3 else 1
+    sizes = (weight.rows // lead, weight.in_features)
+    size = sizes[::-1] if is_turned else sizes
+    own = sums[name].setdefault(TURNED + kind if is_turned else kind, _Sums.of(lead, *size))
 
     def note(grad: Tensor) -> None:
         grad = grad.detach().flatten(0, -2)
@@ -184,7 +187,9 @@ def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
                 often = (often + own.rows / own.rows.sum()) / 2
             factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
             continue
-        factors.append(Factor(_plain(own.rows / tokens), _plain(own.columns / own.energy.clamp_min(1e-300))))
+        rows, columns = own.rows / tokens, own.columns / own.energy.clamp_min(1e-300)
+        sides = (columns, rows) if kind.startswith(TURNED) else (rows, columns)
+        factors.append(Factor(*map(_plain, sides)))
     return Moments(tuple(factors))
 
 

@@ -128,7 +128,7 @@ class ScoreSensitivity:
     def _options(
         self, weight: Weight, data: Tensor, moments: Moments | None, outlying: OutlierFeatures
     ) -> tuple[Option, ...]:
-        sample = Sample.of(data.mT if weight.is_transposed else data, moments)
+        sample = Sample.of(weight.oriented(data), moments)
         importance = self.head_importance if weight.is_head else 1.0
         options = []
         count = len(outlying.index)

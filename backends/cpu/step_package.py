@@ -62,7 +62,15 @@ def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: 
     paths = {id(module): path for path, module in model.named_modules()}
     places = [
         (
-            *(paths[id(module)], leaf, names, str(weight.dtype), weight.is_transposed, weight.activations),
+            *(
+                paths[id(module)],
+                leaf,
+                names,
+                str(weight.dtype),
+                weight.is_transposed,
+                weight.activations,
+                weight.geometry,
+            ),
             weight.operands().numbers,
         )
         for module, leaf, weight, names in step.places

@@ -100,7 +100,7 @@ def _convert(
     if program.plan.weights[entry.name].spec.is_left_alone:
         kept = checked_plain(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": relative_error(source, kept), "quantizer": ""}
-    oriented = source.mT if entry.is_transposed else source
+    oriented = entry.oriented(source)
     quantizer, packed = packed_weight(program, entry.name, oriented)
     stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
     return stored, {"error": packed_error(oriented, packed), "quantizer": quantizer}

@@ -34,6 +34,7 @@ class WeightEntry:
         dtype: of the source.
         is_transposed: stored as ``(..., in, out)``.
         aliases: other names of the same parameter.
+        view_of: the matrix that its shape is a view of; None where it is one.
         outlier_features: what was found of its input features, and how many are kept; None where none were
             looked for.
     """
@@ -44,6 +45,7 @@ class WeightEntry:
     is_transposed: bool = False
     aliases: tuple[str, ...] = ()
     outlier_features: Mapping[str, Any] | None = None
+    view_of: tuple[int, ...] | None = None
 
     @property
     def spec(self) -> Spec:
@@ -63,6 +65,8 @@ class WeightEntry:
             "is_transposed": self.is_transposed,
             "aliases": list(self.aliases),
         }
+        if self.view_of is not None:
+            entry["view_of"] = list(self.view_of)
         if self.outlier_features is not None:
             entry["outlier_features"] = dict(self.outlier_features)
         return entry
@@ -83,7 +87,10 @@ class WeightEntry:
         dims, aliases = shape(entry["shape"], "a weight"), strings(entry["aliases"], "aliases")
         features = entry.get("outlier_features")
         checked = None if features is None else _features(features)
-        return WeightEntry(choice, dims, dtype, bool(entry["is_transposed"]), aliases, checked)
+        view_of = shape(entry["view_of"], "view_of") if "view_of" in entry else None
+        if view_of is not None and (len(view_of) not in (2, 3) or math.prod(view_of) != math.prod(dims)):
+            raise ValueError(f"view_of {view_of} is no matrix with the elements of {dims}")
+        return WeightEntry(choice, dims, dtype, bool(entry["is_transposed"]), aliases, checked, view_of)
 
 
 @dataclass(frozen=True)

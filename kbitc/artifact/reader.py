@@ -175,6 +175,7 @@ class Artifact:
                 shared,
                 (dtypes or {}).get(name, entry.dtype),
                 is_transposed=entry.is_transposed,
+                view_of=entry.view_of,
             )
         return state
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kbitc.formats.layout import SCALE_MAP, SHARED
 from kbitc.formats.packed import TENSOR_FIELDS, Packed
 from kbitc.formats.spec import Spec
-from kbitc.tensor.kbit_tensor import KbitTensor
+from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
 
 def stored_tensors(packed: Packed) -> dict[str, Tensor]:
@@ -32,16 +32,18 @@ def assemble(
     dtype: torch.dtype,
     *,
     is_transposed: bool,
+    view_of: tuple[int, ...] | None = None,
 ) -> KbitTensor:
-    """Inverse of :func:`stored_tensors`: a tensor of the logical ``shape`` and ``dtype``."""
+    """Inverse of :func:`stored_tensors`: of the logical ``shape``, a view of ``view_of``, and ``dtype``."""
     fields: dict[str, Tensor | None] = {name: parts.get(name) for name in TENSOR_FIELDS}
     if fields["codebook"] is None:
         fields["codebook"] = shared[SHARED + spec.codebook_name]
     if spec.has_double_quant:
         fields["scale_codebook"] = shared[SCALE_MAP]
-    in_features = shape[-2] if is_transposed else shape[-1]
+    matrix = view_of or shape
+    in_features = matrix[-2] if is_transposed else matrix[-1]
     packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
-    return KbitTensor(packed, dtype, is_transposed=is_transposed)
+    return packed_as(packed, dtype, shape, is_transposed=is_transposed)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -28,12 +28,15 @@ def register() -> None:
 
 def quantization_config(plan: PlanFile) -> dict[str, Any]:
     """The ``quantization_config`` entry of an artifact's ``config.json``."""
+    packed = plan.packed.items()
+    views = {name: list(entry.view_of) for name, entry in packed if entry.view_of is not None}
     return {
         "quant_method": METHOD,
         "format": plan.format,
         "bits_per_param": plan.bits_per_param,
         "weights": {name: str(entry.spec) for name, entry in plan.packed.items()},
         "transposed": [name for name, entry in plan.packed.items() if entry.is_transposed],
+        **({"view_of": views} if views else {}),
     }
 
 
@@ -69,6 +72,9 @@ def _classes() -> tuple[type, type]:
             self.format = kwargs.get("format", FORMAT)
             self.weights = dict(weights or {})
             self.transposed = list(transposed)
+            # Only of weights that are no matrices as the model has them; transformers writes what is set.
+            if kwargs.get("view_of"):
+                self.view_of = {name: tuple(size) for name, size in kwargs["view_of"].items()}
             self.bits_per_param = bits_per_param
 
     class KbitDeserialize(ConversionOps):  # type: ignore[misc]
@@ -135,6 +141,7 @@ def _classes() -> tuple[type, type]:
                 self.shared,
                 torch.float32 if name in self.wide else self.dtype,
                 is_transposed=name in config.transposed,
+                view_of=getattr(config, "view_of", {}).get(name),
             )
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:

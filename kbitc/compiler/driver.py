@@ -217,6 +217,7 @@ def _plan_file(result: Result, writer: Writer) -> PlanFile:
             weight.is_transposed,
             weight.aliases,
             None if features is None else features.to_json() | {"kept": kept},
+            weight.view_of,
         )
     return PlanFile(
         source=Path(result.source).name,

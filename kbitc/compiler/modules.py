@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kbitc.artifact.pack import packed_weight
 from kbitc.checkpoint import open_checkpoint
@@ -15,7 +15,7 @@ from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Capture, Inputs, run_passes
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
-from kbitc.tensor.kbit_tensor import KbitTensor
+from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
 
 def plan_module(
@@ -53,8 +53,9 @@ def packed_weights(module: nn.Module, program: Program) -> Iterator[tuple[str, K
     for name, choice in program.plan.weights.items():
         if not choice.spec.is_left_alone:
             weight, data = program.weights[name], read(name)
-            _, packed = packed_weight(program, name, data.mT if weight.is_transposed else data)
-            yield name, KbitTensor(packed, data.dtype, is_transposed=weight.is_transposed)
+            _, packed = packed_weight(program, name, weight.oriented(data))
+            is_turned, shape = weight.is_transposed, weight.shape
+            yield name, packed_as(packed, data.dtype, shape, is_transposed=is_turned)
 
 
 def with_packed(module: nn.Module, program: Program, packed: Iterable[tuple[str, KbitTensor]]) -> nn.Module:
@@ -71,6 +72,10 @@ def with_packed(module: nn.Module, program: Program, packed: Iterable[tuple[str,
     memo: dict[int, Any] = {}
     for name, weight in packed:
         memo[id(parameters[name])] = nn.Parameter(weight, requires_grad=False)
+    for part in module.modules():
+        # Tensors that a module computes of its parameters: deepcopy refuses those that have a history.
+        made = [value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf]
+        memo.update((id(value), value.detach()) for value in made)
     read = program.as_stored(lambda name: parameters[name].detach())
     for name, source in parameters.items():
         if id(source) not in memo and program.is_changed(name):

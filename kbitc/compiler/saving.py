@@ -50,7 +50,9 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
             packed = tensor.packed.map(lambda t: t.cpu())
             choice = Choice(tensor.spec, "saved from a module", bits=8 * packed.nbytes() / tensor.numel())
             shape = tuple(tensor.shape)
-            weights[first] = WeightEntry(choice, shape, tensor.dtype, tensor.is_transposed, aliases)
+            weights[first] = WeightEntry(
+                choice, shape, tensor.dtype, tensor.is_transposed, aliases, view_of=tensor.view_of()
+            )
             stored[first] = {f"{first}.{field}": t for field, t in stored_tensors(packed).items()}
         else:
             is_wide = key not in parameters or first in asked

@@ -80,14 +80,12 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
         return Miss(f"read inside the sub-graph of '{name}'", is_matmul=True)
     if name in _CONVOLUTIONS:
         return Miss(KERNEL)
-    if _module_class(node) in _PLAIN_ONLY and value_of(read.view).dim() > 1:
-        return Miss("nn.MultiheadAttention computes with plain tensors only", is_matmul=True)
     matcher = _MATCHERS.get(name)
     if matcher is None:
         return _unknown(read)
     if _count(node, read.view) > 1:
         return Miss(f"both operands of {name}", is_matmul=True)
-    match = matcher(read, _bound(node))
+    match = matcher(read, bound(node))
     if isinstance(match, Match) and match.is_left and is_parameter(match.x):
         return Miss(f"left operand of {name} of two parameters", is_matmul=True)
     return match
@@ -98,20 +96,21 @@ def _count(node: fx.Node, operand: fx.Node) -> int:
     return sum(leaf is operand for leaf in flat)
 
 
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """The call's arguments by name, defaults included."""
+def bound(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by name, in the order of its schema, defaults included."""
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments = node.target._schema.arguments
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    return {**defaults, **given, **node.kwargs}
+    known = {**defaults, **given, **node.kwargs}
+    return {argument.name: known[argument.name] for argument in arguments if argument.name in known}
 
 
 def _unknown(read: WeightRead) -> Miss:
     """A call without a matcher; there may be a matmul behind it, past slices and casts."""
     name = op_name(read.node)
-    if name in _MATMULS or not is_move(read.node) or value_of(read.view).dim() < 2:
-        return Miss(f"read by {name}", is_matmul=name in _MATMULS)
+    if name in MATMULS or not is_move(read.node) or value_of(read.view).dim() < 2:
+        return Miss(f"read by {name}", is_matmul=name in MATMULS)
     seen, stack = {read.node}, [read.node]
     while stack:
         node = stack.pop()
@@ -134,18 +133,12 @@ def _behind(read: WeightRead, matmul: fx.Node) -> str:
 def _is_weight_of(node: fx.Node, operand: fx.Node) -> bool:
     """True if a call multiplies by an operand, as far as its name and position tell."""
     name = op_name(node)
-    if name not in _MATMULS:
+    if name not in MATMULS:
         return False
-    args = _bound(node)
+    args = bound(node)
     if name == "aten.linear":
         return args["weight"] is operand
     return not (name in ("aten.addmm", "aten.baddbmm") and args["self"] is operand)
-
-
-def _module_class(node: fx.Node) -> str:
-    """The class of the innermost module that makes a call."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][1]) if stack else ""
 
 
 def _linear(read: WeightRead, args: dict[str, Any]) -> Match | Miss:
@@ -242,8 +235,6 @@ _CONVOLUTIONS = (
     *("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution"),
     *("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"),
 )
-# Its forward switches torch functions off, so that a packed weight could not take part.
-_PLAIN_ONLY = ("torch.nn.modules.activation.MultiheadAttention",)
 _MATCHERS: dict[str, _Matcher] = {
     "aten.linear": _linear,
     "aten.addmm": _addmm,
@@ -257,7 +248,7 @@ _MATCHERS: dict[str, _Matcher] = {
     "aten.embedding": _embedding,
 }
 # Calls that multiply by a weight without being one of the above: reported, and an error if strict.
-_MATMULS = {name for name in _MATCHERS if name != "aten.embedding"} | {
+MATMULS = {name for name in _MATCHERS if name != "aten.embedding"} | {
     *("aten.mv", "aten.addmv", "aten.dot", "aten.inner", "aten.tensordot", "aten.linalg_multi_dot"),
     *("aten.chain_matmul", "aten.bilinear", "aten.addbmm", "aten._scaled_mm", "aten.kron"),
     *("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu", "aten.lstm_cell", "aten.gru_cell"),

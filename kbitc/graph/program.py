@@ -38,9 +38,32 @@ class Stage(IntEnum):
 # every grouped matmul over experts is one call of one of these three, and of nothing else.
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_transposed: bool = False) -> Tensor:
-    """``x @ weight.T + bias``; ``x``: (..., in), ``weight``: (out, in), or (in, out) if transposed."""
-    return torch.nn.functional.linear(x, weight.mT if is_transposed else weight, bias)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    is_transposed: bool = False,
+    matrix: tuple[int, ...] | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias``; ``x``: (..., in), ``weight``: (out, in), or (in, out) if transposed.
+
+    The weight is taken in the dtype of ``x``, and as the ``matrix`` that its shape is a view of.
+    """
+    oriented = as_matrix(weight, matrix, is_transposed=is_transposed)
+    return torch.nn.functional.linear(x, oriented.to(x.dtype), bias)
+
+
+def as_matrix(weight: Tensor, matrix: tuple[int, ...] | None, *, is_transposed: bool) -> Tensor:
+    """A stored weight with its input dimension last.
+
+    Args:
+        weight: of any shape.
+        matrix: ``(*lead, rows, in)`` that it is a view of, or ``(*lead, in, rows)``; None for its own.
+        is_transposed: which of the two.
+    """
+    whole = weight if matrix is None else weight.reshape(matrix)
+    return whole.mT if is_transposed else whole
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -48,13 +71,20 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.embedding(ids, weight)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, is_transposed: bool = False) -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    is_transposed: bool = False,
+    matrix: tuple[int, ...] | None = None,
+) -> Tensor:
     """Rows of ``x`` (tokens, in), sorted by expert, times their expert's weight (experts, out, in).
 
     ``offsets``: (experts,) cumulative token counts. With ``is_transposed`` weight is (experts, in, out).
     """
-    stacked = weight if is_transposed else weight.mT
-    return torch.nn.functional.grouped_mm(x, stacked, offs=offsets)
+    stacked = as_matrix(weight, matrix, is_transposed=not is_transposed)
+    return torch.nn.functional.grouped_mm(x, stacked.to(x.dtype), offs=offsets)
 
 
 CANONICAL = {linear: "linear", embedding: "embedding", grouped_linear: "grouped_linear"}
@@ -86,6 +116,8 @@ class Weight:
         uses: every place that reads it.
         aliases: other names of the same (tied) parameter.
         is_transposed: stored as (..., in, out): blocks run along the dimension before the last.
+        view_of: the matrix, or batch of matrices, that its shape is a view of: the kernel (out, channels,
+            3, 3) of a convolution over patches is one of (out, channels * 9). None where it is its own.
     """
 
     name: str
@@ -94,11 +126,17 @@ class Weight:
     uses: tuple[Use, ...] = ()
     aliases: tuple[str, ...] = ()
     is_transposed: bool = False
+    view_of: tuple[int, ...] | None = None
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Its shape as a matrix or a batch of them, as it is stored."""
+        return self.view_of or self.shape
 
     @property
     def in_features(self) -> int:
         """Length of the dimension that blocks run along."""
-        return self.shape[-2] if self.is_transposed else self.shape[-1]
+        return self.matrix[-2] if self.is_transposed else self.matrix[-1]
 
     @property
     def rows(self) -> int:
@@ -108,7 +146,12 @@ class Weight:
     @property
     def oriented_shape(self) -> tuple[int, ...]:
         """``(*lead, rows, in_features)``: the shape with the input dimension last."""
-        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.is_transposed else self.shape
+        size = self.matrix
+        return (*size[:-2], size[-1], size[-2]) if self.is_transposed else size
+
+    def oriented(self, data: Tensor) -> Tensor:
+        """Its data, as the model has it, with the input dimension last."""
+        return as_matrix(data, self.view_of, is_transposed=self.is_transposed)
 
     @property
     def numel(self) -> int:

@@ -126,7 +126,7 @@ def _upwards(
 
 
 def _outputs(weight: Weight, kind: str) -> int:
-    lead = weight.shape[0] if len(weight.shape) == 3 else 1
+    lead = weight.matrix[0] if len(weight.matrix) == 3 else 1
     return weight.in_features if kind == "embedding" else weight.rows // lead
 
 

@@ -48,7 +48,7 @@ _SAME = (
     *("alias", "detach", "contiguous", "lift_fresh", "to", "_to_copy"),
     *("view", "reshape", "clone"),
 )
-_MOVES = (
+MOVES = (
     *_SAME,
     *("t", "transpose", "permute", "numpy_T", "mT", "matrix_H", "unsqueeze", "squeeze", "expand"),
     *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "flatten"),
@@ -60,7 +60,7 @@ def is_move(node: fx.Node) -> bool:
     """True for a call that only moves, cuts, casts or passes on its first argument."""
     if node.op != "call_function":
         return False
-    return op_name(node).rpartition(".")[2] in _MOVES or is_idle_dropout(node)
+    return op_name(node).rpartition(".")[2] in MOVES or is_idle_dropout(node)
 
 
 def is_idle_dropout(node: fx.Node) -> bool:

@@ -183,7 +183,7 @@ class _Replay(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         # torch's own shape rule for a grouped matmul refuses every dtype but bfloat16.
         x, weight = args[:2]
-        rows = weight.shape[-1 if kwargs.get("is_transposed") else -2]
+        rows = (kwargs.get("matrix") or weight.shape)[-1 if kwargs.get("is_transposed") else -2]
         return x.new_empty(x.shape[0], rows)
 
     def run_node(self, n: fx.Node) -> Any:

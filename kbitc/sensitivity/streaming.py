@@ -16,11 +16,15 @@ from torch import Tensor, fx
 
 from kbitc.checkpoint.finite import check_finite
 from kbitc.graph.context import ReadTensor
-from kbitc.graph.program import CANONICAL, Program
+from kbitc.graph.program import CANONICAL, Program, as_matrix
 
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""
+
+TURNED = "turned "
+"""Before the kind of a use that multiplies along the weight's rows, as a decoder tied to an encoder does: its
+input meets the rows, and its output has the features."""
 
 
 def _writes(node: fx.Node) -> bool:
@@ -91,20 +95,21 @@ class Streamed(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         name = args[1].name
         x, *rest = [self.load(a.name) if isinstance(a, _Stored) else a for a in (args[0], *args[2:])]
-        is_transposed = kwargs.get("is_transposed", False)
+        form = {"matrix": kwargs.get("matrix"), "is_transposed": kwargs.get("is_transposed", False)}
         if kind == "embedding":
             y = F.embedding(x, self.load(name))
         elif kind == "linear":
-            y = apply(_Linear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            y = apply(_Linear, x, lambda: as_matrix(self.load(name), **form), *rest)
         else:
-            y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            y = apply(_GroupedLinear, x, lambda: as_matrix(self.load(name), **form), *rest)
             x = (x, *rest)
         if self.is_writing and kind != "embedding":
             x = (x[0].clone(), *x[1:]) if isinstance(x, tuple) else x.clone()
         if torch.is_grad_enabled() and not y.requires_grad:
             # Nothing before it has a gradient. A copy, as no model may write into a leaf of the gradient.
             y = y.requires_grad_().clone()
-        self.seen(name, kind, x, y)
+        is_turned = form["is_transposed"] != self.weights[name].is_transposed
+        self.seen(name, TURNED + kind if is_turned else kind, x, y)
         return y
 
 
@@ -114,21 +119,17 @@ def apply(function: Any, *args: Any) -> Tensor:
     return out
 
 
-def _oriented(weight: Tensor, is_transposed: bool) -> Tensor:
-    return weight.mT if is_transposed else weight
-
-
 class _Linear(torch.autograd.Function):
     """``F.linear`` that keeps no weight for the backward pass: it is read again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
         ctx.load = load
-        return F.linear(x, load(), bias)
+        return F.linear(x, load().to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ ctx.load(), None, None
+        return grad @ ctx.load().to(grad.dtype), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -147,7 +148,7 @@ class _GroupedLinear(torch.autograd.Function):
 def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, tokens in expert_slices(offsets):
-        out[tokens] = x[tokens] @ weight[expert].mT
+        out[tokens] = x[tokens] @ weight[expert].mT.to(x.dtype)
     return out
 
 

@@ -42,9 +42,8 @@ def use_activations(model: nn.Module, activations: str) -> dict[str, str]:
                 left[f"{path}.{leaf}".lstrip(".")] = reason
                 continue
             if id(weight) not in marked:
-                chosen = KbitTensor(
-                    weight.packed, weight.dtype, is_transposed=weight.is_transposed, activations=activations
-                )
+                chosen = weight._like(weight.packed)
+                chosen.activations = activations
                 marked[id(weight)] = nn.Parameter(chosen, requires_grad=False)
             module._parameters[leaf] = marked[id(weight)]
     if not marked and activations == "int8":

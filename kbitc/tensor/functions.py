@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +12,41 @@ from torch import Tensor
 from kbitc.formats.packed import Packed
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
 
+# A handler answers NotImplemented where it has no form: `kbitc.tensor.reads` then serves its parts.
+
 # Functions: what a model does with a weight.
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
     if isinstance(input, KbitTensor) or not isinstance(weight, KbitTensor):
-        raise NotImplementedError("F.linear takes a packed tensor as its weight alone")
-    if weight.packed.planes.dim() != 2 or weight.is_transposed:  # weight.dim() would cost a microsecond
-        raise NotImplementedError(
-            f"F.linear needs a (rows, in_features) weight; this one is {tuple(weight.shape)}, "
-            f"packed along dimension {weight.dim() - 2 if weight.is_transposed else weight.dim() - 1}"
-        )
+        return NotImplemented
+    if weight.packed.planes.dim() != 2 or not weight.is_plain:  # weight.dim() would cost a microsecond
+        return NotImplemented
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
     out: Tensor = op(input, *weight.operands(), bias)
     return out
 
 
-def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Tensor:  # noqa: A002
+def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: A002
     """``x @ W`` for a 2-D W that is packed along its first dimension, or a batch of experts."""
     if out is not None:
         raise NotImplementedError("matmul with a packed weight has no out=")
-    if isinstance(input, KbitTensor) and isinstance(other, KbitTensor):
-        raise NotImplementedError("matmul of two packed weights")
     if isinstance(input, KbitTensor):
-        if input.dim() == 2 and other.dim() > 2:
-            return _matmul(other.mT, input.mT).mT
-        if input.dim() == 3 and other.dim() == 3:
-            return _bmm(other.mT, input.mT).mT  # type: ignore[arg-type]
-        if input.dim() == 2 and other.dim() == 2:
-            return _matmul(other.mT, input.mT).mT
-        if input.dim() == 2 and other.dim() == 1:
-            return _matmul(other, input.mT)
-        raise NotImplementedError(f"matmul of a packed {tuple(input.shape)} with {tuple(other.shape)}")
-    if isinstance(other, KbitTensor) and other.dim() == 3 and input.dim() == 3:
-        return _bmm(input, other)
+        dims = (input.dim(), other.dim())
+        if isinstance(other, KbitTensor) or not _is_matrix(input) or (dims[0] != 2 and dims != (3, 3)):
+            return NotImplemented
+        product = _matmul(other, input.mT) if dims[1] == 1 else _matmul(other.mT, input.mT)
+        return product if product is NotImplemented or dims[1] == 1 else product.mT
+    if not _is_matrix(other):
+        return NotImplemented
+    if other.dim() == 3:
+        return _bmm(input, other) if input.dim() == 3 and other.is_transposed else NotImplemented
     return _linear(input, other.mT)
+
+
+def _is_matrix(weight: Tensor) -> TypeGuard[KbitTensor]:
+    """Whether it is what is packed or its transpose, and no other view."""
+    return isinstance(weight, KbitTensor) and weight.geometry is None and weight.factor is None
 
 
 def _bmm(input: Tensor, weight: KbitTensor) -> Tensor:  # noqa: A002
@@ -65,11 +65,13 @@ def _addmm(
     beta: float = 1,
     alpha: float = 1,
     out: None = None,
-) -> Tensor:
-    if (beta, alpha) == (1, 1) and input.dim() == 1 and out is None and isinstance(mat2, KbitTensor):
+) -> Any:
+    if (beta, alpha) == (1, 1) and input.dim() == 1 and out is None and _is_matrix(mat2):
         return _linear(mat1, mat2.mT, input)
+    if isinstance(input, KbitTensor):
+        return NotImplemented
     product = _matmul(mat1, mat2, out=out)
-    return beta * input + alpha * product
+    return product if product is NotImplemented else beta * input + alpha * product
 
 
 def _embedding(
@@ -80,12 +82,12 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,  # the signature of F.embedding
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     del padding_idx, norm_type, scale_grad_by_freq, sparse  # they matter to gradients alone
     if max_norm is not None:
         raise NotImplementedError("F.embedding with max_norm changes its weight; a packed one is frozen")
-    if not isinstance(weight, KbitTensor) or weight.dim() != 2 or weight.is_transposed:
-        raise NotImplementedError("F.embedding needs a weight that is packed along its features")
+    if not isinstance(weight, KbitTensor) or weight.dim() != 2 or not weight.is_plain:
+        return NotImplemented
     out: Tensor = torch.ops.kbit.embedding(input, *weight.operands(), weight.dtype)
     return out
 
@@ -99,7 +101,8 @@ def grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows of the input, sorted by expert, times their expert's packed weight."""
-    if not isinstance(mat2, KbitTensor) or mat2.dim() != 3 or not mat2.is_transposed or offs is None:
+    is_matrix = _is_matrix(mat2) and mat2.dim() == 3
+    if not isinstance(mat2, KbitTensor) or not is_matrix or not mat2.is_transposed or offs is None:
         raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
     out: Tensor = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
     if bias is not None:
@@ -107,15 +110,14 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _getitem(weight: KbitTensor, at: Any) -> KbitTensor:
+def _getitem(weight: KbitTensor, at: Any) -> Any:
     """Experts of a 3-D weight: ``weight[i]``, ``weight[tensor]``."""
-    if weight.dim() != 3 or isinstance(at, (tuple, slice, type(None), type(...))):
-        raise NotImplementedError(
-            f"indexing a packed {tuple(weight.shape)} with {at!r}: only whole experts can be picked"
-        )
+    is_view = isinstance(at, (tuple, slice, type(None), type(...)))
+    if weight.dim() != 3 or is_view or not _is_matrix(weight):
+        return NotImplemented
     experts = torch.as_tensor(at, device=weight.packed.planes.device)
     if experts.is_floating_point() or experts.dtype == torch.bool:
-        raise NotImplementedError("experts are picked by integer indices")
+        return NotImplemented
     parts = iter(torch.ops.kbit.select(experts, *weight.operands()))
     packed = weight.packed
     picked = Packed(
@@ -134,23 +136,23 @@ def _getitem(weight: KbitTensor, at: Any) -> KbitTensor:
     return weight._like(picked)
 
 
-def _permute(weight: KbitTensor, *dims: Any) -> KbitTensor:
+def _permute(weight: KbitTensor, *dims: Any) -> Any:
     order = [dim % weight.dim() for dim in (dims if isinstance(dims[0], int) else dims[0])]
     *lead, rows, features = range(weight.dim())
     if order not in ([*lead, rows, features], [*lead, features, rows]):
-        raise NotImplementedError(f"permuting a packed weight to {order}")
+        return NotImplemented
     return weight if order[-1] == features else weight._turned()
 
 
-def _reshape(weight: KbitTensor, *shape: Any) -> KbitTensor:
+def _reshape(weight: KbitTensor, *shape: Any) -> Any:
     """A view of the same shape, as some models write it."""
+    if isinstance(shape[0], torch.dtype):
+        raise NotImplementedError(f"the bytes of a packed weight cannot be seen as {shape[0]}")
     size = shape if isinstance(shape[0], int) else tuple(shape[0])
-    if tuple(size) != tuple(weight.shape):
-        raise NotImplementedError(f"reshaping a packed {tuple(weight.shape)} to {size}")
-    return weight
+    return weight if tuple(size) == tuple(weight.shape) else NotImplemented
 
 
-def _einsum(equation: str, *operands: Any) -> Tensor:
+def _einsum(equation: str, *operands: Any) -> Any:
     """``...i,oi->...o`` and its like: a matmul with a 2-D weight, spelled out."""
     given = operands if len(operands) == 2 else tuple(operands[0])
     inputs, _, out = equation.replace(" ", "").partition("->")
@@ -160,9 +162,9 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
         x, weight, shared, packed = given[1 - at], names[at], names[1 - at][-1:], given[at]
         free = weight.replace(shared, "") if shared else ""
         is_matmul = len(weight) == 2 and len(free) == 1 and out == names[1 - at][:-1] + free
-        if is_matmul and not isinstance(x, KbitTensor):
+        if is_matmul and not isinstance(x, KbitTensor) and _is_matrix(packed):
             return _linear(x, packed.mT if weight[0] == shared else packed)
-    raise NotImplementedError(f"einsum '{equation}' with a packed weight")
+    return NotImplemented
 
 
 def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:

@@ -1,15 +1,15 @@
 """`KbitTensor`: a packed weight that stands in a model where its dense parameter stood.
 
-The one thing to know: it is a thin traceable wrapper around the plain tensors of `Packed`. It sends
-`F.linear`, `addmm`, `matmul`, `F.embedding` and grouped matmuls to ``torch.ops.kbit.*``, lets itself
-be moved, copied and transposed, and does nothing else: any other operation is an error, not a
-silent dequantization. With it a compiled Hugging Face model is still that model.
+The one thing to know: it is a thin traceable wrapper around the plain tensors of `Packed`. What it serves
+stands in three tables: `FUNCTIONS` (how models read a weight), `MOVES` (copies and devices) and `READS`
+(views of it, and what multiplies by them); any other operation is an error, not a silent dequantization.
+With it a compiled Hugging Face model is still that model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,24 +17,38 @@ from torch import Tensor
 from kbitc.formats.packed import TENSOR_FIELDS, Operands, Packed
 from kbitc.formats.spec import Spec
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
+from kbitc.tensor.geometry import Geometry
 
 aten = torch.ops.aten
 
+_Context: TypeAlias = tuple[Spec, int, torch.dtype, bool, str, "Geometry | None"]
+
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""What a packed weight serves: `kbitc.tensor.functions` fills it, which importing the room sees to."""
+"""What a packed weight serves: `kbitc.tensor.functions` fills it, which importing the room sees to.
+
+A handler that has no form for its arguments answers ``NotImplemented``; `READS` then gets what the function
+is made of."""
+
+READS: dict[Any, Callable[..., Any]] = {}
+"""The aten calls that read a packed weight: `kbitc.tensor.reads` fills it."""
 
 
 class KbitTensor(Tensor):
-    """A packed 2-D or 3-D weight.
+    """A packed 2-D or 3-D weight, or a view of one.
 
     Attributes:
         packed: the plain tensors, spec and width; its rows are always *output* features.
         is_transposed: the logical tensor is ``(..., in_features, rows)``: GPT-2's Conv1D.
+        geometry: where its elements lie in the packed matrix, if they are not that matrix or its transpose:
+            the kernel of a convolution, rows of a weight.
+        factor: of the logical shape, most of its strides 0; what is read is the packed matrix times it.
         activations: "float", or "int8" for a linear in integers (`kbitc.tensor.activations`).
     """
 
     packed: Packed
     is_transposed: bool
+    geometry: Geometry | None
+    factor: Tensor | None
     activations: str
 
     @staticmethod
@@ -45,10 +59,14 @@ class KbitTensor(Tensor):
         *,
         is_transposed: bool = False,
         activations: str = "float",
+        geometry: Geometry | None = None,
+        factor: Tensor | None = None,
     ) -> KbitTensor:
         """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``."""
         shape = packed.shape
-        if is_transposed:
+        if geometry is not None:
+            shape = geometry.size
+        elif is_transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         self: KbitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=packed.planes.device, requires_grad=False
@@ -56,6 +74,8 @@ class KbitTensor(Tensor):
         self.packed = packed
         self.is_transposed = is_transposed
         self.activations = activations
+        self.geometry = geometry
+        self.factor = factor
         for name in TENSOR_FIELDS:
             setattr(self, f"_{name}", getattr(packed, name))
         return self
@@ -72,36 +92,92 @@ class KbitTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight, of ``dtype`` (by default the logical one), in the logical shape."""
         dense: Tensor = torch.ops.kbit.dequantize(*self.operands(), dtype or self.dtype)
-        return dense.mT if self.is_transposed else dense
+        if self.geometry is not None:
+            dense = dense.as_strided(*self.geometry)
+        elif self.is_transposed:
+            dense = dense.mT
+        return dense if self.factor is None else dense * self.factor.to(dense.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the packed matrix as it is: ``(..., rows, in_features)``."""
+        return not self.is_transposed and self.geometry is None and self.factor is None
+
+    def placement(self) -> Geometry:
+        """Where its elements lie in the packed matrix."""
+        return self.geometry or Geometry.of_matrix(self.packed.shape, is_transposed=self.is_transposed)
+
+    def view_of(self) -> tuple[int, ...] | None:
+        """The matrix, as the model would store it, that the shape is a view of; None where it is its own."""
+        if self.geometry is None:
+            return None
+        plain = Geometry.of_matrix(self.packed.shape, is_transposed=self.is_transposed)
+        return plain.size
+
+    def viewed(self, geometry: Geometry, factor: Tensor | None = None) -> KbitTensor:
+        """The same packed matrix, seen otherwise: a plain one where it can be.
+
+        Args:
+            geometry: where the elements of the view lie.
+            factor: what they are multiplied by, of their shape.
+        """
+        shape = self.packed.shape
+        turned = geometry == Geometry.of_matrix(shape, is_transposed=True)
+        is_matrix = turned or geometry == Geometry.of_matrix(shape, is_transposed=False)
+        return KbitTensor(
+            self.packed,
+            self.dtype,
+            is_transposed=turned,
+            activations=self.activations,
+            geometry=None if is_matrix else geometry,
+            factor=factor,
+        )
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         form = ", transposed" if self.is_transposed else ""
         return f"KbitTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}{form})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, int, torch.dtype, bool, str]]:
+    def __tensor_flatten__(self) -> tuple[list[str], _Context]:
         names = [f"_{name}" for name in self.packed.tensors()]
+        if self.factor is not None:
+            names.append("factor")
         packed = self.packed
-        return names, (packed.spec, packed.in_features, self.dtype, self.is_transposed, self.activations)
+        form = (self.is_transposed, self.activations, self.geometry)
+        return names, (packed.spec, packed.in_features, self.dtype, *form)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor],
-        context: tuple[Spec, int, torch.dtype, bool, str],
+        context: _Context,
         outer_size: Iterable[int],
         outer_stride: Iterable[int],
     ) -> KbitTensor:
         del outer_size, outer_stride
-        spec, in_features, dtype, is_transposed, activations = context
+        spec, in_features, dtype, is_transposed, activations, geometry = context
         fields = {name: inner.get(f"_{name}") for name in TENSOR_FIELDS}
         packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
-        return KbitTensor(packed, dtype, is_transposed=is_transposed, activations=activations)
+        return KbitTensor(
+            packed,
+            dtype,
+            is_transposed=is_transposed,
+            activations=activations,
+            geometry=geometry,
+            factor=inner.get("factor"),
+        )
 
     def _like(self, packed: Packed, dtype: torch.dtype | None = None) -> KbitTensor:
         return KbitTensor(
-            packed, dtype or self.dtype, is_transposed=self.is_transposed, activations=self.activations
+            packed,
+            dtype or self.dtype,
+            is_transposed=self.is_transposed,
+            activations=self.activations,
+            geometry=self.geometry,
+            factor=self.factor,
         )
 
-    def _turned(self) -> KbitTensor:
+    def _turned(self) -> Any:
+        if self.geometry is not None or self.factor is not None:
+            return NotImplemented
         return KbitTensor(
             self.packed, self.dtype, is_transposed=not self.is_transposed, activations=self.activations
         )
@@ -117,7 +193,9 @@ class KbitTensor(Tensor):
         kwargs = kwargs or {}
         handler = FUNCTIONS.get(func)
         if handler is not None:
-            return handler(*args, **kwargs)
+            out = handler(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -129,21 +207,44 @@ class KbitTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        handler = MOVES.get(func)
-        if handler is None:
-            raise NotImplementedError(
-                f"{func} is not defined on a packed weight. kbitc packs weights that are read by "
-                "linear, addmm, matmul, embedding or grouped matmul; for anything else call "
-                ".dequantize() first, or leave this weight alone (spec fp16) when compiling"
-            )
-        return handler(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        handler = MOVES.get(func) or READS.get(func)
+        out = NotImplemented if handler is None else handler(*args, **kwargs)
+        if out is NotImplemented:
+            out = func.decompose(*args, **kwargs)  # in inference mode the parts of a function come together
+        if out is not NotImplemented:
+            return out
+        raise NotImplementedError(
+            f"{func} is not defined on a packed weight. kbitc packs weights that are read by matmuls of any "
+            "kind, through views, slices, casts and scales, and by embeddings; for anything else call "
+            ".dequantize() first, or leave this weight alone (spec fp16) when compiling"
+        )
 
 
-def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> KbitTensor:
-    """The weight with its last two dimensions swapped; there are no others to transpose."""
+def packed_as(
+    packed: Packed, dtype: torch.dtype, shape: tuple[int, ...], *, is_transposed: bool
+) -> KbitTensor:
+    """A packed matrix as the parameter of ``shape`` that a model has.
+
+    Args:
+        packed: ``(*lead, rows, in_features)``.
+        dtype: the logical one.
+        shape: a view of the matrix, or of its transpose ``(*lead, in_features, rows)``.
+        is_transposed: which of the two.
+    """
+    plain = Geometry.of_matrix(packed.shape, is_transposed=is_transposed)
+    moved = plain if tuple(shape) == plain.size else plain.reshaped(shape)
+    if moved is None:
+        raise ValueError(f"a packed {plain.size} cannot be seen as {tuple(shape)}")
+    geometry = None if moved is plain else moved
+    return KbitTensor(packed, dtype, is_transposed=is_transposed, geometry=geometry)
+
+
+def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> Any:
+    """The weight with its last two dimensions swapped; ``NotImplemented`` for others."""
     dims = {dim0 % weight.dim(), dim1 % weight.dim()}
     if dims != {weight.dim() - 2, weight.dim() - 1}:
-        raise NotImplementedError(f"transposing dimensions {dim0} and {dim1} of a packed weight")
+        return NotImplemented
     return weight._turned()
 
 
@@ -161,12 +262,17 @@ def _to_copy(
     if dtype is not None and not dtype.is_floating_point:
         raise NotImplementedError(f"a packed weight cannot become {dtype}; call .dequantize() first")
     moved = weight.packed.map(lambda t: t.to(device=device, non_blocking=non_blocking, copy=True))
-    return weight._like(moved, dtype)
+    if weight.factor is None:
+        return weight._like(moved, dtype)
+    factor = weight.factor.to(device=device, dtype=dtype, non_blocking=non_blocking)
+    return weight._like(moved, dtype).viewed(weight.placement(), factor)
 
 
 def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError("only a packed weight of the same spec and shape can be copied in")
+    if source.placement() != target.placement() or source.factor is not None or target.factor is not None:
+        raise NotImplementedError("a view of a packed weight can neither be written nor copied in")
     for name, value in target.packed.tensors().items():
         value.copy_(getattr(source.packed, name), non_blocking)
     return target
@@ -178,8 +284,6 @@ MOVES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: lambda weight, **_: weight._like(weight.packed.map(torch.clone)),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
-    aten.t.default: KbitTensor._turned,
-    aten.transpose.int: transpose,
 }
 
 
