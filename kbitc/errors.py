@@ -62,6 +62,10 @@ def _is_shortage(error: BaseException) -> bool:
     return any(words in said for words in ("not enough memory", "can't allocate memory", "out of memory"))
 
 
+class UntracedWarning(UserWarning):
+    """A model could not be traced; its weights were found by module class, and passes were left out."""
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of what an error says, without a full stop; its class where it says nothing.
 

@@ -3,8 +3,9 @@
 before:  linear(x, w, b)    addmm(b, x, w)        matmul(x, t(w))    _grouped_mm(x, mT(w), n)
 after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_linear(x, w, n)
 
-T is ``is_transposed``: w is stored as (in, out). Parameters that no such node reads, or that are
-read in two ways, stay at 16 bits in ``rest``, each with the reason. Tied weights are one `Weight`.
+T is ``is_transposed``: w is stored as (in, out). A parameter that no node reads is what its module's class
+says that it is. What is neither, or is read in two ways, stays at 16 bits in ``rest``, each with the reason.
+Tied weights are one `Weight`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from kbitc.graph.matching import Match, Miss, match
+from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
 from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEVER_READ = "never read by the captured graph"
+NOT_KNOWN = "there is no graph that reads it, and the class of its module does not say what it is for"
 POINTWISE = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tanh")
 
 
@@ -43,7 +46,7 @@ class Canonicalize:
             read.node: (name, outcome)
             for name, outcomes in outcomes_of.items()
             for read, outcome in outcomes
-            if isinstance(outcome, Match) and _why_left(program.rest[name], outcomes) is None
+            if isinstance(outcome, Match) and _why_left(program, name, outcomes) is None
         }
         graph, nodes = _rewrite(program, chosen)
         order = {node: i for i, node in enumerate(nodes)}
@@ -51,10 +54,12 @@ class Canonicalize:
         rest: dict[str, Rest] = {}
         for name, tensor in program.rest.items():
             outcomes = outcomes_of.get(name, [])
-            miss = _why_left(tensor, outcomes)
-            if miss is None:
+            miss = _why_left(program, name, outcomes)
+            if miss is None and outcomes:
                 calls = sorted((read.node for read, _ in outcomes), key=order.__getitem__)
                 weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
+            elif miss is None:
+                weights[name] = _weight_by_class(tensor, program.by_class[name])
             else:
                 rest[name] = replace(tensor, reason=miss.reason, is_matmul=miss.is_matmul)
         module = fx.GraphModule(program.graph, graph)
@@ -80,11 +85,13 @@ def _decide(program: Program) -> dict[str, Outcomes]:
     }
 
 
-def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
+def _why_left(program: Program, name: str, outcomes: Outcomes) -> Miss | None:
     """Why a tensor is not packable; None if it is."""
-    is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for _, o in outcomes)
-    misses = [(read, o) for read, o in outcomes if isinstance(o, Miss)]
-    matches = [o for _, o in outcomes if isinstance(o, Match)]
+    tensor, known = program.rest[name], program.by_class.get(name, ())
+    read = [outcome for _, outcome in outcomes]
+    is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for o in (*read, *known))
+    reasons = dict.fromkeys(o.reason for o in read or known if isinstance(o, Miss))
+    uses = [o for o in read or known if not isinstance(o, Miss)]
     if not tensor.is_parameter:
         return Miss("persistent buffer, not a parameter", is_matmul)
     if tensor.dtype not in DTYPES:
@@ -95,14 +102,15 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
         return Miss("1-D: norm weight or bias")
     if tensor.numel == 0:
         return Miss("empty")
-    if not outcomes:
-        return Miss(NEVER_READ)
-    if misses:
-        kinds = ", ".join(sorted({o.kind for o in matches}))
-        reasons = dict.fromkeys(o.reason for _, o in misses)
+    if not (read or known):
+        # It may be the weight of a matmul for all that anybody knows, unless it is a vector.
+        never = NOT_KNOWN if program.untraced else NEVER_READ
+        return Miss(never, is_matmul=sum(size > 1 for size in tensor.shape) > 1)
+    if reasons:
+        kinds = ", ".join(sorted({use.kind for use in uses}))
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
-    if len({o.is_transposed for o in matches}) > 1:
+    if len({use.is_transposed for use in uses}) > 1:
         return Miss("used both as (out, in) and as (in, out)", is_matmul)
     return None
 
@@ -125,7 +133,9 @@ def _rewrite(
             continue
         name, matched = chosen[node]
         new[node], canonical[node] = build(graph, node, matched, weight_of[name], new.__getitem__)
-    graph.eliminate_dead_code()
+    # A call that reads a weight stays, whoever reads its result: the weight says that it is its use.
+    kept = set(canonical.values())
+    graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
     return graph, canonical
 
 
@@ -140,6 +150,14 @@ def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Match]]) -
         ),
         tensor.aliases,
         is_transposed=uses[0][1].is_transposed,
+    )
+
+
+def _weight_by_class(tensor: Rest, outcomes: tuple[ModuleUse | Miss, ...]) -> Weight:
+    known = [use for use in outcomes if isinstance(use, ModuleUse)]
+    uses = tuple(Use("", use.kind, use.feeds_output, use.module) for use in known)
+    return Weight(
+        tensor.name, tensor.shape, tensor.dtype, uses, tensor.aliases, is_transposed=known[0].is_transposed
     )
 
 

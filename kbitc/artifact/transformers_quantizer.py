@@ -45,6 +45,7 @@ def _classes() -> tuple[type, type]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from kbitc.artifact.folders import FORMAT
+    from kbitc.artifact.initialization import hide_packed, show_packed
     from kbitc.artifact.reader import read_shared
     from kbitc.artifact.stored import assemble
     from kbitc.errors import SourceError
@@ -105,6 +106,11 @@ def _classes() -> tuple[type, type]:
             self.shared = read_shared(Path(file) for file in checkpoint_files or ())
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
+            hide_packed(model)
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            show_packed(model)
             return model
 
         def assemble(self, name: str, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
