@@ -19,7 +19,7 @@ from kbitc.checkpoint.names import first_names
 from kbitc.graph.capture import make_traceable
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program, Weight
-from kbitc.sensitivity.streaming import Seen, _Linear, apply
+from kbitc.sensitivity.streaming import LinearOnLoad, Seen, apply
 
 
 class EagerStreamed:
@@ -120,7 +120,7 @@ class StreamedWeight(Tensor):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ self.T + bias``, told to who looks on."""
-        y = apply(_Linear, x, self.load, bias)
+        y = apply(LinearOnLoad, x, self.load, bias)
         if self.is_turned != self.weight.is_transposed:
             return y  # read in another direction than it will be packed in
         if self.expert is None:

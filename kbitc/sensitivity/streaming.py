@@ -95,7 +95,7 @@ class Streamed(fx.Interpreter):
         if kind == "embedding":
             y = F.embedding(x, self.load(name))
         elif kind == "linear":
-            y = apply(_Linear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
+            y = apply(LinearOnLoad, x, lambda: _oriented(self.load(name), is_transposed), *rest)
         else:
             y = apply(_GroupedLinear, x, lambda: _oriented(self.load(name), is_transposed), *rest)
             x = (x, *rest)
@@ -118,16 +118,18 @@ def _oriented(weight: Tensor, is_transposed: bool) -> Tensor:
     return weight.mT if is_transposed else weight
 
 
-class _Linear(torch.autograd.Function):
+class LinearOnLoad(torch.autograd.Function):
     """``F.linear`` that keeps no weight for the backward pass: it is read again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+        """``x @ load().T + bias``."""
         ctx.load = load
         return F.linear(x, load(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the input alone."""
         return grad @ ctx.load(), None, None
 
 
