@@ -116,6 +116,9 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
 
     Raises:
         kbitc.errors.KbitcError: see ``kbitc.compiler.driver.compile_to``.
+
+    Warns:
+        kbitc.errors.UntracedWarning: torch.export cannot trace the model; what that leaves out.
     """
     import tempfile
     from pathlib import Path as LocalPath
@@ -123,6 +126,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from torch import nn as torch_nn
 
     from kbitc.artifact.loading import load as load_artifact
+    from kbitc.compiler.checks import warn_untraced
     from kbitc.compiler.driver import compile_module, compile_to
     from kbitc.compiler.request import Request
 
@@ -140,11 +144,13 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     if isinstance(model, torch_nn.Module):
         return compile_module(model, request, example_inputs, out=target, is_forced=force)
     if target is not None:
-        compile_to(model, target, request, is_forced=force, example_inputs=example_inputs)
+        result = compile_to(model, target, request, is_forced=force, example_inputs=example_inputs)
+        warn_untraced(result.source, result.program)
         return load_artifact(target, verify=False)
     with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
         scratch = LocalPath(folder) / "model"
-        compile_to(model, scratch, request, example_inputs=example_inputs)
+        result = compile_to(model, scratch, request, example_inputs=example_inputs)
+        warn_untraced(result.source, result.program)
         return load_artifact(scratch, verify=False)
 
 

@@ -81,6 +81,10 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
         raise SourceError(f"{what}: {said}{'; ' if advice else ''}{advice}") from error
 
 
+class UntracedWarning(UserWarning):
+    """A model could not be traced; its weights were found by module class, and passes were left out."""
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of what an error says, without a full stop; its class where it says nothing.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from kbitc.errors import UsageError
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
 from kbitc.planning.allocation import ALLOCATION, DEFAULT_BUDGET, allocate
@@ -39,7 +40,12 @@ class AllocateBits:
     provides: ClassVar[tuple[Fact[Any], ...]] = (ALLOCATION,)
 
     def run(self, program: Program) -> Program:
-        """Raises BudgetError when not even the smallest options fit; UsageError for an unknown ``agree``."""
+        """Raises BudgetError where not even the smallest options fit; UsageError for a wrong ``agree``."""
+        if program.untraced and self.agree == "input":
+            raise UsageError(
+                "--agree input: weights that read one value are found in the model's graph, and torch.export "
+                f"cannot trace this model ({program.untraced}); use --agree role, or leave it out"
+            )
         plan, solution = allocate(program.known(SCORES), self.budget, self.agree, self.quantizer)
         return replace(program, plan=plan, stage=Stage.PLANNED).with_fact(ALLOCATION, solution)
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 from kbitc.errors import UsageError
 from kbitc.graph.plan import Choice, Plan
 from kbitc.graph.program import Program, Stage
+from kbitc.planning.packable import check_packable
 from kbitc.sensitivity.outliers import OUTLIERS
 
 
@@ -34,7 +35,8 @@ class ApplyPlan:
     gives: ClassVar[Stage] = Stage.PLANNED
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError on a key that names no weight, and on a weight that no key names."""
+        """Raises UsageError on a key that names no weight, a weight without a key, or no weight at all."""
+        check_packable(program)
         plan = Plan.from_json(self.rules, program.weights, label=self.label)
         chosen = {
             name: replace(_resolved(program, name, choice), quantizer=self.quantizer or choice.quantizer)

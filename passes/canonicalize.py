@@ -5,8 +5,8 @@ after:   linear(x, w, b)    linear(x, w, b, T)    linear(x, w)       grouped_lin
 
 T is ``is_transposed``: w is stored as (in, out). A view of a weight (rows, a kernel over patches, one that is
 scaled) is read as its whole matrix, and what meets it is moved there and back (`kbitc.graph.contraction`).
-Parameters that no such node reads stay at 16 bits in ``rest``, each with the reason. Tied weights are one
-`Weight`.
+A parameter that no node reads is what its module's class says that it is. What is neither stays at 16 bits
+in ``rest``, each with the reason. Tied weights are one `Weight`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kbitc.graph.contraction import Contraction, contraction
 from kbitc.graph.contraction_nodes import build_contraction
 from kbitc.graph.layers import written_as_matmuls
 from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match
+from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
 from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, value_of
@@ -34,6 +35,7 @@ aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEVER_READ = "never read by the captured graph"
 EXP = "aten.exp"  # an error in what it takes is a relative one in what it gives: Mamba's A_log
+NOT_KNOWN = "there is no graph that reads it, and the class of its module does not say what it is for"
 POINTWISE = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tanh")
 
 
@@ -48,7 +50,7 @@ class Canonicalize:
         """The same computation in canonical form, its tensors in ``weights`` and ``rest``."""
         program = written_as_matmuls(program)
         reads_by = _decide(program)
-        misses = {name: _why_left(tensor, reads_by.get(name, [])) for name, tensor in program.rest.items()}
+        misses = {name: _why_left(program, name, reads_by.get(name, [])) for name in program.rest}
         chosen = {
             node: (name, outcome)
             for name, outcomes in reads_by.items()
@@ -61,9 +63,11 @@ class Canonicalize:
         rest: dict[str, Rest] = {}
         for name, tensor in program.rest.items():
             miss, outcomes = misses[name], reads_by.get(name, [])
-            if miss is None:
+            if miss is None and outcomes:
                 calls = sorted((node for node, _ in outcomes), key=order.__getitem__)
                 weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
+            elif miss is None:
+                weights[name] = _weight_by_class(tensor, program.by_class[name])
             else:
                 rest[name] = replace(
                     tensor,
@@ -145,11 +149,13 @@ def _agreed(outcomes: Outcomes, size: tuple[int, ...]) -> Outcomes | None:
     return outcomes if len(matrices) == 1 else None
 
 
-def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
+def _why_left(program: Program, name: str, outcomes: Outcomes) -> Miss | None:
     """Why a tensor is not packable; None if it is."""
-    is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for _, o in outcomes)
-    misses = [o for _, o in outcomes if isinstance(o, Miss)]
-    forms = [o for _, o in outcomes if not isinstance(o, Miss)]
+    tensor, known = program.rest[name], program.by_class.get(name, ())
+    read = [outcome for _, outcome in outcomes]
+    is_matmul = any(o.is_matmul if isinstance(o, Miss) else o.kind != "embedding" for o in (*read, *known))
+    reasons = dict.fromkeys(o.reason for o in read or known if isinstance(o, Miss))
+    uses = [o for o in read or known if not isinstance(o, Miss)]
     if not tensor.is_parameter:
         return Miss("persistent buffer, not a parameter", is_matmul)
     if tensor.dtype not in DTYPES:
@@ -160,13 +166,16 @@ def _why_left(tensor: Rest, outcomes: Outcomes) -> Miss | None:
         return Miss("1-D: norm weight or bias")
     if tensor.numel == 0:
         return Miss("empty")
-    if not outcomes:
-        return Miss(NEVER_READ)
-    if misses:
-        kinds = ", ".join(sorted({o.kind for o in forms}))
-        reasons = dict.fromkeys(o.reason for o in misses)
+    if not (read or known):
+        # It may be the weight of a matmul for all that anybody knows, unless it is a vector.
+        never = NOT_KNOWN if program.untraced else NEVER_READ
+        return Miss(never, is_matmul=sum(size > 1 for size in tensor.shape) > 1)
+    if reasons:
+        kinds = ", ".join(sorted({use.kind for use in uses}))
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
+    if not read and len({use.is_transposed for use in uses}) > 1:
+        return Miss("used both as (out, in) and as (in, out)", is_matmul)
     return None
 
 
@@ -267,6 +276,14 @@ def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Form]]) ->
 def _turned(matrix: tuple[int, ...]) -> Geometry:
     """A stored (..., in, out), in the (..., out, in) that is packed of it."""
     return Geometry.of_matrix((*matrix[:-2], matrix[-1], matrix[-2]), is_transposed=True)
+
+
+def _weight_by_class(tensor: Rest, outcomes: tuple[ModuleUse | Miss, ...]) -> Weight:
+    known = [use for use in outcomes if isinstance(use, ModuleUse)]
+    uses = tuple(Use("", use.kind, use.feeds_output, use.module) for use in known)
+    return Weight(
+        tensor.name, tensor.shape, tensor.dtype, uses, tensor.aliases, is_transposed=known[0].is_transposed
+    )
 
 
 def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:

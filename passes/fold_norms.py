@@ -44,6 +44,7 @@ class FoldNorms:
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
+    needs_graph: ClassVar[bool] = True
     provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:

@@ -39,6 +39,7 @@ class FuseDequantize:
 
     needs: ClassVar[Stage] = Stage.PACKED
     gives: ClassVar[Stage] = Stage.PACKED
+    needs_graph: ClassVar[bool] = True
     provides: ClassVar[tuple[Fact[Any], ...]] = (FACT,)
 
     def run(self, program: Program) -> Program:

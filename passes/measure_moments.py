@@ -10,6 +10,7 @@ of a row and a column part.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -17,12 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kbitc.errors import UsageError
+from kbitc.errors import UsageError, first_line
 from kbitc.graph.capture import capture
 from kbitc.graph.context import Calibration
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
 from kbitc.passes.canonicalize import Canonicalize
+from kbitc.planning.packable import check_packable
+from kbitc.sensitivity.eager import EagerStreamed
 from kbitc.sensitivity.losses import positions
 from kbitc.sensitivity.moments import (
     CALIBRATION,
@@ -53,22 +56,27 @@ class MeasureMoments:
     provides: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS, CALIBRATION)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError where there is nothing to measure on."""
+        """Raises UsageError where there is nothing to measure on, or nothing to measure."""
+        check_packable(program)
         source = program.context.calibration
         if source is None:
             raise UsageError(
                 "the pass 'measure_moments' has nothing to measure on; 'kbitc compile --calibrate' gives it "
                 "text or random inputs, and leaves the pass out where there are none"
             )
-        # What is remembered is of the source's own weights.
-        if program.changes:
-            moments = self._measure(program, source)
-        else:
-            kept = source.remembered(
-                lambda: to_tensors(self._measure(program, source)), f"magnitude {self.magnitude:g}"
-            )
-            moments = from_tensors(kept)
+        try:
+            moments = self._moments(program, source)
+        except _Failed as error:
+            label = f"nothing: the model has no graph, and running it on {source.label} failed: {error}"
+            return program.with_fact(MOMENTS, {}).with_fact(CALIBRATION, label)
         return program.with_fact(MOMENTS, moments).with_fact(CALIBRATION, source.label)
+
+    def _moments(self, program: Program, source: Calibration) -> Mapping[str, Moments]:
+        """Measured, or remembered from an earlier run; what is remembered is of the source's own weights."""
+        if program.changes:
+            return self._measure(program, source)
+        options = f"magnitude {self.magnitude:g}{' without a graph' if program.untraced else ''}"
+        return from_tensors(source.remembered(lambda: to_tensors(self._measure(program, source)), options))
 
     def _measure(self, program: Program, source: Calibration) -> dict[str, Moments]:
         feeds = source.feeds()
@@ -76,11 +84,16 @@ class MeasureMoments:
         sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
         seen: dict[str, _Seen] = {}
         watch = partial(_watch, program, sums, seen, self.magnitude)
-        streamed = Streamed(traced, program.as_stored(source.read), watch)
+        read = program.as_stored(source.read)
+        streamed: Streamed | EagerStreamed = (
+            EagerStreamed(program, source.skeleton(), read, watch)
+            if traced.untraced
+            else Streamed(traced, read, watch)
+        )
         tokens = 0
         for i, feed in enumerate(feeds):
             with torch.enable_grad():
-                outputs = streamed.call(**feed)
+                outputs = _outputs(streamed, feed)
                 source.loss(feed, outputs, i).backward()
             tokens += positions(outputs)
             del outputs
@@ -91,8 +104,21 @@ class MeasureMoments:
                 reach=seen[name].reach() if name in seen else None,
             )
             for name, own in sums.items()
-            if own
+            if any(use.rows.any() for use in own.values())  # of the others nothing reaches the loss
         }
+
+
+class _Failed(Exception):
+    """A model without a graph cannot be run either; the message says why."""
+
+
+def _outputs(streamed: Streamed | EagerStreamed, feed: Mapping[str, Tensor]) -> list[Any]:
+    if isinstance(streamed, Streamed):
+        return streamed.call(**feed)
+    try:
+        return list(streamed.call(**feed))
+    except Exception as error:
+        raise _Failed(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass

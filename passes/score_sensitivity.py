@@ -7,12 +7,12 @@ Each spec is tried on a sample of the weight's own rows. With moments the price 
 1/2 sum(rows * columns * dW²), in nats per token (`kbitc.sensitivity.moments`), and scales are searched with
 the columns' weights, as packing will. Without, it is the relative squared error times the number of
 parameters (HIGGS' linear model of the loss, 2411.17525, with equal layer factors), more for the output
-head, whose error nothing damps.
+head, whose error nothing damps; beside weights that have moments, scaled to their average price.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
+from kbitc.planning.packable import check_packable
 from kbitc.quantizers import choose_quantizer
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.moments import MOMENTS, Moments
@@ -90,7 +91,8 @@ class ScoreSensitivity:
     provides: ClassVar[tuple[Fact[Any], ...]] = (SCORES,)
 
     def run(self, program: Program) -> Program:
-        """Raises UsageError for a program without a source of weights."""
+        """Raises UsageError for a program without a source of weights, or without weights."""
+        check_packable(program)
         if program.read is None:
             raise UsageError("scoring needs the weights; this program has no source")
         read = program.read
@@ -114,7 +116,7 @@ class ScoreSensitivity:
                 done += weight.numel
                 program.context.on_progress(f"pricing {name}", done, total)
         scores = ScoreTable(
-            options,
+            _in_nats(program, options, moments),
             {name: weight.numel for name, weight in program.weights.items()},
             rest_bytes(program),
             program.parameter_count,
@@ -143,6 +145,25 @@ class ScoreSensitivity:
 
     def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         return choose_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)
+
+
+def _in_nats(
+    program: Program, options: Mapping[str, tuple[Option, ...]], moments: Mapping[str, Moments]
+) -> dict[str, tuple[Option, ...]]:
+    """Costs of one unit: a weight that calibration did not reach counts as those that it did, on average.
+
+    Both costs are quadratic in the error, so that one factor leads from relative squared errors to nats.
+    """
+    if not moments:
+        return dict(options)
+    reached = [(program.weights[name].numel, own) for name, own in options.items() if name in moments]
+    nats = sum(option.cost for _, own in reached for option in own)
+    squared = sum(numel * option.error**2 for numel, own in reached for option in own)
+    factor = nats / squared if squared else 0.0
+    return {
+        name: own if name in moments else tuple(replace(o, cost=o.cost * factor) for o in own)
+        for name, own in options.items()
+    }
 
 
 def _joined(groups: NameGroups) -> NameGroups:

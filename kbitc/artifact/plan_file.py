@@ -180,6 +180,7 @@ class PlanFile:
         predicted: None where no score table says something of the plan.
         passes: between capture and pack, in order.
         fusions: what fusion and clean-up passes did and left, by the pass.
+        untraced: why the weights were found by module class, without a graph; "" where there was one.
         kbitc: version that wrote it.
         format: of the artifact.
     """
@@ -198,6 +199,7 @@ class PlanFile:
     predicted: Prediction | None = None
     passes: Sequence[PassEntry] = ()
     fusions: Mapping[str, Fired] = field(default_factory=dict)
+    untraced: str = ""
     kbitc: str = VERSION
     format: int = FORMAT
 
@@ -213,6 +215,7 @@ class PlanFile:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
+        untraced = {"untraced": self.untraced} if self.untraced else {}
         data = {
             "format": self.format,
             "kbitc": self.kbitc,
@@ -221,6 +224,7 @@ class PlanFile:
             "calibration": self.calibration,
             "predicted": None if self.predicted is None else self.predicted.to_json(),
             "passes": [entry.to_json() for entry in self.passes],
+            **untraced,
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "source_bytes": self.source_bytes,
@@ -266,6 +270,7 @@ class PlanFile:
                 predicted=None if predicted is None else Prediction.from_json(predicted),
                 passes=tuple(PassEntry.from_json(entry) for entry in data.get("passes", ())),
                 fusions={name: Fired.from_json(record) for name, record in data.get("fusions", {}).items()},
+                untraced=str(data.get("untraced", "")),
                 kbitc=str(data.get("kbitc", "?")),
                 format=version,
             )

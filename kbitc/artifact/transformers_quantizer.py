@@ -49,6 +49,7 @@ def _classes() -> tuple[type, type]:
 
     from kbitc.artifact import verifying
     from kbitc.artifact.folders import FORMAT
+    from kbitc.artifact.initialization import hide_packed, show_packed
     from kbitc.artifact.mixed_floats import run_in_one_dtype
     from kbitc.artifact.reader import read_shared
     from kbitc.artifact.stored import assemble
@@ -119,6 +120,7 @@ def _classes() -> tuple[type, type]:
             self.shared = read_shared(files)
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
+            hide_packed(model)
             return model
 
         def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -127,6 +129,7 @@ def _classes() -> tuple[type, type]:
             return None if is_wide else super().get_new_dtype(converter, param, dtype)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            show_packed(model)
             run_in_one_dtype(model, self.dtype)
             return model
 

@@ -64,9 +64,9 @@ class Checkpoint(Protocol):
 
     def transient(self, name: str) -> Tensor | None:
         """A buffer that no checkpoint holds (rotary frequencies), or None if the model leaves it open."""
-        from kbitc.checkpoint.skeletons import default_buffer
+        from kbitc.checkpoint.skeletons import default_value
 
-        return default_buffer(self.skeleton(), name)
+        return default_value(self.skeleton(), name)
 
     def ignored(self) -> list[str]:
         """Tensors of the source, by its own names, that the model has no place for."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kbitc.checkpoint.base import TensorInfo
 from kbitc.checkpoint.conversion import ReadSource, Recipe, recipes_for
 from kbitc.checkpoint.names import stored_names, tensor_of
-from kbitc.checkpoint.skeletons import default_buffer, untie
+from kbitc.checkpoint.skeletons import default_value, untie
 from kbitc.errors import SourceError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Linked:
     Attributes:
         model: the skeleton.
         recipes: by first name, in the model's order.
-        defaults: buffers that the source lacks and the model's initialization sets.
+        defaults: what the source lacks and the model's initialization sets.
         untied: names that the config ties and the source does not.
         ignored: names of the source that nothing uses.
         read_source: reads one tensor by the source's name.
@@ -100,13 +100,18 @@ def _untie_different(model: Any, recipes: Mapping[str, Recipe], read: ReadSource
 def _defaults(model: nn.Module, missing: Sequence[str]) -> dict[str, Tensor]:
     values = {}
     for name in missing:
-        if isinstance(tensor_of(model, name), nn.Parameter):
+        if isinstance(tensor_of(model, name), nn.Parameter) and not _is_never_saved(model, name):
             continue
-        value = default_buffer(model, name)
+        value = default_value(model, name)
         if value is not None:
             _log.info("%s is not in the checkpoint; the model's own initial value is used", name)
             values[name] = value
     return values
+
+
+def _is_never_saved(model: Any, name: str) -> bool:
+    """Whether transformers computes a parameter at load, and leaves it out of files (Marian's sinusoids)."""
+    return name in (model._keys_to_ignore_on_save or ())
 
 
 def _check_missing(missing: Sequence[str], model: Any, ignored: Sequence[str], label: str) -> None:

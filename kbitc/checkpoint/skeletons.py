@@ -132,26 +132,37 @@ def untie(model: nn.Module, name: str) -> None:
     known.pop(name, None)
 
 
-def default_buffer(model: nn.Module, name: str) -> Tensor | None:
-    """What the model's own initialization puts into a buffer, or None if it leaves that open.
+def default_value(model: nn.Module, name: str) -> Tensor | None:
+    """What the model's own initialization puts into a buffer or parameter, or None if it leaves that open.
 
     Older checkpoints lack buffers that the model sets by itself (BART's ``final_logits_bias``).
-    Initialization runs twice on the buffer's module alone, over different contents: what it sets
+    Initialization runs twice on the tensor's module alone, over different contents: what it sets
     comes out equal, what it leaves alone or draws at random does not.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
+    initialize: Any = _model_around(model, path)._init_weights
     outcomes = []
     for content in (0, 1):
         twin = copy.copy(owner)
         twin._parameters = {k: _filled(p, content) for k, p in owner._parameters.items()}
         twin._buffers = {k: _filled(b, content) for k, b in owner._buffers.items()}
-        with torch.no_grad():
-            model._init_weights(twin)  # type: ignore[operator]
-        outcome = twin._buffers[leaf]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(content)  # what is drawn must not come out equal
+            initialize(twin)
+        outcome = {**twin._buffers, **twin._parameters}[leaf]
         assert outcome is not None
         outcomes.append(outcome)
-    return outcomes[0] if torch.equal(*outcomes) else None
+    return outcomes[0].detach() if torch.equal(*outcomes) else None
+
+
+def _model_around(model: nn.Module, path: str) -> nn.Module:
+    """The innermost model that a module is or belongs to: each initializes its own modules."""
+    around, inner = model, model
+    for part in path.split(".") if path else ():
+        inner = inner.get_submodule(part)
+        around = inner if hasattr(inner, "_init_weights") else around
+    return around
 
 
 def _filled(tensor: Tensor | None, content: int) -> Any:

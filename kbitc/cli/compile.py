@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kbitc.cli import console
@@ -165,6 +166,8 @@ def _default_out(model: str, request: Request) -> str:
 def _print_result(result: Result) -> None:
     from collections import Counter, defaultdict
 
+    from kbitc.compiler.checks import by_class_alone, untraced_note
+
     program = result.program
     assert program.plan is not None
     count: Counter[str] = Counter()
@@ -198,6 +201,16 @@ def _print_result(result: Result) -> None:
         f"{result.payload_bytes / 1e6:,.2f} MB of tensors; the source: {result.source_bytes / 1e6:,.2f} MB "
         f"({result.source_bytes / result.payload_bytes:.2f} times)"
     )
+    note = untraced_note(program, result.skipped)
+    if note:
+        console.out.print(f"[yellow]not traced[/]: {escape(note)}", highlight=False)
+    unread = by_class_alone(program)
+    if unread and not note:
+        console.out.print(
+            f"{len(unread)} weights that the graph does not reach are packed by the class of their module, "
+            f"the first is {unread[0]}",
+            highlight=False,
+        )
     left = [(name, entry.reason) for name, entry in program.rest.items() if entry.is_matmul]
     for name, reason in left:
         console.out.print(f"[yellow]left unquantized[/]: {name}: {reason}")

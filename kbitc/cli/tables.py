@@ -44,6 +44,7 @@ def trade_off_table(scores: ScoreTable, bits: float) -> Table:
 
 
 def _print_model(seen: Inspection) -> None:
+    from kbitc.compiler.checks import untraced_note
     from kbitc.report.outlier_map import summary
 
     assert seen.program is not None
@@ -56,6 +57,9 @@ def _print_model(seen: Inspection) -> None:
         shape = "x".join(map(str, weight.shape))
         table.add_row(name + tied, shape, ", ".join(weight.kinds), summary(seen.outliers[name].to_json()))
     console.out.print(table)
+    note = untraced_note(seen.program, ())
+    if note:
+        console.out.print(f"[yellow]not traced[/]: {escape(note)}", highlight=False)
     _print_left({name: rest.reason for name, rest in seen.program.rest.items()})
     if seen.ignored:
         named = f"{', '.join(seen.ignored[:2])}{' ...' if len(seen.ignored) > 2 else ''}"

@@ -1,11 +1,18 @@
-"""A plan is what was asked for, whichever passes made and changed it."""
+"""What is said of a program beside its plan: whether it is what was asked for, and what could not be done.
+
+The one thing to know: a plan is what was asked for, whichever passes made and changed it.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 from kbitc.compiler.request import Request
-from kbitc.errors import BudgetError, UsageError
+from kbitc.errors import BudgetError, UntracedWarning, UsageError
 from kbitc.graph.program import Program
 from kbitc.graph.stored import stored_bytes
+from kbitc.pipeline.manager import STEPS
 
 
 def check_request(program: Program, request: Request) -> None:
@@ -32,3 +39,38 @@ def _check_strict(program: Program) -> None:
             f"--strict: {len(left)} matmul weights would be left unquantized, the first is {left[0]}; "
             "run without --strict to accept that, or see 'kbitc inspect'"
         )
+
+
+def by_class_alone(program: Program) -> list[str]:
+    """The weights that no graph reads, and that were found by the class of their module."""
+    weights = program.weights.values()
+    return [weight.name for weight in weights if all(use.module for use in weight.uses)]
+
+
+def skipped_passes(program: Program) -> tuple[str, ...]:
+    """Names of the passes that were left out for lack of a graph."""
+    return tuple(step.name for step in program.get(STEPS) or () if step.is_skipped)
+
+
+def untraced_note(program: Program, skipped: Sequence[str]) -> str:
+    """What the user must know of a program without a graph; "" of any other.
+
+    Args:
+        program: planned.
+        skipped: names of the passes that were left out, those of lowering included where it was lowered.
+    """
+    if not program.untraced:
+        return ""
+    left_out = f" Passes that need a graph were left out: {', '.join(skipped)}." if skipped else ""
+    return (
+        f"the model has no graph, since torch.export cannot trace it ({program.untraced}): its weights were "
+        f"found by the classes of its modules (nn.Linear, nn.Embedding and their like).{left_out} If the "
+        "example inputs are to blame, give others"
+    )
+
+
+def warn_untraced(label: str, program: Program) -> None:
+    """The same as a warning, where nobody reads a result."""
+    note = untraced_note(program, skipped_passes(program))
+    if note:
+        warnings.warn(f"{label}: {note}", UntracedWarning, stacklevel=3)

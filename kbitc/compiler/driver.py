@@ -24,7 +24,7 @@ from kbitc.artifact.reader import Artifact
 from kbitc.artifact.stored import checksum, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint import Checkpoint, open_checkpoint
-from kbitc.compiler.checks import check_request
+from kbitc.compiler.checks import by_class_alone, check_request, skipped_passes, warn_untraced
 from kbitc.compiler.documents import documents
 from kbitc.compiler.lowering import lower
 from kbitc.compiler.modules import packed_weights, plan_module, with_packed
@@ -59,6 +59,7 @@ class Result:
         out: the artifact; None after a dry run.
         fusions: what fusion and clean-up passes did and left, by the pass.
         seconds: wall time by phase.
+        skipped: names of the passes that were left out, since the model could not be traced.
     """
 
     source: str
@@ -68,6 +69,7 @@ class Result:
     out: Path | None
     fusions: Mapping[str, Fired] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def bits_per_param(self) -> float:
@@ -88,6 +90,9 @@ class Result:
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "weights": program.plan.to_json()["weights"],
             "left_alone": {name: rest.description for name, rest in program.rest.items()},
+            "by_class": by_class_alone(program),
+            "untraced": program.untraced or None,
+            "skipped": list(self.skipped),
             "fusions": {name: record.to_json() for name, record in self.fusions.items()},
         }
 
@@ -149,12 +154,19 @@ def compile_to(
         program = run.program
         check_request(program, request)
         started = perf_counter()
-        fusions = records(lower(program))
+        lowered = lower(program)
         seconds |= {**run.seconds, "lower": perf_counter() - started}
         source_bytes = sum(info.nbytes for info in checkpoint.tensors().values())
         target = None if is_dry else out
         result = Result(
-            checkpoint.label, program, stored_bytes(program), source_bytes, target, fusions, seconds
+            checkpoint.label,
+            program,
+            stored_bytes(program),
+            source_bytes,
+            target,
+            records(lowered),
+            seconds,
+            skipped_passes(lowered),
         )
         if claim is None:
             return result
@@ -165,9 +177,9 @@ def compile_to(
             checkpoint.save_companions(writer.partial)
             config = writer.partial / "config.json"
             data = read_json(config) if config.exists() else None
-            section = graph_section(run.captured, program)
+            sections = [] if program.untraced else [graph_section(run.captured, program)]
             plan, scores = _plan_file(result, writer), program.get(SCORES)
-            writer.commit(documents(plan, data, scores, [section], writer.digests()))
+            writer.commit(documents(plan, data, scores, sections, writer.digests()))
         seconds["pack"] = perf_counter() - started
     return result
 
@@ -238,6 +250,7 @@ def _plan_file(result: Result, writer: Writer) -> PlanFile:
             for step in program.get(STEPS) or ()
         ),
         fusions=result.fusions,
+        untraced=program.untraced,
     )
 
 
@@ -277,8 +290,10 @@ def compile_module(
     """
     if out is None:
         program = plan_module(module, request, example_inputs=example_inputs)
+        warn_untraced(type(module).__name__, program)
         return with_packed(module, program, packed_weights(module, program))
     result = compile_to(module, out, request, is_forced=is_forced, example_inputs=example_inputs)
+    warn_untraced(result.source, result.program)
     state = Artifact.open(out).state()
     packed = ((name, value) for name, value in state.items() if isinstance(value, KbitTensor))
     return with_packed(module, result.program, packed)

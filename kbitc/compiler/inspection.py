@@ -79,7 +79,7 @@ class Inspection:
             name: {
                 "shape": list(weight.shape),
                 "dtype": str(weight.dtype).removeprefix("torch."),
-                "uses": [use.node for use in weight.uses],
+                "uses": [use.place for use in weight.uses],
                 "kinds": list(weight.kinds),
                 "aliases": list(weight.aliases),
                 "is_transposed": weight.is_transposed,
@@ -93,6 +93,7 @@ class Inspection:
             "parameters": self.program.parameter_count,
             "weights": weights,
             "left_alone": left,
+            "untraced": self.program.untraced or None,
             "ignored": list(self.ignored),
             "fusions": fusions,
         }
@@ -100,7 +101,7 @@ class Inspection:
     def html(self) -> str:
         """The report of an artifact, or of a model what can be known before it is compiled."""
         graph = []
-        if self.captured is not None and self.program is not None:
+        if self.captured is not None and self.program is not None and not self.captured.untraced:
             graph = [graph_section(self.captured, self.program)]
         if self.plan is not None:
             return artifact_page(self.plan, self.scores, self.measured, graph)
@@ -111,6 +112,11 @@ class Inspection:
     def dot(self) -> str:
         """The canonical graph in DOT form."""
         assert self.program is not None
+        if self.program.untraced:
+            raise UsageError(
+                f"--dot: {self.label} has no graph to draw: torch.export cannot trace it "
+                f"({self.program.untraced})"
+            )
         return program_dot(self.program)
 
 

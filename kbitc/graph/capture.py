@@ -4,14 +4,16 @@
     after:   stage CAPTURED; one placeholder for each parameter, buffer and input
 
 The one thing to know: the trace runs on a copy of the module with fake parameters and buffers. No
-weight is read, copied or allocated, and the caller's module and its config stay as they are.
+weight is read, copied or allocated, and the caller's module and its config stay as they are. Of a model that
+cannot be traced the program has no graph, and its weights are those that its modules' classes tell of.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from kbitc.errors import SourceError, UsageError, first_line
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.example_inputs import is_pretrained
+from kbitc.graph.module_classes import ByClass, ModuleUse, uses_by_class
 from kbitc.graph.program import Program, Rest
 from kbitc.graph.trace_progress import told_of_modules
 
@@ -39,6 +42,7 @@ NOT_LOOKED_AT = "not looked at yet: the pass 'canonicalize' decides"
 TRACEABLE_ATTENTION = ("sdpa", "eager")
 
 _log = logging.getLogger(__name__)
+_torch_log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
 
 def capture(
@@ -56,24 +60,29 @@ def capture(
         context: that the program carries for later passes, the reader of the source's tensors among it.
 
     Returns:
-        A program whose ``rest`` lists every stored tensor in the model's order, tied ones once.
+        A program whose ``rest`` lists every stored tensor in the model's order, tied ones once; with
+        ``untraced``, and without a graph, where torch.export cannot trace the model.
 
     Raises:
         UsageError: inputs are needed and not given, or the model is already packed.
-        SourceError: torch.export cannot trace the model.
+        SourceError: the model cannot be traced, and no module is of a class that tells of a weight.
     """
     if example_inputs is None:
         example_inputs = make_example_inputs(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: _fake(mode, t), _split(example_inputs))
     traced = _fake_copy(model, mode)
-    _make_traceable(traced)
-    context = context or Context()
-    with told_of_modules(traced, context.on_progress):
-        exported = _export(traced, args, kwargs)
-    stored = StoredNames.of(traced)
+    make_traceable(traced)
+    stored, by_class = StoredNames.of(traced), uses_by_class(traced)
+    rest, context = stored.as_rest(traced), context or Context()
+    try:
+        with told_of_modules(traced, context.on_progress):
+            exported = _export(traced, args, kwargs)
+    except _Untraceable as error:
+        _check_known(type(model).__name__, by_class, str(error))
+        return Program(_empty(), {}, rest=rest, context=context, by_class=by_class, untraced=str(error))
     graph, parameters = _tidy(exported, stored.first)
-    return Program(graph, parameters, rest=stored.as_rest(traced), context=context)
+    return Program(graph, parameters, rest=rest, context=context, by_class=by_class)
 
 
 def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,8 +132,13 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copied.eval()
 
 
-def _make_traceable(model: nn.Module) -> None:
-    """Options of transformers that decide between equal implementations, on our own copy."""
+def make_traceable(model: nn.Module, experts: str | None = None) -> None:
+    """Options of transformers that decide between equal implementations, on our own copy.
+
+    Args:
+        model: changed.
+        experts: their implementation; None asks for grouped matmuls: a loop depends on the data.
+    """
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
@@ -132,25 +146,67 @@ def _make_traceable(model: nn.Module) -> None:
         if not is_pretrained(module):
             continue
         pretrained: Any = module
-        # None asks for grouped matmuls where there are experts: their loop depends on the data.
-        pretrained.set_experts_implementation(None)
+        pretrained.set_experts_implementation(experts)
         if pretrained.config._attn_implementation not in TRACEABLE_ATTENTION:
             pretrained.set_attn_implementation("sdpa" if pretrained._supports_sdpa else "eager")
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    model.forward = _failing(model.forward)  # our own copy
+    _torch_log.addFilter(_is_of_use)
     try:
         # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, strict=False)
+    except _Untraceable:
+        raise
     except Exception as error:
-        name = type(model).__name__
-        _log.debug("torch.export of %s failed", name, exc_info=error)
+        raise _Untraceable.of(error) from error
+    finally:
+        _torch_log.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """False for a line that torch writes about symbols of its own, in a failure that we report."""
+    return not record.getMessage().startswith("Unable to find user code")
+
+
+class _Untraceable(Exception):
+    """torch.export failed; the message says how."""
+
+    @staticmethod
+    def of(error: Exception) -> _Untraceable:
+        _log.debug("torch.export failed", exc_info=error)
+        return _Untraceable(f"{type(error).__name__}: {first_line(error)}")
+
+
+def _failing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose errors are ours: of its own, torch.export prints the graph so far to standard error."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except Exception as error:
+            raise _Untraceable.of(error) from error
+
+    return run
+
+
+def _check_known(label: str, by_class: ByClass, error: str) -> None:
+    if not any(isinstance(use, ModuleUse) for uses in by_class.values() for use in uses):
         raise SourceError(
-            f"{name}: torch.export cannot trace it: {type(error).__name__}: {first_line(error)}. "
-            "If the inputs are to blame, pass example_inputs; if forward branches on tensor "
-            "values, rewrite that branch with torch.where or torch.cond"
-        ) from error
+            f"{label}: torch.export cannot trace it ({error}), and no module of it is of a class that says "
+            "which weights it multiplies by (nn.Linear, nn.Embedding, transformers' Conv1D and experts). If "
+            "the inputs are to blame, pass example_inputs; if forward branches on tensor values, rewrite "
+            "that branch with torch.where or torch.cond"
+        )
+
+
+def _empty() -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph)
 
 
 @dataclass(frozen=True)

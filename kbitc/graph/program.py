@@ -20,6 +20,7 @@ from kbitc.formats.layout import Slot, plain_dtype, plain_slot
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Context, ReadTensor
 from kbitc.graph.facts import Fact
+from kbitc.graph.module_classes import ByClass
 from kbitc.graph.plan import Plan
 
 T = TypeVar("T")
@@ -92,17 +93,24 @@ CANONICAL = {linear: "linear", embedding: "embedding", grouped_linear: "grouped_
 
 @dataclass(frozen=True)
 class Use:
-    """One place of the graph that reads a weight.
+    """One place that reads a weight: of the graph, or a module whose class says so and that no graph shows.
 
     Attributes:
-        node: name of the canonical graph node.
+        node: name of the canonical graph node; "" for a module's.
         kind: "linear", "embedding" or "grouped_linear".
         feeds_output: only views and arithmetic with constants stand between this use and an output.
+        module: the module's name, where there is no node.
     """
 
     node: str
     kind: str
     feeds_output: bool = False
+    module: str = ""
+
+    @property
+    def place(self) -> str:
+        """How reports call it."""
+        return self.node or f"module {self.module}"
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,9 @@ class Program:
         context: the source's data, what to measure on, and who hears of progress.
         changes: what passes changed of the source's tensors, oldest first; ``read`` applies them.
         packed: weights that a pass has packed already, under their specs in the plan.
+        by_class: what modules' classes say of parameters, for those that the graph does not read.
+        untraced: why there is no graph, a clause; "" where there is one. Without, ``graph`` is empty and
+            every weight is one of ``by_class``.
     """
 
     graph: fx.GraphModule
@@ -262,6 +273,8 @@ class Program:
     context: Context = field(default_factory=Context)
     changes: tuple[Changes, ...] = ()
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    by_class: ByClass = field(default_factory=dict)
+    untraced: str = ""
 
     @property
     def parameter_count(self) -> int:

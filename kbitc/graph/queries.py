@@ -96,7 +96,8 @@ def previous_weights(program: Program) -> dict[str, tuple[str, str]]:
     made_by = {use.node: (weight, use.kind) for weight in program.weights.values() for use in weight.uses}
     previous = {}
     for weight in program.weights.values():
-        starts = [nodes[use.node].args[0].name for use in weight.uses if use.kind != "embedding"]
+        reads = [use.node for use in weight.uses if use.node and use.kind != "embedding"]
+        starts = [nodes[name].args[0].name for name in reads]
         for name in _upwards(graph, nodes, starts, made_by):
             source, kind = made_by[name]
             if _outputs(source, kind) == weight.in_features:

@@ -83,7 +83,7 @@ def _text_lines(program: Program) -> Iterator[str]:
 def _weight(program: Program, weight: Weight) -> str:
     choice = None if program.plan is None else program.plan.weights.get(weight.name)
     plan = "no spec yet" if choice is None else f"{choice.spec} ({choice.reason})"
-    uses = ", ".join(f"{use.kind} {use.node}" for use in weight.uses)
+    uses = ", ".join(f"{use.kind} {use.place}" for use in weight.uses)
     tied = f", tied: {', '.join(weight.aliases)}" if weight.aliases else ""
     return f"{_stored(weight)}, read by {uses}{tied}: {plan}"
 

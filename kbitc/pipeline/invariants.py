@@ -77,7 +77,7 @@ def wrong_use(_: Program, after: Program) -> str | None:
         return None
     nodes = {node.name: node for node in after.graph.graph.nodes}
     for weight in after.weights.values():
-        for use in weight.uses:
+        for use in (use for use in weight.uses if not use.module):
             node = nodes.get(use.node)
             if node is None or CANONICAL.get(cast("Any", node.target)) != use.kind:
                 return f"'{weight.name}' says that '{use.node}' is its {use.kind}, which it is not"

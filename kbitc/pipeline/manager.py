@@ -19,7 +19,7 @@ from kbitc.graph.program import Program
 from kbitc.graph.text import node_lines, program_diff, program_text
 from kbitc.pipeline.invariants import first_fault
 from kbitc.pipeline.order import check_names, make_pass, order_fault, where
-from kbitc.pipeline.registry import Pass, name_of, provided
+from kbitc.pipeline.registry import Pass, name_of, needs_graph, provided
 
 Observer = Callable[[str, Program, Program, float], object]
 """Called after each pass: ``(name, program before, program after, seconds)``."""
@@ -39,6 +39,7 @@ class Step:
         changed: nodes of the same name that call, read or compute something else.
         planned: weights that have another choice than before.
         facts: names of the facts that are new.
+        is_skipped: it did not run, since it needs a graph.
     """
 
     name: str
@@ -50,8 +51,11 @@ class Step:
     changed: int
     planned: int
     facts: tuple[str, ...]
+    is_skipped: bool = False
 
     def __str__(self) -> str:
+        if self.is_skipped:
+            return "left out: it needs the model's graph, and the model could not be traced"
         nodes = [
             f"{count} nodes {how}"
             for how, count in (("added", self.added), ("removed", self.removed), ("changed", self.changed))
@@ -107,12 +111,17 @@ class PassManager:
             PassError: the passes are out of order, or one failed or left a broken program.
             KbitcError: what a pass raises on purpose for its user goes through as it is.
         """
-        fault = order_fault(self.passes, program.stage, program.facts, program.history)
+        skipped = [pass_ for pass_ in self.passes if program.untraced and needs_graph(pass_)]
+        passes = [pass_ for pass_ in self.passes if pass_ not in skipped]
+        fault = order_fault(passes, program.stage, program.facts, program.history)
         if fault is not None:
             raise PassError(fault)
         lines: Mapping[str, str] = node_lines(program)
         for pass_ in self.passes:
-            program, lines = self._step(pass_, program, lines)
+            if pass_ in skipped:
+                program = _noted(program, _skipped(name_of(pass_), len(lines)))
+            else:
+                program, lines = self._step(pass_, program, lines)
         return program
 
     def _step(
@@ -138,8 +147,7 @@ class PassManager:
         if (is_same_graph and after_lines != lines) or (self.is_checked and node_lines(before) != lines):
             raise PassError(f"{who}: changed the graph of the program that it was given; change a copy")
         step = _measure(name, seconds, before, after, lines, after_lines)
-        steps = (*(after.get(STEPS) or ()), step)
-        after = replace(after, history=(*before.history, name)).with_fact(STEPS, steps)
+        after = _noted(replace(after, history=(*before.history, name)), step)
         self._show(name, before, after)
         if self.observe is not None:
             self.observe(name, before, after, seconds)
@@ -154,6 +162,14 @@ class PassManager:
 
 STEPS: Fact[tuple[Step, ...]] = Fact("pipeline")
 """What the manager measured of every pass that has run."""
+
+
+def _noted(program: Program, step: Step) -> Program:
+    return program.with_fact(STEPS, (*(program.get(STEPS) or ()), step))
+
+
+def _skipped(name: str, nodes: int) -> Step:
+    return Step(name, 0.0, nodes, nodes, 0, 0, 0, 0, (), is_skipped=True)
 
 
 def _broken_promise(pass_: Pass, after: object) -> str | None:

@@ -76,6 +76,9 @@ class Pass(Protocol):
         requires: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS,)    # facts that must be there before
         provides: ClassVar[tuple[Fact[Any], ...]] = (SCORES,)    # facts that it adds
 
+    and one that does nothing without the model's graph, ``needs_graph: ClassVar[bool] = True``: it is left
+    out where the model could not be traced.
+
     Attributes:
         needs: the stage that a program must have.
         gives: the stage that it has afterwards.
@@ -130,6 +133,11 @@ def required(pass_: object) -> tuple[Fact[Any], ...]:
 def provided(pass_: object) -> tuple[Fact[Any], ...]:
     """The facts that a pass, or its class, provides."""
     return _facts(pass_, "provides")
+
+
+def needs_graph(pass_: object) -> bool:
+    """Whether a pass has nothing to do for a program without a graph."""
+    return bool(getattr(pass_, "needs_graph", False))
 
 
 def _facts(pass_: object, attribute: str) -> tuple[Fact[Any], ...]:

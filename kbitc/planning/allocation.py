@@ -55,12 +55,7 @@ def allocate(
     try:
         solution = solve(merged, room, sizes)
     except Infeasible as error:
-        least = 8 * (error.nbytes + scores.fixed) / scores.parameters
-        raise BudgetError(
-            f"--bits {budget:g} cannot be met: the smallest plan for this model takes {least:.4f} bits per "
-            f"parameter ({scores.fixed / 1e6:.2f} MB of it are tensors that stay at 16 bits). Ask for "
-            f"--bits {_round_up(least)} or more"
-        ) from error
+        raise BudgetError(_out_of_reach(scores, budget, error.nbytes)) from error
     spec_of = {
         i: merged[group][index].key for group, index in enumerate(solution.chosen) for i in members[group]
     }
@@ -69,6 +64,23 @@ def allocate(
         for i, (name, options) in enumerate(scores.options.items())
     }
     return Plan(choices, budget), solution
+
+
+def _out_of_reach(scores: ScoreTable, budget: float, smallest: int) -> str:
+    """What to say of a budget that not even the smallest options, of so many bytes, keep to."""
+    least = 8 * (smallest + scores.fixed) / scores.parameters
+    packable = sum(scores.numel.values())
+    rest = (
+        f"{scores.fixed / 1e6:.2f} MB of it are tensors that stay unpacked, with "
+        f"{100 * (1 - packable / scores.parameters):.3g} % of the parameters"
+    )
+    takes = f"the smallest plan for this model takes {least:.4f} bits per parameter ({rest})"
+    if least <= MAX_BUDGET:
+        return f"--bits {budget:g} cannot be met: {takes}. Ask for --bits {_round_up(least)} or more"
+    return (
+        f"--bits {budget:g} cannot be met, nor can any other budget, which end at {MAX_BUDGET:g}: {takes}. "
+        "'kbitc inspect' says why they do; --spec, without a budget, packs what can be packed"
+    )
 
 
 def _together(scores: ScoreTable, kind: str) -> list[list[int]]:

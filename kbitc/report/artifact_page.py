@@ -75,6 +75,8 @@ def headline_facts(plan: PlanFile) -> dict[str, str]:
     if plan.predicted is not None:
         facts |= _prediction(plan.predicted)
     facts["calibration text"] = plan.calibration or "none"
+    if plan.untraced:
+        facts["weights were found by module class: torch.export cannot trace the model"] = plan.untraced
     return facts
 
 

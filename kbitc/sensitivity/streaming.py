@@ -99,7 +99,7 @@ class Streamed(fx.Interpreter):
         if kind == "embedding":
             y = F.embedding(x, self.load(name))
         elif kind == "linear":
-            y = apply(_Linear, x, lambda: as_matrix(self.load(name), **form), *rest)
+            y = apply(LinearOnLoad, x, lambda: as_matrix(self.load(name), **form), *rest)
         else:
             y = apply(_GroupedLinear, x, lambda: as_matrix(self.load(name), **form), *rest)
             x = (x, *rest)
@@ -119,16 +119,18 @@ def apply(function: Any, *args: Any) -> Tensor:
     return out
 
 
-class _Linear(torch.autograd.Function):
+class LinearOnLoad(torch.autograd.Function):
     """``F.linear`` that keeps no weight for the backward pass: it is read again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+        """``x @ load().T + bias``."""
         ctx.load = load
         return F.linear(x, load().to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the input alone."""
         return grad @ ctx.load().to(grad.dtype), None, None
 
 

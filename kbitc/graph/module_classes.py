@@ -1,0 +1,136 @@
+"""What a module's class says of its parameters, for those that no captured graph reads.
+
+The one thing to know: a class counts as a linear or an embedding only where its forward is torch's own, or
+ends in it (``super().forward``). Of another class that multiplies by a parameter, it is a `Miss`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import nn
+
+from kbitc.checkpoint.names import first_names
+from kbitc.graph.matching import Miss
+
+
+@dataclass(frozen=True)
+class ModuleUse:
+    """What one module does with a parameter.
+
+    Attributes:
+        kind: "linear", "embedding" or "grouped_linear".
+        is_transposed: the weight, as it is stored, is (..., in, out).
+        module: the module's name in the model.
+        feeds_output: it gives the logits.
+    """
+
+    kind: str
+    is_transposed: bool = False
+    module: str = ""
+    feeds_output: bool = False
+
+
+ByClass: TypeAlias = Mapping[str, tuple[ModuleUse | Miss, ...]]
+"""For a parameter's first name what each module that has it does with it; none of unknown classes."""
+
+
+def uses_by_class(model: nn.Module) -> ByClass:
+    """What the classes of a model's modules say of its parameters.
+
+    Args:
+        model: on any device; nothing is read.
+    """
+    first = first_names(model)
+    head = _head(model)
+    uses: dict[str, list[ModuleUse | Miss]] = {}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        parent = modules.get(path.rpartition(".")[0]) if path else None
+        for leaf, outcome in _of_module(module, parent).items():
+            name = f"{path}.{leaf}".lstrip(".")
+            if module._parameters.get(leaf) is None:
+                continue
+            uses.setdefault(first[name], []).append(_placed(outcome, path, is_head=module is head))
+    return {name: tuple(outcomes) for name, outcomes in uses.items()}
+
+
+def _placed(outcome: ModuleUse | Miss, path: str, *, is_head: bool) -> ModuleUse | Miss:
+    if isinstance(outcome, Miss):
+        return outcome
+    return replace(outcome, module=path, feeds_output=is_head)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """What gives the logits, where transformers says so."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, ModuleUse | Miss]:
+    """By the parameter's name in the module."""
+    if isinstance(module, nn.Linear):
+        if isinstance(parent, nn.MultiheadAttention):
+            return {"weight": _PLAIN}
+        return {"weight": ModuleUse("linear") if _leaves_forward_to(nn.Linear, module) else _own(module)}
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return {"weight": Miss("an embedding with max_norm, which changes its weight")}
+        is_plain = _leaves_forward_to(nn.Embedding, module)
+        return {"weight": ModuleUse("embedding") if is_plain else replace(_own(module), is_matmul=False)}
+    if isinstance(module, _conv1d()):
+        return {"weight": ModuleUse("linear", is_transposed=True)}
+    if vars(module).keys() >= _EXPERTS:  # what transformers' use_experts_implementation sets
+        grouped = ModuleUse("grouped_linear", is_transposed=bool(module.is_transposed))
+        return dict.fromkeys(("gate_up_proj", "up_proj", "down_proj"), grouped)
+    for classes, names, miss in _MISSES:
+        if isinstance(module, classes):
+            return {leaf: miss for leaf in module._parameters if leaf.startswith(names)}
+    return {}
+
+
+def _leaves_forward_to(base: type[nn.Module], module: nn.Module) -> bool:
+    """Whether a module's forward is that of its base class, or calls it."""
+    forward = type(module).forward
+    if forward is base.forward:
+        return True
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and {"super", "forward"} <= set(code.co_names)
+
+
+def _own(module: nn.Module) -> Miss:
+    return Miss(f"of a {type(module).__name__}, which has a forward of its own", is_matmul=True)
+
+
+def _conv1d() -> tuple[type, ...]:
+    """GPT-2's linear; transformers is not imported to find out."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+_EXPERTS = {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
+_PLAIN = Miss("nn.MultiheadAttention computes with plain tensors only", is_matmul=True)
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_MISSES: tuple[tuple[tuple[type, ...], str | tuple[str, ...], Miss], ...] = (
+    (
+        (nn.MultiheadAttention,),
+        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        _PLAIN,
+    ),
+    ((nn.RNNBase, nn.RNNCellBase), "weight", Miss("of a recurrent layer of torch", is_matmul=True)),
+    ((nn.Bilinear,), "weight", Miss("of a bilinear layer", is_matmul=True)),
+    (_CONVOLUTIONS, "weight", Miss("convolution kernel")),
+    (_NORMS, "weight", Miss("norm weight or bias")),
+    ((nn.EmbeddingBag,), "weight", Miss("look-up in bags of rows")),
+)
