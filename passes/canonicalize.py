@@ -174,8 +174,11 @@ def _why_left(program: Program, name: str, outcomes: Outcomes) -> Miss | None:
         kinds = ", ".join(sorted({use.kind for use in uses}))
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
-    if not read and len({use.is_transposed for use in uses}) > 1:
-        return Miss("used both as (out, in) and as (in, out)", is_matmul)
+    if (
+        not read
+        and len({(use.is_transposed, use.view_of) for use in known if isinstance(use, ModuleUse)}) > 1
+    ):
+        return Miss("of modules that take it as different matrices", is_matmul)
     return None
 
 
@@ -282,7 +285,13 @@ def _weight_by_class(tensor: Rest, outcomes: tuple[ModuleUse | Miss, ...]) -> We
     known = [use for use in outcomes if isinstance(use, ModuleUse)]
     uses = tuple(Use("", use.kind, use.feeds_output, use.module) for use in known)
     return Weight(
-        tensor.name, tensor.shape, tensor.dtype, uses, tensor.aliases, is_transposed=known[0].is_transposed
+        tensor.name,
+        tensor.shape,
+        tensor.dtype,
+        uses,
+        tensor.aliases,
+        is_transposed=known[0].is_transposed,
+        view_of=known[0].view_of,
     )
 
 

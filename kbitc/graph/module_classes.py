@@ -7,6 +7,7 @@ ends in it (``super().forward``). Of another class that multiplies by a paramete
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from typing import TypeAlias
 from torch import nn
 
 from kbitc.checkpoint.names import first_names
-from kbitc.graph.matching import Miss
+from kbitc.graph.matching import KERNEL, Miss
+from kbitc.tensor.layers import is_patchwise
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class ModuleUse:
     Attributes:
         kind: "linear", "embedding" or "grouped_linear".
         is_transposed: the weight, as it is stored, is (..., in, out).
+        view_of: the matrix that it is a view of, as of `kbitc.graph.program.Weight`.
         module: the module's name in the model.
         feeds_output: it gives the logits.
     """
 
     kind: str
     is_transposed: bool = False
+    view_of: tuple[int, ...] | None = None
     module: str = ""
     feeds_output: bool = False
 
@@ -77,9 +81,8 @@ def _head(model: nn.Module) -> nn.Module | None:
 def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, ModuleUse | Miss]:
     """By the parameter's name in the module."""
     if isinstance(module, nn.Linear):
-        if isinstance(parent, nn.MultiheadAttention):
-            return {"weight": _PLAIN}
-        return {"weight": ModuleUse("linear") if _leaves_forward_to(nn.Linear, module) else _own(module)}
+        is_plain = _leaves_forward_to(nn.Linear, module) or isinstance(parent, nn.MultiheadAttention)
+        return {"weight": ModuleUse("linear") if is_plain else _own(module)}
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return {"weight": Miss("an embedding with max_norm, which changes its weight")}
@@ -90,10 +93,26 @@ def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, Modu
     if vars(module).keys() >= _EXPERTS:  # what transformers' use_experts_implementation sets
         grouped = ModuleUse("grouped_linear", is_transposed=bool(module.is_transposed))
         return dict.fromkeys(("gate_up_proj", "up_proj", "down_proj"), grouped)
+    for classes, names in _LINEARS:
+        if isinstance(module, classes):
+            is_plain = type(module).__module__.startswith("torch.nn.")
+            use = ModuleUse("linear") if is_plain else _own(module)
+            return {leaf: use for leaf in module._parameters if leaf.startswith(names)}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"weight": _of_convolution(module)}
     for classes, names, miss in _MISSES:
         if isinstance(module, classes):
             return {leaf: miss for leaf in module._parameters if leaf.startswith(names)}
     return {}
+
+
+def _of_convolution(module: nn.modules.conv._ConvNd) -> ModuleUse | Miss:
+    form = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    base = next(base for base in type(module).__mro__ if base.__module__ == nn.Conv1d.__module__)
+    if module.transposed or not is_patchwise(*form) or not _leaves_forward_to(base, module):
+        return Miss(KERNEL)
+    out, *patch = module.weight.shape
+    return ModuleUse("linear", view_of=(out, math.prod(patch)))
 
 
 def _leaves_forward_to(base: type[nn.Module], module: nn.Module) -> bool:
@@ -116,21 +135,13 @@ def _conv1d() -> tuple[type, ...]:
 
 
 _EXPERTS = {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
-_PLAIN = Miss("nn.MultiheadAttention computes with plain tensors only", is_matmul=True)
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+_LINEARS: tuple[tuple[tuple[type, ...], str | tuple[str, ...]], ...] = (
+    ((nn.MultiheadAttention,), ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
+    ((nn.RNNBase, nn.RNNCellBase), "weight"),
 )
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _MISSES: tuple[tuple[tuple[type, ...], str | tuple[str, ...], Miss], ...] = (
-    (
-        (nn.MultiheadAttention,),
-        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-        _PLAIN,
-    ),
-    ((nn.RNNBase, nn.RNNCellBase), "weight", Miss("of a recurrent layer of torch", is_matmul=True)),
     ((nn.Bilinear,), "weight", Miss("of a bilinear layer", is_matmul=True)),
-    (_CONVOLUTIONS, "weight", Miss("convolution kernel")),
     (_NORMS, "weight", Miss("norm weight or bias")),
     ((nn.EmbeddingBag,), "weight", Miss("look-up in bags of rows")),
 )

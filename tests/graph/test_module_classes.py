@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from kbitc.graph.capture import capture
-from kbitc.graph.matching import Miss
 from kbitc.graph.module_classes import ModuleUse, uses_by_class
 from kbitc.passes.canonicalize import NOT_KNOWN, Canonicalize
 
@@ -56,6 +55,11 @@ class OtherEmbedding(nn.Embedding):
         return self.weight[ids]
 
 
+class OtherLstm(nn.LSTM):
+    def forward(self, x):
+        return x @ self.weight_ih_l0.T
+
+
 CLASSES = {
     "a linear": (nn.Linear(3, 5), {"weight": "linear"}),
     "one that calls it": (Doubled(3, 5), {"weight": "linear"}),
@@ -67,11 +71,18 @@ CLASSES = {
     "bilinear": (nn.Bilinear(2, 3, 4), {"weight": True}),
     "a convolution": (nn.Conv1d(3, 5, 2), {"weight": False}),
     "a norm": (nn.LayerNorm((3, 5)), {"weight": False}),
-    "an lstm": (nn.LSTM(3, 5), {"weight_ih_l0": True, "weight_hh_l0": True}),
-    "attention": (nn.MultiheadAttention(4, 2), {"in_proj_weight": True, "out_proj.weight": True}),
+    "a convolution over patches": (nn.Conv2d(3, 5, (2, 4), stride=(2, 4)), {"weight": "linear"}),
+    "a 1 x 1 convolution": (nn.Conv2d(3, 5, 1, stride=2), {"weight": "linear"}),
+    "one that meets a place twice": (nn.Conv2d(3, 5, 2, stride=1), {"weight": False}),
+    "one with a border": (nn.Conv2d(3, 5, 2, stride=2, padding=1), {"weight": False}),
+    "one in groups": (nn.Conv2d(4, 6, 1, groups=2), {"weight": False}),
+    "a transposed one": (nn.ConvTranspose2d(3, 5, 2, stride=2), {"weight": False}),
+    "an lstm": (nn.LSTM(3, 5), {"weight_ih_l0": "linear", "weight_hh_l0": "linear"}),
+    "an lstm of another forward": (OtherLstm(3, 5), {"weight_ih_l0": True, "weight_hh_l0": True}),
+    "attention": (nn.MultiheadAttention(4, 2), {"in_proj_weight": "linear", "out_proj.weight": "linear"}),
     "attention of three widths": (
         nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
-        {"q_proj_weight": True, "k_proj_weight": True, "v_proj_weight": True, "out_proj.weight": True},
+        dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"), "linear"),
     ),
     "what nobody knows": (nn.ParameterList([torch.zeros(3, 5)]), {}),
 }
@@ -100,4 +111,4 @@ def test_modules_that_share_a_weight_all_say_what_they_do():
         ModuleUse("linear", module="1"),
         ModuleUse("linear", is_transposed=True, module="2"),
     )
-    assert uses_by_class(model)["3.weight"] == (Miss("convolution kernel"),)
+    assert uses_by_class(model)["3.weight"] == (ModuleUse("linear", view_of=(5, 3), module="3"),)
