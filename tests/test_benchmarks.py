@@ -270,7 +270,7 @@ def test_wrong_logits_show(clock):
     options = gpu_decode.parse_options(TINY)
     with torch.no_grad():
         model = gpu_decode.build(gpu_decode.make_config(options), torch.float32, torch.device("cpu"), None)
-        decoder = gpu_decode.Decoder(model, torch.tensor([[3, 1, 4]]), 8, "eager", None)
+        decoder = gpu_decode.StaticCacheDecoder(model, torch.tensor([[3, 1, 4]]), 8, "eager", None)
         decoder.decode(1)
         decoder.replay(clock)
         decoder.decode(1)

@@ -233,7 +233,7 @@ def _check_slots(folder: Path, plan: PlanFile, stored: Mapping[str, Stored]) -> 
     """Every tensor has the dtype and shape that the plan asks for."""
     wanted = {key: Slot(t.dtype, tuple(t.shape)) for key, t in _codebooks(plan).items()}
     for name, entry in plan.packed.items():
-        *lead, rows, columns = entry.shape
+        *lead, rows, columns = entry.view_of or entry.shape
         rows, columns = (columns, rows) if entry.is_transposed else (rows, columns)
         for field, slot in packed_slots(entry.spec, (*lead, rows), columns).items():
             wanted[f"{name}.{field}"] = slot

@@ -27,6 +27,7 @@ from torch import Tensor
 from kbitc.artifact.folders import FORMAT, FolderClaim
 from kbitc.artifact.stored import tensor_bytes
 from kbitc.checkpoint.folder_checks import INDEX
+from kbitc.checkpoint.safetensors_file import DTYPES
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
 from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_part, digests_in, sealed
@@ -34,27 +35,7 @@ from kbitc.system.json_file import parse, well_formed
 
 SHARD_BYTES = 4 * 2**30
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.complex64: "C64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Writer:
@@ -293,7 +274,7 @@ class _File:
         for key, slot in self.slots.items():
             start = self.offsets[key] - self.header_bytes
             entries[key] = {
-                "dtype": _DTYPES[dtypes.get(key, slot.dtype)],
+                "dtype": _NAMES[dtypes.get(key, slot.dtype)],
                 "shape": list(slot.shape),
                 "data_offsets": [start, start + slot.nbytes],
             }
@@ -303,7 +284,7 @@ class _File:
 def _check_dtypes(slots: Mapping[str, Mapping[str, Slot]]) -> None:
     for unit in slots.values():
         for key, slot in unit.items():
-            if slot.dtype not in _DTYPES:
+            if slot.dtype not in _NAMES:
                 raise UsageError(
                     f"{key}: is of {str(slot.dtype).removeprefix('torch.')}, which a safetensors file cannot "
                     "hold; register it with persistent=False, or store it in another dtype (torch.complex64 "

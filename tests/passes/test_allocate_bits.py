@@ -109,7 +109,7 @@ def test_scores_give_another_budget_without_the_model():
             n: c.spec for n, c in expected.weights.items()
         }
     for bad in ({}, {"format": 1}, {"format": 1, "weights": {"a": {}}}, []):
-        with pytest.raises(UsageError, match="not a table of scores"):
+        with pytest.raises(UsageError, match="damaged"):
             ScoreTable.from_json(bad)
     with pytest.raises(UsageError, match="upgrade kbitc"):
         ScoreTable.from_json(scores.to_json() | {"format": 99})

@@ -175,7 +175,7 @@ def test_progress_is_told_in_the_models_order():
     told = []
     data = {f"w{i}": randn(8, 64, seed=i) for i in range(5)}
     scores_of(make_program(data, on_progress=lambda *args: told.append(args)), candidates=FEW)
-    assert told == [(name, i, 5) for i, name in enumerate(data, start=1)]
+    assert told == [(f"pricing {name}", i * 512, 5 * 512) for i, name in enumerate(data, start=1)]
 
 
 def test_two_runs_agree():

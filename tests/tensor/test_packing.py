@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kbitc.errors import UsageError
@@ -145,6 +145,8 @@ def test_any_weight_packs_to_the_promised_bytes_and_back(weight, family, bits, b
 def test_quantizing_a_dequantized_weight_gives_the_same_codes(weight, family, bits, block):
     """For codebooks that hold both -1 and 1: the absmax of a block is then a code of it."""
     first = quantize_weight(weight, f"{family}{bits}:{block}")
+    scales = first.scales.float()
+    assume(bool(((scales == 0) | (scales >= 2**-14)).all()))  # below, float16 rounds a scale by up to a half
     again = quantize_weight(dequantize(first), first.spec)
     assert torch.equal(first.planes, again.planes)
     assert torch.equal(first.scales, again.scales)
