@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from kbitc.checkpoint.float32_names import float32_names
 from kbitc.checkpoint.names import first_names, stored_names
-from kbitc.errors import SourceError, UsageError, first_line
+from kbitc.errors import SourceError, UsageError, did_you_mean, first_line
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.example_inputs import is_pretrained
@@ -69,6 +70,8 @@ def capture(
     """
     if example_inputs is None:
         example_inputs = make_example_inputs(model)
+    else:
+        _check_fit(model, *_split(example_inputs))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: _fake(mode, t), _split(example_inputs))
     traced = _fake_copy(model, mode)
@@ -94,6 +97,19 @@ def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"example_inputs is a {type(inputs).__name__}; give a tuple of positional inputs, (x,) for "
         "one, or a dict of keyword inputs"
     )
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what forward does not take, before an error of it looks like a model that cannot be traced."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    # What transformers passes on are switches, no tensors.
+    for name in kwargs.keys() - signature.parameters.keys():
+        if isinstance(kwargs[name], Tensor) and is_pretrained(model):
+            raise UsageError(f"example_inputs: {did_you_mean('input', name, signature.parameters)}")
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

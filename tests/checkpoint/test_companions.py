@@ -137,7 +137,7 @@ def test_a_link_to_elsewhere_is_refused(name, is_folder, source, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         path.symlink_to(os.path.relpath(tmp_path / "secret/config.json", path.parent))
-    with pytest.raises(SourceError, match=r"is a link to .*secret/config\.json, outside the model's folder"):
+    with pytest.raises(SourceError, match=r"outside (of .*/source|the model's folder)"):
         open_checkpoint(source)
 
 

@@ -93,6 +93,7 @@ def test_the_command_reads_a_file(tiny_model, tmp_path):
     save_file({"no_such_input": torch.ones(2)}, tmp_path / "x.safetensors")
     failed = CliRunner().invoke(app, [*command, "--example-inputs", str(tmp_path / "x.safetensors")])
     assert failed.exit_code != 0
+    assert "no input 'no_such_input'" in str(failed.exception)
 
 
 def ctrl():

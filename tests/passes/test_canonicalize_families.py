@@ -52,7 +52,8 @@ def modules_weights(model):
     wanted = {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)) or type(module).__name__.endswith("Router")
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d))
+        or type(module).__name__.endswith("Router")
     }
     return [
         name

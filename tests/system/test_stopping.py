@@ -21,6 +21,14 @@ def until(condition):
         time.sleep(0.01)
 
 
+@pytest.fixture(autouse=True)
+def usual_handler():
+    """Of SIGINT, which shells ignore for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_exception_once_and_the_old_handler_comes_back(number):
     before = signal.getsignal(number)

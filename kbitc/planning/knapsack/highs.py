@@ -57,7 +57,8 @@ class _Solver:
 
     def ask(self, problem: dict[str, Any]) -> MilpAnswer:
         with self.lock:
-            process = self.process or _started()
+            is_alive = self.process is not None and self.process.poll() is None  # a signal may have ended it
+            process = self.process if is_alive else _started()
             self.process = None  # until it has answered: after an interrupt, half a message is in the pipes
             try:
                 requests, answers = _pipes(process)
@@ -91,12 +92,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _started() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", __spec__.name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    # Places of modules come after its own: beside a user's script may lie an "enum.py".
+    command = [sys.executable, "-P", __file__, *sys.path]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
@@ -107,6 +105,7 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 def serve() -> None:
     """Answer problems from standard input on what was standard output, until there are no more."""
+    sys.path += [place for place in sys.argv[1:] if place not in sys.path]
     from scipy import optimize
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process gets it too, and ends this one
