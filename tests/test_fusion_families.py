@@ -90,9 +90,9 @@ def packed_state(program, state):
         spec = program.plan.weights[name].spec
         if spec.is_left_alone:
             continue
-        found = quantize_weight(state[name].mT if weight.is_transposed else state[name], spec)
+        found = quantize_weight(weight.oriented(state[name]), spec)
         read = reference.dequantize(found.operands(), torch.float32)
-        dense[name] = read.mT if weight.is_transposed else read
+        dense[name] = (read.mT if weight.is_transposed else read).reshape(weight.shape)
         slots = operand_slots(name, spec, weight.oriented_shape[:-1], weight.in_features)
         assert slots.keys() == found.tensors().keys()
         for field, (stored, slot) in slots.items():

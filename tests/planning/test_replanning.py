@@ -68,7 +68,7 @@ def test_it_needs_no_request_and_opens_no_model(folder):
     code = (
         "import sys; from pathlib import Path; from kbitc.planning.replanning import replan; "
         f"replan(Path({str(folder)!r}), 5.0); "
-        "upper = ('kbitc.compiler', 'kbitc.passes', 'kbitc.checkpoint', 'transformers'); "
+        "upper = ('kbitc.compiler', 'kbitc.passes', 'kbitc.checkpoint.hf_folder', 'transformers'); "
         "assert not [name for name in sys.modules if name.startswith(upper)]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -61,7 +61,7 @@ def test_a_view_is_read_as_the_dequantized_weight(name, weight):
     wanted = CALLS[name](weight.dequantize())
     for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with mode:
-            torch.testing.assert_close(CALLS[name](weight), wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(CALLS[name](weight), wanted, atol=4e-4, rtol=4e-4)
 
 
 @pytest.mark.parametrize(
