@@ -2,7 +2,7 @@
 
 The one thing to know: it is registered when transformers is first imported (or now, if it was before),
 so that ``AutoModelForCausalLM.from_pretrained(folder)`` works wherever kbitc is installed: ``import torch``
-calls `register_when_imported`, an entry point of the group ``torch.backends``, which imports nothing but this.
+calls `register_when_imported`, an entry point of the group ``torch.backends``.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ class _Registering(Loader):
 
 
 def _register() -> None:
-    # It registers at its end; where it is what imports transformers, it is half imported here and does so later.
+    # It registers at its end; where it is what imports transformers, that is later: it is half imported here.
     import kbitc.compiler.transformers_client  # noqa: F401

@@ -1,16 +1,16 @@
-"""kbitc among transformers' quantizers: compiles in ``from_pretrained``, saves artifacts in ``save_pretrained``.
+"""kbitc among transformers' quantizers: ``from_pretrained`` compiles, ``save_pretrained`` writes artifacts.
 
     AutoModelForCausalLM.from_pretrained(source, quantization_config=kbitc.KbitConfig(bits=4))
 
-The one thing to know: a source is compiled into a temporary artifact, tensor by tensor as ``kbitc compile`` does
-it, and that is what transformers then loads; no dense model is made.
+The one thing to know: a source is compiled into a temporary artifact, tensor by tensor as ``kbitc compile``
+does it, and that is what transformers then loads; no dense model is made.
 """
 
 from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class KbitQuantizer(StoredQuantizer):
             return model
         if not checkpoint_files:
             raise UsageError(
-                "KbitConfig compiles a folder or a hub id; pack a model in memory by kbitc.compile(model, ...)"
+                "KbitConfig compiles a folder or a hub id; kbitc.compile(model) packs a model in memory"
             )
         self._source = checkpoint_files
         return model
@@ -161,6 +161,7 @@ class KbitQuantizer(StoredQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Stored bytes of an element, by which transformers places modules on devices."""
+        del model
         spec = self.quantization_config.weights.get(param_name)
         if spec is None:
             return float(param.element_size())
@@ -232,7 +233,7 @@ def _save_into(model: nn.Module, folder: Path) -> None:
 
 
 def as_loaded(model: nn.Module) -> nn.Module:
-    """A model of transformers that was packed in memory, as ``from_pretrained`` gives it: it says that it is."""
+    """A model of transformers that was packed in memory, marked as ``from_pretrained`` marks it."""
     from transformers import PreTrainedModel
 
     from kbitc.tensor.kbit_tensor import KbitTensor

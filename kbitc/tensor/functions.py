@@ -180,10 +180,10 @@ def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:
     return copied
 
 
-def _requires_grad(weight: KbitTensor, requires_grad: bool = True) -> KbitTensor:  # noqa: FBT001, FBT002
+def _requires_grad(weight: KbitTensor, requires_grad: bool = True) -> KbitTensor:
     """As `torch.Tensor.requires_grad_`: a packed weight is never trained.
 
-    ``load_state_dict(assign=True)`` asks it to be what the dense weight was whose place it takes: it stays frozen.
+    ``load_state_dict(assign=True)`` asks it to be what the dense weight was in its place: it stays frozen.
     """
     caller = sys._getframe(2).f_code
     if caller is not torch.nn.Module._load_from_state_dict.__code__:
@@ -192,7 +192,7 @@ def _requires_grad(weight: KbitTensor, requires_grad: bool = True) -> KbitTensor
 
 
 def _untyped_storage(weight: KbitTensor) -> Any:
-    """For torch itself, which asks for it when it makes fake tensors; to others it would be one of no bytes."""
+    """For torch itself, which asks for it to make fake tensors; to others it would be one of no bytes."""
     if not sys._getframe(2).f_globals.get("__name__", "").startswith("torch."):
         no_storage()
     with torch._C.DisableTorchFunctionSubclass():

@@ -67,8 +67,8 @@ class KbitTensor(Tensor):
     ) -> KbitTensor:
         """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``.
 
-        A packed weight is taken too, as ``type(parameter)(weight, requires_grad=False)`` gives it, which is how
-        accelerate puts parameters into modules.
+        A packed weight is taken too: ``type(parameter)(weight, requires_grad=False)`` is how accelerate puts
+        parameters into modules.
 
         Raises:
             UsageError: a dense tensor, or one that is to be trained.

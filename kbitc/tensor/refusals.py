@@ -1,6 +1,6 @@
 """What a packed weight cannot do, and what to do instead: the words of the errors.
 
-The one thing to know: nothing is dequantized, trained or written in silence; a library that tries meets one of these.
+The one thing to know: nothing is dequantized, trained or written in silence; what tries meets one of these.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from typing import Any
 from kbitc.errors import UsageError
 
 DENSE = (
-    "call kbitc.dequantized(model), which makes all weights dense, or leave this weight alone (spec fp16) when "
-    "compiling"
+    "call kbitc.dequantized(model), which makes all weights dense, or leave this weight alone (spec fp16) "
+    "when compiling"
 )
 CHANGED = (
-    "a packed weight is frozen: its values cannot be changed in place. To merge an adapter, resize embeddings or "
-    f"edit weights, {DENSE}"
+    "a packed weight is frozen: its values cannot be changed in place. To merge an adapter, resize embeddings "
+    f"or edit weights, {DENSE}"
 )
 TRAINED = (
     "a packed weight is frozen and never gets a gradient. Train adapters over it, or leave this weight alone "
     "(spec fp16) when compiling; kbitc.dequantized(model) makes all weights dense"
 )
 STORED = (
-    "a packed weight is several tensors and has no storage of its own. To write a model, use kbitc.save(model, "
-    "folder) or model.save_pretrained(folder), and for a state_dict torch.save; to keep weights off a device, "
-    "place whole modules on the CPU: packed weights cannot be left on a disk"
+    "a packed weight is several tensors and has no storage of its own. To write a model, use "
+    "kbitc.save(model, folder) or model.save_pretrained(folder), and for a state_dict torch.save; to keep "
+    "weights off a device, place whole modules on the CPU: packed weights cannot be left on a disk"
 )
 SHARDED = (
     "a packed weight is not cut, gathered or broadcast as its bytes. Every process loads the model itself: "
