@@ -14,8 +14,8 @@ DENSE = (
     "when compiling"
 )
 CHANGED = (
-    "a packed weight is frozen: its values cannot be changed in place. To merge an adapter, resize embeddings "
-    f"or edit weights, {DENSE}"
+    "a packed weight is frozen: its values cannot be changed in place. To merge an adapter, resize "
+    f"embeddings or edit weights, {DENSE}"
 )
 TRAINED = (
     "a packed weight is frozen and never gets a gradient. Train adapters over it, or leave this weight alone "
