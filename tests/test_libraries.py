@@ -56,10 +56,14 @@ def test_save_pretrained_writes_an_artifact(artifact, compiled, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(artifact)
     assert torch.allclose(logits(loaded), logits(compiled), atol=2e-3)  # norms were stored at 16 bits
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    loaded.generation_config.max_new_tokens = 17
     loaded.save_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").exists()
-    assert torch.equal(logits(kbitc.load(tmp_path)), logits(loaded))
+    again = kbitc.load(tmp_path)
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.generation_config.max_new_tokens == 17
     with pytest.raises(UsageError, match="upload_folder"):
         loaded.save_pretrained(tmp_path, push_to_hub=True)
 
@@ -74,6 +78,21 @@ def test_a_copy_is_a_model_of_its_own(artifact, tmp_path, again):
     other.save_pretrained(tmp_path)
     assert logits(kbitc.load(tmp_path)).abs().max() == 0
     assert logits(model).abs().max() > 0
+
+
+def test_views_of_a_packed_weight_pickle(tmp_path):
+    weight = quantize(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), "int4:8")
+    views = {
+        "rows": weight[3:9],
+        "turned": weight.T,
+        "seen": weight.view(4, 6, 40),
+        "scaled": weight * torch.arange(24.0)[:, None],
+    }
+    torch.save(views, tmp_path / "views.pt")
+    for other in (torch.load(tmp_path / "views.pt", weights_only=True), pickle.loads(pickle.dumps(views))):
+        for name, view in views.items():
+            assert isinstance(other[name], KbitTensor)
+            assert torch.equal(other[name].dequantize(), view.dequantize())
 
 
 def test_state_dict_by_torch_save(compiled, tmp_path):

@@ -224,12 +224,11 @@ def _save_into(model: nn.Module, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".kbitc-", dir=folder) as scratch:
         made = Path(scratch) / "model"
         save(model, made)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
-            old.unlink()
+        for pattern in ("model*.safetensors", "model*.safetensors.index.json", "generation_config.json"):
+            for old in folder.glob(pattern):
+                old.unlink()
         for path in sorted(made.iterdir()):
             path.replace(folder / path.name)
-    if getattr(model, "can_generate", lambda: False)():
-        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
 
 
 def as_loaded(model: nn.Module) -> nn.Module:

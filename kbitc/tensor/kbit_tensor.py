@@ -19,7 +19,7 @@ from kbitc.formats.packed import TENSOR_FIELDS, Operands, Packed
 from kbitc.formats.spec import Spec, parse
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.tensor.geometry import Geometry
-from kbitc.tensor.refusals import CHANGED, check_frozen, refusal
+from kbitc.tensor.refusals import CHANGED, DENSE, check_frozen, refusal
 
 aten = torch.ops.aten
 
@@ -320,7 +320,11 @@ def _to_copy(
     return weight._like(moved, dtype).viewed(weight.placement(), factor)
 
 
-def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
+    if not isinstance(target, KbitTensor):
+        raise NotImplementedError(
+            f"a packed weight cannot be copied into a dense tensor: .dequantize() it first. To resize embeddings, {DENSE}"
+        )
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError(
             f"only a packed weight of the same spec and shape can be copied into a packed weight; {CHANGED}"

@@ -57,16 +57,12 @@ class RowCheck {
 
   void add(const float* x, const int32_t* q, int64_t count, float scale, float peak) {
     see(peak);
-    int32_t total = 0, most = 0;
+    const int32_t most = scale > 0.0f ? static_cast<int32_t>(peak / scale + 0.5f) : 0, bound = most / 16;
+    int32_t total = 0, small = 0;  // small: the same sum with no value above a sixteenth of the peak
     for (int64_t i = 0; i < count; ++i) {
       const int32_t size = q[i] < 0 ? -q[i] : q[i];
       total += size;
-      most = size > most ? size : most;
-    }
-    int32_t small = 0;  // the same sum with no value above a sixteenth of the peak
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t size = q[i] < 0 ? -q[i] : q[i];
-      small += size < most / 16 ? size : most / 16;
+      small += size < bound ? size : bound;
     }
     const double step = scale, n = static_cast<double>(count);
     if (small >= FINE * count) {
