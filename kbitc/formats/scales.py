@@ -60,13 +60,13 @@ def store_scales(
     mean = torch.zeros(1)
     if not spec.is_signed and (keeps_zero or bool((scales != 0).all())):
         mean = scales.double().mean().float().reshape(1)
-    stored = _with_mean(scales, mean)
+    centred = _with_mean(scales, mean)
     if bool(mean != 0):
-        lost = _worst_error(stored[2], scales)
+        lost = _worst_error(centred[2], scales)
         if lost > MOST_OF_A_SCALE:  # scales far below the mean: the codes of zero are finer than those of it
-            centred = _with_mean(scales, torch.zeros(1))
-            stored = centred if _worst_error(centred[2], scales) < lost else stored
-    return stored
+            as_they_are = _with_mean(scales, torch.zeros(1))
+            return as_they_are if _worst_error(as_they_are[2], scales) < lost else centred
+    return centred
 
 
 def _worst_error(read: Tensor, scales: Tensor) -> float:

@@ -68,6 +68,7 @@ void prepare_again(const Weight& w, const float* x, Prepared& out) {
   for (int64_t m = 0; m < a.rows; ++m) {
     if (a.unusual[m] == Activation::COARSE) coarse.push_back(m);
   }
+  if (coarse.empty()) return;
   const int64_t count = static_cast<int64_t>(coarse.size());
   std::vector<std::vector<Spike>> found(coarse.size());
   over_rows(count, count * w.cols, [&](int64_t begin, int64_t end) {

@@ -131,9 +131,9 @@ void multiply_floats(const float* from, int64_t count, const std::vector<Part>& 
 // Anew, rows of x that are not finite, in floats, and those that are very large or small, scaled by a power of two.
 void multiply_extreme(const float* from, const Part& part, const Activation& x, float* to, int64_t width) {
   const Weight& w = *part.weight;
-  std::vector<float> row(static_cast<size_t>(w.cols)), out(static_cast<size_t>(w.rows));
   for (int64_t m = 0; m < x.rows; ++m) {
     if (x.unusual[m] != Activation::EXTREME) continue;
+    std::vector<float> row(static_cast<size_t>(w.cols)), out(static_cast<size_t>(w.rows));
     std::copy(from + m * w.cols, from + (m + 1) * w.cols, row.begin());
     if (std::any_of(row.begin(), row.end(), [](float value) { return std::isnan(value); })) continue;  // so is `to`
     float peak = 0.0f;

@@ -67,15 +67,15 @@ class RowCheck {
     const double step = scale, n = static_cast<double>(count);
     if (small >= FINE * count) {
       const double typical = step * (total < 4 * small ? total : 4 * small);  // 4: as of Gaussian values
-      error_ += n / 12.0 * step * step;
-      kept_ += typical * typical / n;
+      error_ += n * n / 12.0 * step * step;
+      kept_ += typical * typical;
       return;
     }
     for (int64_t i = 0; i < count; ++i) {
       if (16 * (q[i] < 0 ? -q[i] : q[i]) > most) continue;
       const double value = x[i], lost = value - q[i] * step;
-      error_ += lost * lost;
-      kept_ += value * value;
+      error_ += n * lost * lost;
+      kept_ += n * value * value;
     }
   }
 
@@ -90,7 +90,7 @@ class RowCheck {
   static constexpr double MOST = 1e-3;  // of the size of the values, lost
   static constexpr float LARGE = 0x1p64f;  // products with scales, levels and integers fit in float32
   float peak_ = 0.0f;
-  double error_ = 0.0, kept_ = 0.0;
+  double error_ = 0.0, kept_ = 0.0;  // sums of squares, times the values of a granule
 };
 
 template <int K>
