@@ -77,6 +77,7 @@ class KbitQuantizer(StoredQuantizer):
     """Reads artifacts, compiles other sources first, and gives models a ``save_pretrained`` of ours."""
 
     requires_calibration = False
+    quantization_config: KbitConfig
 
     def __init__(self, quantization_config: KbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -245,7 +246,8 @@ def as_loaded(model: nn.Module) -> nn.Module:
         transposed=[name for name, weight in packed.items() if weight.is_transposed],
     )
     quantizer = KbitQuantizer(config)
-    model.is_quantized, model.quantization_method = True, METHOD
+    marked: Any = model
+    marked.is_quantized, marked.quantization_method = True, METHOD
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     quantizer._process_model_after_weight_loading(model)

@@ -323,8 +323,8 @@ def _to_copy(
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
     if not isinstance(target, KbitTensor):
         raise NotImplementedError(
-            "a packed weight cannot be copied into a dense tensor: .dequantize() it first. To resize embeddings, "
-            f"{DENSE}"
+            "a packed weight cannot be copied into a dense tensor: .dequantize() it first. "
+            f"To resize embeddings, {DENSE}"
         )
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError(

@@ -52,8 +52,9 @@ def refusal(func: Any) -> NotImplementedError:
         why = f"{SHARDED}. For anything else {DENSE}"
     else:
         why = (
-            "kbitc packs weights that are read by matmuls of any kind, through views, slices, casts and scales, "
-            f"and by embeddings; for anything else, as merging adapters and resizing embeddings are, {DENSE}"
+            "kbitc packs weights that are read by matmuls of any kind, through views, slices, casts and "
+            "scales, and by embeddings; for anything else, as merging adapters and resizing embeddings are, "
+            f"{DENSE}"
         )
     return NotImplementedError(f"{func} is not defined on a packed weight. {why}")
 
