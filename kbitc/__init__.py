@@ -11,6 +11,7 @@ Names are imported when they are first used, so that ``import kbitc`` and ``kbit
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kbitc.transformers_hook import register_when_imported
@@ -27,17 +28,21 @@ if TYPE_CHECKING:
     from kbitc.artifact.loading import load, load_into
     from kbitc.artifact.reader import Artifact
     from kbitc.compiler.saving import save
+    from kbitc.compiler.transformers_client import KbitConfig
     from kbitc.formats.spec import Spec
     from kbitc.formats.spec import parse as parse_spec
     from kbitc.pipeline.registry import Pass
     from kbitc.quantizers import quantize
     from kbitc.tensor.kbit_tensor import KbitTensor
+    from kbitc.tensor.unpacking import dequantized
 
 __all__ = [
     "Artifact",
+    "KbitConfig",
     "KbitTensor",
     "Spec",
     "compile",
+    "dequantized",
     "export_onnx",
     "load",
     "load_into",
@@ -48,8 +53,10 @@ __all__ = [
 
 _HOME = {
     "Artifact": ("kbitc.artifact.reader", "Artifact"),
+    "KbitConfig": ("kbitc.compiler.transformers_client", "KbitConfig"),
     "KbitTensor": ("kbitc.tensor.kbit_tensor", "KbitTensor"),
     "Spec": ("kbitc.formats.spec", "Spec"),
+    "dequantized": ("kbitc.tensor.unpacking", "dequantized"),
     "load": ("kbitc.artifact.loading", "load"),
     "load_into": ("kbitc.artifact.loading", "load_into"),
     "parse_spec": ("kbitc.formats.spec", "parse"),
@@ -142,7 +149,12 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     )
     target = None if out is None else LocalPath(out)
     if isinstance(model, torch_nn.Module):
-        return compile_module(model, request, example_inputs, out=target, is_forced=force)
+        packed = compile_module(model, request, example_inputs, out=target, is_forced=force)
+        if "transformers" not in sys.modules:
+            return packed
+        from kbitc.compiler.transformers_client import as_loaded
+
+        return as_loaded(packed)
     if target is not None:
         result = compile_to(model, target, request, is_forced=force, example_inputs=example_inputs)
         warn_untraced(result.source, result.program)

@@ -1,8 +1,8 @@
 """The ``kbit`` quantization method, made known to transformers at the right moment.
 
-The one thing to know: it is registered when transformers is first imported (or now, if it was
-before kbitc), so that ``AutoModelForCausalLM.from_pretrained(folder)`` works after ``import kbitc``
-and importing kbitc does not import transformers.
+The one thing to know: it is registered when transformers is first imported (or now, if it was before),
+so that ``AutoModelForCausalLM.from_pretrained(folder)`` works wherever kbitc is installed: ``import torch``
+calls `register_when_imported`, an entry point of the group ``torch.backends``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def register_when_imported() -> None:
     """Register now if transformers' quantizers are loaded, else right after they are."""
     if _TARGET in sys.modules:
         _register()
-    else:
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
@@ -52,6 +52,5 @@ class _Registering(Loader):
 
 
 def _register() -> None:
-    from kbitc.artifact.transformers_quantizer import register
-
-    register()
+    # It registers at its end; where it is what imports transformers, that is later: it is half imported here.
+    import kbitc.compiler.transformers_client  # noqa: F401

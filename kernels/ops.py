@@ -79,7 +79,10 @@ def _op(
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def first(*args: Any, **kwargs: Any) -> Any:
-            tensor = next(value for value in args if isinstance(value, Tensor))
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            if any(value.layout is not torch.strided for value in tensors):  # sparse ones have no kernels
+                return getattr(torch.ops.kbit, name)(*(_strided(value) for value in args), **kwargs)
+            tensor = tensors[0]
             if tensor.device.type == "cpu" and native.load():
                 return getattr(torch.ops.kbit, name)(*args, **kwargs)
             if tensor.is_cuda and name in _load_triton():
@@ -92,6 +95,12 @@ def _op(
         return kernel
 
     return register
+
+
+def _strided(value: Any) -> Any:
+    """A sparse tensor dense, anything else as it is."""
+    is_sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    return value.to_dense() if is_sparse else value
 
 
 def _check_input(name: str, x: Tensor, features: int) -> None:

@@ -28,6 +28,7 @@ from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
+from kbitc.kernels.cpu.build import work_alone
 from kbitc.planning.packable import check_packable
 from kbitc.quantizers import choose_quantizer
 from kbitc.sensitivity.evidence import Evidence
@@ -100,7 +101,7 @@ class ScoreSensitivity:
         # Samples are small, so weights run side by side, one thread each.
         workers = torch.get_num_threads()
         options = {}
-        with WorkerPool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with WorkerPool(workers, initializer=work_alone) as pool:
             tables = pool.map(
                 lambda weight: self._options(
                     weight,

@@ -15,7 +15,8 @@ import kbitc
 
 def test_names():
     assert kbitc.__all__ == [
-        "Artifact", "KbitTensor", "Spec", "compile", "export_onnx", "load", "load_into", "parse_spec", "quantize", "save",
+        "Artifact", "KbitConfig", "KbitTensor", "Spec", "compile", "dequantized", "export_onnx", "load", "load_into",
+        "parse_spec", "quantize", "save",
     ]  # fmt: skip
     for name in kbitc.__all__:
         assert getattr(kbitc, name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def register() -> None:
         return
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
-    configs[METHOD], quantizers[METHOD] = _classes()
+    configs[METHOD], quantizers[METHOD] = quantizer_classes()
 
 
 def quantization_config(plan: PlanFile) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def quantization_config(plan: PlanFile) -> dict[str, Any]:
     }
 
 
-def _classes() -> tuple[type, type]:
+@functools.cache
+def quantizer_classes() -> tuple[type, type]:
     """The config and quantizer classes; made here because their bases need transformers."""
     import torch
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -58,6 +60,7 @@ def _classes() -> tuple[type, type]:
     from kbitc.formats.layout import SHARED
     from kbitc.formats.packed import TENSOR_FIELDS
     from kbitc.formats.spec import parse
+    from kbitc.tensor.unpacking import dequantized
 
     class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
         """Which weights are packed, and how."""
@@ -164,15 +167,6 @@ def _classes() -> tuple[type, type]:
                 for leaf in self._leaves()
             ]
 
-        def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-            del model
-            raise SourceError(
-                "a compiled model is saved by kbitc, not by save_pretrained: use kbitc.save(model, folder)"
-            )
-
-        def is_serializable(self, *_: Any, **__: Any) -> bool:
-            return False
-
         @property
         def is_trainable(self) -> bool:
             return False  # the base is frozen; adapters train over it
@@ -182,16 +176,19 @@ def _classes() -> tuple[type, type]:
             return True
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            from kbitc.tensor.kbit_tensor import KbitTensor
+            return dequantized(model, dtype)
 
-            dense: dict[int, torch.nn.Parameter] = {}
-            for module in model.modules():
-                for leaf, weight in list(module._parameters.items()):
-                    if isinstance(weight, KbitTensor):
-                        if id(weight) not in dense:
-                            plain = weight.dequantize(dtype or weight.dtype)
-                            dense[id(weight)] = torch.nn.Parameter(plain, requires_grad=False)
-                        module._parameters[leaf] = dense[id(weight)]
-            return model
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return False
 
+    # What a model keeps of how it was loaded; pickle looks for its name here.
+    KbitDeserialize.__qualname__ = KbitDeserialize.__name__
+    globals()[KbitDeserialize.__name__] = KbitDeserialize
     return KbitConfig, KbitQuantizer
+
+
+def __getattr__(name: str) -> Any:
+    if name != "KbitDeserialize":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    quantizer_classes()
+    return globals()[name]

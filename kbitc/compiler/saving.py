@@ -76,6 +76,9 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False) -> None:
     ):
         for unit, parts in stored.items():
             writer.put(unit, parts, {})
+        generation: Any = getattr(model, "generation_config", None)
+        if hasattr(generation, "save_pretrained"):
+            generation.save_pretrained(writer.partial)
         data = config.to_dict() if hasattr(config, "to_dict") else None
         if data is not None:
             data.pop("quantization_config", None)

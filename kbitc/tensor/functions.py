@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kbitc.formats.packed import Packed
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
+from kbitc.tensor.refusals import check_frozen, no_storage
 
 # A handler answers NotImplemented where it has no form: `kbitc.tensor.reads` then serves its parts.
 
@@ -178,6 +180,25 @@ def _deepcopy(weight: KbitTensor, memo: dict[int, Any]) -> KbitTensor:
     return copied
 
 
+def _requires_grad(weight: KbitTensor, requires_grad: bool = True) -> KbitTensor:
+    """As `torch.Tensor.requires_grad_`: a packed weight is never trained.
+
+    ``load_state_dict(assign=True)`` asks it to be what the dense weight was in its place: it stays frozen.
+    """
+    caller = sys._getframe(2).f_code
+    if caller is not torch.nn.Module._load_from_state_dict.__code__:
+        check_frozen(requires_grad)
+    return weight
+
+
+def _untyped_storage(weight: KbitTensor) -> Any:
+    """For torch itself, which asks for it to make fake tensors; to others it would be one of no bytes."""
+    if not sys._getframe(2).f_globals.get("__name__", "").startswith("torch."):
+        no_storage()
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.untyped_storage()
+
+
 SERVED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
@@ -193,6 +214,11 @@ SERVED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.addmm: _addmm,
     Tensor.__getitem__: _getitem,
     Tensor.__deepcopy__: _deepcopy,
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor.numpy: no_storage,
+    Tensor.storage: no_storage,
+    Tensor.untyped_storage: _untyped_storage,
     torch.transpose: transpose,
     Tensor.transpose: transpose,
     torch.permute: _permute,

@@ -14,10 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kbitc.errors import UsageError
 from kbitc.formats.packed import TENSOR_FIELDS, Operands, Packed
-from kbitc.formats.spec import Spec
+from kbitc.formats.spec import Spec, parse
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.tensor.geometry import Geometry
+from kbitc.tensor.refusals import CHANGED, DENSE, check_frozen, refusal
 
 aten = torch.ops.aten
 
@@ -54,22 +56,35 @@ class KbitTensor(Tensor):
     @staticmethod
     def __new__(
         cls: type[KbitTensor],
-        packed: Packed,
-        dtype: torch.dtype,
+        packed: Packed | KbitTensor,
+        dtype: torch.dtype | None = None,
         *,
         is_transposed: bool = False,
         activations: str = "float",
         geometry: Geometry | None = None,
         factor: Tensor | None = None,
+        requires_grad: bool = False,
     ) -> KbitTensor:
-        """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``."""
+        """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``.
+
+        A packed weight is taken too: ``type(parameter)(weight, requires_grad=False)`` is how accelerate puts
+        parameters into modules.
+
+        Raises:
+            UsageError: a dense tensor, or one that is to be trained.
+        """
+        check_frozen(requires_grad)
+        if isinstance(packed, KbitTensor):
+            return packed.detach()  # type: ignore[return-value]
+        if isinstance(packed, Tensor):
+            raise UsageError(f"a dense tensor cannot take the place of a packed weight: {CHANGED}")
         shape = packed.shape
         if geometry is not None:
             shape = geometry.size
         elif is_transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         self: KbitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=packed.planes.device, requires_grad=False
+            cls, shape, dtype=dtype or torch.float32, device=packed.planes.device, requires_grad=False
         )
         self.packed = packed
         self.is_transposed = is_transposed
@@ -132,6 +147,22 @@ class KbitTensor(Tensor):
             geometry=None if is_matrix else geometry,
             factor=factor,
         )
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes that are stored, without codebooks that weights share."""
+        return self.packed.nbytes()
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Stored bytes of an element: what tells the size of a model multiplies it by their number."""
+        return self.packed.nbytes() / self.numel()
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """Plain tensors, numbers and the spec's text, so that ``torch.load(weights_only=True)`` reads it."""
+        packed, is_parameter = self.packed, isinstance(self, torch.nn.Parameter)
+        geometry = None if self.geometry is None else tuple(self.geometry)
+        marks = (self.dtype, self.is_transposed, self.activations, is_parameter, geometry, self.factor)
+        return restored, (dict(packed.tensors()), str(packed.spec), packed.in_features, *marks)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         form = ", transposed" if self.is_transposed else ""
@@ -214,11 +245,7 @@ class KbitTensor(Tensor):
             out = func.decompose(*args, **kwargs)  # in inference mode the parts of a function come together
         if out is not NotImplemented:
             return out
-        raise NotImplementedError(
-            f"{func} is not defined on a packed weight. kbitc packs weights that are read by matmuls of any "
-            "kind, through views, slices, casts and scales, and by embeddings; for anything else call "
-            ".dequantize() first, or leave this weight alone (spec fp16) when compiling"
-        )
+        raise refusal(func)
 
 
 def packed_as(
@@ -238,6 +265,31 @@ def packed_as(
         raise ValueError(f"a packed {plain.size} cannot be seen as {tuple(shape)}")
     geometry = None if moved is plain else moved
     return KbitTensor(packed, dtype, is_transposed=is_transposed, geometry=geometry)
+
+
+def restored(
+    tensors: Mapping[str, Tensor],
+    spec: str,
+    in_features: int,
+    dtype: torch.dtype,
+    is_transposed: bool,
+    activations: str,
+    is_parameter: bool,
+    geometry: tuple[Any, ...] | None,
+    factor: Tensor | None,
+) -> Tensor:
+    """What ``KbitTensor.__reduce_ex__`` took apart."""
+    fields = {name: tensors.get(name) for name in TENSOR_FIELDS}
+    packed = Packed(**fields, spec=parse(spec), in_features=in_features)  # type: ignore[arg-type]
+    weight = KbitTensor(
+        packed,
+        dtype,
+        is_transposed=is_transposed,
+        activations=activations,
+        geometry=None if geometry is None else Geometry(*geometry),
+        factor=factor,
+    )
+    return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
 def transpose(weight: KbitTensor, dim0: int = 0, dim1: int = 1) -> Any:
@@ -268,9 +320,16 @@ def _to_copy(
     return weight._like(moved, dtype).viewed(weight.placement(), factor)
 
 
-def _copy(target: KbitTensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> KbitTensor:
+    if not isinstance(target, KbitTensor):
+        raise NotImplementedError(
+            "a packed weight cannot be copied into a dense tensor: .dequantize() it first. "
+            f"To resize embeddings, {DENSE}"
+        )
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
-        raise NotImplementedError("only a packed weight of the same spec and shape can be copied in")
+        raise NotImplementedError(
+            f"only a packed weight of the same spec and shape can be copied into a packed weight; {CHANGED}"
+        )
     if source.placement() != target.placement() or source.factor is not None or target.factor is not None:
         raise NotImplementedError("a view of a packed weight can neither be written nor copied in")
     for name, value in target.packed.tensors().items():
@@ -287,4 +346,4 @@ MOVES: dict[Any, Callable[..., Any]] = {
 }
 
 
-torch.serialization.add_safe_globals([KbitTensor])
+torch.serialization.add_safe_globals([KbitTensor, restored])

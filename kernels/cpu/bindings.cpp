@@ -20,6 +20,7 @@
 TORCH_LIBRARY_FRAGMENT(kbit, m) {
   m.def("cpu_kernels() -> str", kbit::cpu_kernels);
   m.def("use_cpu_kernels(str name) -> ()", kbit::use_cpu_kernels);
+  m.def("work_alone() -> ()", kbit::work_alone);
 }
 
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {

@@ -1,74 +1,19 @@
 // x times a weight, several weights, a stack of experts; and back to the gradient of x. x is quantized once for
 // neighbouring weights that agree on how (`Prepared`); float64, and what no kernel is fast for, takes decoded rows.
+// What integers do not hold of x, spikes and extreme rows, is multiplied apart.
 #pragma once
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "bindings_activation.h"
 #include "bindings_sets.h"
 #include "bindings_threads.h"
 #include "bindings_weight.h"
 
 namespace kbit {
 namespace {
-
-// x prepared for a weight; weights that agree on all of this share it.
-struct Prepared {
-  Activation x{};
-  int bits = 0;
-  int64_t block = 0;
-
-  bool fits(const Weight& w, Mode mode) const {
-    return x.rows > 0 && bits == w.bits && block == w.block && x.mode == mode && w.outliers == 0 &&
-           x.outliers == nullptr;
-  }
-};
-
-Mode mode_of(const Weight& w, const Table& table, int64_t rows) {
-  return rows == 1 ? kernels().mode(w, table) : Mode::table;
-}
-
-// One row of x without its outlier features, and these.
-void split_outliers(const Weight& w, const float* x, float* rest, float* outliers) {
-  std::copy(x, x + w.cols, rest);
-  for (int64_t i = 0; i < w.outliers; ++i) {
-    outliers[i] = x[w.outlier_index[i]];
-    rest[w.outlier_index[i]] = 0.0f;
-  }
-}
-
-Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t rows) {
-  Arena& arena = Lease::arena();
-  const int64_t chunks = (w.cols + CHUNK - 1) / CHUNK;
-  Prepared out;
-  out.bits = w.bits;
-  out.block = w.block;
-  Activation& a = out.x;
-  a.rows = rows;
-  a.mode = mode_of(w, table, rows);
-  a.granule = w.block % 64 == 0 ? 64 : 32;
-  a.segments = chunks * (CHUNK / a.granule);
-  const int64_t room = rows == 1 ? 1 : (rows + X_ROWS - 1) / X_ROWS * X_ROWS;
-  a.values = arena.take<int16_t>(room * chunks * CHUNK * (a.mode == Mode::half ? 2 : 1));
-  a.scales = arena.take<float>(rows * a.segments);
-  a.sums = arena.take<float>(rows * w.blocks);
-  if (w.outliers > 0) {
-    a.outliers = arena.take<float>(rows * w.outliers);
-  }
-  over_rows(rows, rows == 1 ? 0 : rows * w.cols, [&](int64_t begin, int64_t end) {
-    if (w.outliers == 0) {
-      kernels().prepare(w, x + begin * w.cols, begin, end, a);
-      return;
-    }
-    std::vector<float> row(static_cast<size_t>(w.cols));
-    for (int64_t m = begin; m < end; ++m) {  // a row is split while it is in the cache: x is read once
-      split_outliers(w, x + m * w.cols, row.data(), a.outliers + m * w.outliers);
-      kernels().prepare(w, row.data(), m, m + 1, a);
-    }
-  });
-  return out;
-}
 
 // Rows [begin, end) of a weight times every row of x, into out[m * stride + r].
 void multiply(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
@@ -129,6 +74,82 @@ struct Part {
   int64_t first;  // column of the output
 };
 
+void multiply_extreme(const float* from, const Part& part, const Activation& x, float* to, int64_t width);
+
+// Adds the spikes' share of a weight's products.
+void add_spikes(const Weight& w, const std::vector<Spike>& spikes, float* to, int64_t width) {
+  const int64_t count = static_cast<int64_t>(spikes.size());
+  if (count == 0) return;
+  std::vector<int64_t> cols;
+  for (const Spike& spike : spikes) cols.push_back(spike.col);
+  std::sort(cols.begin(), cols.end());
+  cols.erase(std::unique(cols.begin(), cols.end()), cols.end());
+  const bool is_whole = 16 * static_cast<int64_t>(cols.size()) > w.cols;  // then a vector set decodes faster
+  over_rows(w.rows, w.rows * (is_whole ? w.cols : 16 * count), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(w.cols));
+    for (int64_t r = begin; r < end; ++r) {
+      if (is_whole) kernels().decode(w, r, row.data());
+      for (const int64_t col : cols) row[col] = is_whole ? row[col] : weight_at(w, r, col);
+      for (const Spike& spike : spikes) to[spike.row * width + r] += spike.value * row[spike.col];
+    }
+  });
+}
+
+// `count` rows of x times every part, side by side: part i in the columns from its first on of `to` (count, width).
+void multiply_floats(const float* from, int64_t count, const std::vector<Part>& parts, float* to, int64_t width) {
+  std::vector<Prepared> prepared(parts.size());
+  int64_t work = 0;
+  const Prepared* last = nullptr;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Weight& w = *parts[i].weight;
+    if (!kernels().is_fast(w)) {
+      multiply_decoded(w, from, count, to + parts[i].first, width);
+      continue;
+    }
+    const Mode mode = mode_of(w, *parts[i].table, count);
+    prepared[i] = last != nullptr && last->fits(w, mode) ? *last : prepare(w, *parts[i].table, from, count);
+    last = &prepared[i];
+    work += w.rows * w.cols * count;
+  }
+  if (work == 0) return;
+  over_rows(width, work, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (prepared[i].x.rows == 0) continue;
+      const int64_t first = parts[i].first;
+      const int64_t low = std::max(begin, first) - first;
+      const int64_t high = std::min(end, first + parts[i].weight->rows) - first;
+      if (low < high) multiply(*parts[i].weight, *parts[i].table, prepared[i].x, low, high, to + first, width);
+    }
+  });
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (prepared[i].x.rows == 0) continue;
+    add_spikes(*parts[i].weight, prepared[i].spikes, to + parts[i].first, width);
+    multiply_extreme(from, parts[i], prepared[i].x, to + parts[i].first, width);
+  }
+}
+
+// Anew, rows of x that are not finite, in floats, and those that are very large or small, scaled by a power of two.
+void multiply_extreme(const float* from, const Part& part, const Activation& x, float* to, int64_t width) {
+  const Weight& w = *part.weight;
+  for (int64_t m = 0; m < x.rows; ++m) {
+    if (x.unusual[m] != Activation::EXTREME) continue;
+    std::vector<float> row(static_cast<size_t>(w.cols)), out(static_cast<size_t>(w.rows));
+    std::copy(from + m * w.cols, from + (m + 1) * w.cols, row.begin());
+    if (std::any_of(row.begin(), row.end(), [](float value) { return std::isnan(value); })) continue;  // so is `to`
+    float peak = 0.0f;
+    for (const float value : row) peak = std::max(peak, std::abs(value));
+    if (std::isinf(peak)) {
+      multiply_decoded(w, row.data(), 1, to + m * width, width);
+      continue;
+    }
+    if (peak >= 0x1p-64f && peak <= 0x1p64f) continue;  // of an outlier feature: beside it the rest is nothing
+    const int exponent = std::ilogb(peak);
+    for (float& value : row) value = std::ldexp(value, -exponent);
+    multiply_floats(row.data(), 1, {{&w, part.table, nullptr, 0}}, out.data(), w.rows);
+    for (int64_t r = 0; r < w.rows; ++r) to[m * width + r] = std::ldexp(out[r], exponent);
+  }
+}
+
 // x (rows, cols) times every part, side by side.
 Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t width) {
   const int64_t count = x.size(0);
@@ -149,33 +170,7 @@ Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t w
   Tensor out = at::empty({count, width}, at::kFloat);
   if (count == 0 || width == 0) return out.to(x.scalar_type());
   const Lease lease;
-  const float* from = input.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  std::vector<Prepared> prepared(parts.size());
-  int64_t work = 0;
-  const Prepared* last = nullptr;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const Weight& w = *parts[i].weight;
-    if (!kernels().is_fast(w)) {
-      multiply_decoded(w, from, count, to + parts[i].first, width);
-      continue;
-    }
-    const Mode mode = mode_of(w, *parts[i].table, count);
-    prepared[i] = last != nullptr && last->fits(w, mode) ? *last : prepare(w, *parts[i].table, from, count);
-    last = &prepared[i];
-    work += w.rows * w.cols * count;
-  }
-  if (work > 0) {
-    over_rows(width, work, [&](int64_t begin, int64_t end) {
-      for (size_t i = 0; i < parts.size(); ++i) {
-        if (prepared[i].x.rows == 0) continue;
-        const int64_t first = parts[i].first;
-        const int64_t low = std::max(begin, first) - first;
-        const int64_t high = std::min(end, first + parts[i].weight->rows) - first;
-        if (low < high) multiply(*parts[i].weight, *parts[i].table, prepared[i].x, low, high, to + first, width);
-      }
-    });
-  }
+  multiply_floats(input.const_data_ptr<float>(), count, parts, out.mutable_data_ptr<float>(), width);
   for (const Part& part : parts) {
     if (part.bias != nullptr) out.narrow(1, part.first, part.weight->rows).add_(*part.bias);
   }

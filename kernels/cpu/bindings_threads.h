@@ -69,9 +69,17 @@ struct Lease {  // of the calling thread's arena, for one call
   }
 };
 
+// Whether the calling thread does its work alone, because others like it have the rest of the machine.
+bool& works_alone() {
+  thread_local bool is_alone = false;
+  return is_alone;
+}
+
+void work_alone() { works_alone() = true; }
+
 template <class F>
 void over_rows(int64_t rows, int64_t work, const F& body) {
-  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region()) {
+  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region() || works_alone()) {
     body(int64_t{0}, rows);
     return;
   }

@@ -199,6 +199,15 @@ def _progress(count: int) -> Iterator[functools.partial[None]]:
         yield functools.partial(bar.advance, task)
 
 
+def work_alone() -> None:
+    """From now on the native kernels that the calling thread runs share their work with no other thread.
+
+    For threads of a pool: ``torch.set_num_threads`` is of the whole process.
+    """
+    if load():
+        torch.ops.kbit.work_alone()
+
+
 @functools.cache
 def load() -> bool:
     """Make the native kernels the ones that run; the first call may compile them.

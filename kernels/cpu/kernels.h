@@ -56,11 +56,15 @@ struct Table {
 
 // Rows of x, quantized block by block in the order in which the kernel visits codes.
 struct Activation {
+  // Why a row takes a second look (bindings_linear.h): integers under one scale a granule do not hold all of it.
+  static constexpr uint8_t COARSE = 1;  // beside the peaks of their granules the other values keep few bits
+  static constexpr uint8_t EXTREME = 2;  // not finite, or so large or small that products leave float32
   // (rows up to a multiple of X_ROWS, chunks * 256); affine: pairs of int8 vectors (high, low); half: floats
   int16_t* values;
   float* scales;  // (rows, segments): one for each `granule` weights
   float* sums;  // (rows, blocks): sum of x over the block
   float* outliers;  // (rows, outliers)
+  uint8_t* unusual;  // (rows): 0, COARSE or EXTREME
   int64_t rows, segments, granule;
   Mode mode;
 };

@@ -82,6 +82,32 @@ inline int plane_widths(int bits, int widths[3]) {
   return count;
 }
 
+// The code of one weight.
+inline int code_at(const Weight& w, int64_t row, int64_t col) {
+  const int64_t chunk = col / CHUNK, at = col % CHUNK;
+  const int64_t left = w.cols - chunk * CHUNK;
+  const int64_t lanes = ((left < CHUNK ? left : CHUNK) + 7) / 8;
+  const int group = static_cast<int>(at / lanes);
+  const uint8_t* plane = w.planes + row * w.row_bytes + chunk * w.bits * (CHUNK / 8);
+  int widths[3], code = 0, shift = 0;
+  const int planes = plane_widths(w.bits, widths);
+  for (int p = 0; p < planes; ++p) {
+    const int per_byte = 8 / widths[p];
+    const int byte = plane[group / per_byte * lanes + at % lanes];
+    code |= ((byte >> (widths[p] * (group % per_byte))) & ((1 << widths[p]) - 1)) << shift;
+    plane += widths[p] * lanes;
+    shift += widths[p];
+  }
+  return code;
+}
+
+// One weight that is no outlier.
+inline float weight_at(const Weight& w, int64_t row, int64_t col) {
+  const int64_t b = col / w.block;
+  const float value = w.codebook[code_at(w, row, col)] * read_scale(w, row, b);
+  return w.zero_type == Type::none ? value : value + read_number(w.zeros, w.zero_type, row * w.blocks + b);
+}
+
 // Codes of one chunk of `count` codes, in natural order.
 inline void unpack_chunk(const uint8_t* packed, int64_t count, int bits, uint8_t* codes) {
   const int64_t lanes = (count + 7) / 8;

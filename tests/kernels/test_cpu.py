@@ -215,6 +215,50 @@ def test_massive_activation_keeps_the_others(kernel_set):
     assert_product(linear(x, weight), x, truth(weight), bound=2e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("spec", ["nf4:64", "int4:64+zp+out2%", "fp6:64", "int2:32", "nf3:48"])
+def test_inputs_at_the_ends_of_float32(kernel_set, spec, rows):
+    """Each row is scaled by a power of two: what float32 holds of the product is there."""
+    weight = packed(24, 320, spec)
+    dense = truth(weight)
+    generator = torch.Generator().manual_seed(3)
+    for scale in (1e-37, 1e-36, 1e36):
+        x = torch.randn(rows, 320, generator=generator).clamp(-3, 3) * scale
+        if rows > 1:
+            x[1] /= scale  # beside an ordinary row
+        sizes = x.abs().amax(-1, keepdim=True).double()
+        assert_product(linear(x, weight).double() / sizes, x.double() / sizes, dense.double())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("spec", ["nf4:64", "int4:64", "nf3:48"])
+def test_infinities_are_those_of_the_dense_product(kernel_set, spec, rows):
+    weight = packed(24, 320, spec)
+    x = torch.randn(rows, 320, generator=torch.Generator().manual_seed(4))
+    x[0, 17] = float("inf")
+    expected = x @ weight.dequantize().T
+    got = linear(x, weight)
+    assert torch.equal(got[0].nan_to_num(1, 2, 3), expected[0].nan_to_num(1, 2, 3))
+    assert got[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("spec", ["nf4:64", "int4:64+zp", "fp6:64+out2%", "int2:32", "nf3:64+dq", "int8:128"])
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_outlying_activations_leave_the_others_their_share(kernel_set, spec, rows, size):
+    """A few values thousands of times the rest of their blocks: the rest's share of the product is right."""
+    weight = packed(24, 1096, spec)
+    dense = truth(weight)
+    x = torch.randn(rows, 1096, generator=torch.Generator().manual_seed(5))
+    outlying = torch.tensor([5, 100, 101, 700, 1095])
+    x[:, outlying] = torch.tensor([1.0, -0.7, 1.0, 0.9, -1.0]) * size
+    share = x.clone()
+    share[:, outlying] = 0.0
+    got = linear(x, weight).double() - (x - share).double() @ dense.double().T
+    expected = share.double() @ dense.double().T
+    assert (got - expected).norm() <= 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("spec", ["nf4:64", "int8:64", "nf8:64", "int2:32"])
 def test_sums_of_one_sign_hold(kernel_set, spec, rows):

@@ -146,4 +146,4 @@ def test_every_op_is_checked():
     defined = {name.split("::")[1].split(".")[0] for name in names if name.startswith("kbit::")}
     # test_reference.py, test_scale_search.py, test_int8.py
     elsewhere = {"select", "search_scales", "linear_int8"}
-    assert defined == {*OPS, *elsewhere, "cpu_kernels", "use_cpu_kernels"}
+    assert defined == {*OPS, *elsewhere, "cpu_kernels", "use_cpu_kernels", "work_alone"}

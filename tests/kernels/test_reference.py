@@ -103,3 +103,10 @@ def test_wrong_inputs_are_errors(weight):
         ops.linear(torch.randn(2, 100), *weight.operands(), None)
     with pytest.raises(RuntimeError, match="expected a float input"):
         ops.linear(torch.ones(2, 101, dtype=torch.long), *weight.operands(), None)
+
+
+def test_a_sparse_input_is_taken_as_dense():
+    weight = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), "nf4:64")
+    x = torch.eye(64)[:3]
+    for sparse in (x.to_sparse(), x.to_sparse_csr()):
+        assert torch.equal(torch.nn.functional.linear(sparse, weight), torch.nn.functional.linear(x, weight))
