@@ -240,6 +240,7 @@ def test_a_kept_step_needs_no_compiler(tiny_model, cached, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 def test_other_architectures(family, tiny_model, cached):
     model = packed(tiny_model, family, "int4:32+zp")

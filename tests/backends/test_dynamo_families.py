@@ -13,7 +13,8 @@ from kbitc.backends.dynamo.backend import kbit
 from kbitc.graph.example_inputs import example_inputs
 
 SPEC = {"spec": "nf4:32", "inner": "eager"}
-GENERATING = ("gpt2", "opt", "bloom", "gpt_neox", "llama", "mixtral", "bart", "t5")
+MORE = ("gpt2", "opt", "bloom", "gpt_neox", "mixtral", "bart")
+GENERATING = ("llama", "t5", *(pytest.param(family, marks=pytest.mark.slow) for family in MORE))
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

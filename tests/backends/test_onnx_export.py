@@ -169,12 +169,12 @@ def packed_model(tiny_model, family, spec):
     ("family", "spec"),
     [
         ("llama", "int4:32"),
-        ("gpt2", "nf3:32+dq"),
-        ("opt", "int3:20+zp"),
-        ("gpt_neox", "int4:32+out3%"),
-        ("mixtral", "nf4:16+dq"),
-        ("roberta", "int5:32"),
         ("t5", "bof4:32"),
+        pytest.param("gpt2", "nf3:32+dq", marks=pytest.mark.slow),
+        pytest.param("opt", "int3:20+zp", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "int4:32+out3%", marks=pytest.mark.slow),
+        pytest.param("mixtral", "nf4:16+dq", marks=pytest.mark.slow),
+        pytest.param("roberta", "int5:32", marks=pytest.mark.slow),
     ],
 )
 def test_families(family, spec, tiny_model, tmp_path):

@@ -57,8 +57,9 @@ class _Solver:
 
     def ask(self, problem: dict[str, Any]) -> MilpAnswer:
         with self.lock:
-            is_alive = self.process is not None and self.process.poll() is None  # a signal may have ended it
-            process = self.process if is_alive else _started()
+            process = self.process
+            if process is None or process.poll() is not None:  # a signal may have ended it
+                process = _started()
             self.process = None  # until it has answered: after an interrupt, half a message is in the pipes
             try:
                 requests, answers = _pipes(process)

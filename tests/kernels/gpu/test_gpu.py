@@ -23,11 +23,12 @@ def run(script, *args, **env):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_interpreted_kernels_equal_the_reference(part):
     run("check_interpreted.py", str(part), "12", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_every_candidate_is_measured_once_and_the_fastest_kept():
     run("check_autotuned.py", TRITON_INTERPRET="1", KBITC_AUTOTUNE="1")
 
