@@ -17,19 +17,28 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def register_when_imported() -> None:
-    """Register now if transformers' quantizers are loaded, else right after they are."""
-    if _TARGET in sys.modules:
+    """Register now if transformers' quantizers are loaded, else when they are."""
+    if _TARGET in sys.modules and not _is_half_loaded():
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds one module as Python would, and registers once it has run."""
+    """Finds one module as Python would, and registers once it has run.
+
+    Where that one is what imports torch, and torch this, it is half loaded by now: then the next module of
+    transformers that is looked for tells that it is whole, and a model cannot be loaded before.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if _TARGET in sys.modules:
+            if name.startswith("transformers.") and not _is_half_loaded():
+                sys.meta_path.remove(self)
+                _register()
+            return None
         if name != _TARGET:
             return None
         sys.meta_path.remove(self)
@@ -37,6 +46,10 @@ class _AfterImport(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             spec.loader = _Registering(spec.loader)
         return spec
+
+
+def _is_half_loaded() -> bool:
+    return bool(getattr(sys.modules[_TARGET].__spec__, "_initializing", False))
 
 
 class _Registering(Loader):

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from benchmarks.architectures import report
-from benchmarks.architectures.__main__ import main
+from benchmarks.architectures.__main__ import line, main
 from benchmarks.architectures.classes import SPECIAL, TABLES, model_classes, spread
 from benchmarks.architectures.inputs import inputs_for
 from benchmarks.architectures.measure import difference, matmul_weights
@@ -205,3 +205,9 @@ def test_processes_keep_last_words():
     assert ended["late"]["told"]
     assert ended["killed"]["message"] == "killed by SIGABRT"
     assert "MemoryError" in ended["greedy"]["message"]
+
+
+def test_a_budget_below_what_stays_unpacked_has_a_line():
+    record = {"kind": "vision", "class": "Tiny", "stage": "done", "bits": True, "budget": "cannot be met"}
+    assert line(record) == "vision: Tiny, no budget: what is not packed weighs more"
+    assert line(record | {"bits_per_param": 3.999}) == "vision: Tiny, 4.00 bits"

@@ -206,8 +206,9 @@ def test_a_base_model_of_an_artifact(artifact):
     assert isinstance(base.layers[0].mlp.up_proj.weight, KbitTensor)
 
 
-def test_transformers_finds_artifacts_without_an_import(artifact, tmp_path):
-    """By the entry point, in the metadata of an installation that is made here."""
+@pytest.fixture
+def installed(tmp_path):
+    """What PYTHONPATH is where kbitc is installed: its entry points are in metadata that is made here."""
     info = tmp_path / "kbitc-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kbitc\nVersion: 0\n")
@@ -219,6 +220,26 @@ def test_transformers_finds_artifacts_without_an_import(artifact, tmp_path):
     )
     name, value = declared.split(" = ")
     (info / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {value.strip(chr(34))}\n")
+    return os.pathsep.join([str(tmp_path), str(ROOT)])
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import transformers.quantizers.auto", "import transformers.quantizers.auto, kbitc", "import kbitc"],
+)
+def test_whatever_is_imported_first(first, installed, tmp_path):
+    """Defect: transformers' quantizers import torch, which then found them half loaded."""
+    code = f"""{first}
+from transformers import LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "kbit" in AUTO_QUANTIZER_MAPPING"""
+    env = {**os.environ, "PYTHONPATH": installed}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_finds_artifacts_without_an_import(artifact, tmp_path, installed):
+    """By the entry point."""
     code = f"""
         import sys, torch
         assert "kbitc.transformers_hook" in sys.modules
@@ -228,10 +249,9 @@ def test_transformers_finds_artifacts_without_an_import(artifact, tmp_path):
         model = AutoModelForCausalLM.from_pretrained({str(artifact)!r})
         print(type(model.lm_head.weight).__name__, sum(f.__class__.__name__ == "_AfterImport" for f in sys.meta_path))
     """
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": installed},
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout.split() == ["KbitTensor", "0"], done.stderr

@@ -115,8 +115,10 @@ def line(record: dict[str, Any]) -> str:
         parts.append(f"packed {100 * record['packed_share']:.1f} %")
     if "error" in record:
         parts.append(f"error {record['error']:.1e}{' =' if record.get('bit_equal') else ''}")
-    if record.get("bits"):
+    if "bits_per_param" in record:
         parts.append(f"{record['bits_per_param']:.2f} bits")
+    elif record.get("bits"):
+        parts.append("no budget: what is not packed weighs more")
     said = list((record.get("errors") or {}).items())
     if record.get("message"):
         said.append((record["stage"], record["message"]))
