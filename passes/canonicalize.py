@@ -24,7 +24,7 @@ from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match
 from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, value_of
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, is_stored, op_name, reads_of, value_of
 from kbitc.graph.weight_views import ViewRead, view_reads
 from kbitc.tensor.geometry import Geometry
 
@@ -174,10 +174,8 @@ def _why_left(program: Program, name: str, outcomes: Outcomes) -> Miss | None:
         kinds = ", ".join(sorted({use.kind for use in uses}))
         listed = " and ".join(reasons)
         return Miss(f"used as {kinds}, but also {listed}" if kinds else listed, is_matmul)
-    if (
-        not read
-        and len({(use.is_transposed, use.view_of) for use in known if isinstance(use, ModuleUse)}) > 1
-    ):
+    matrices = {(use.is_transposed, use.view_of) for use in known if isinstance(use, ModuleUse)}
+    if not read and len(matrices) > 1:
         return Miss("of modules that take it as different matrices", is_matmul)
     return None
 
@@ -306,23 +304,10 @@ def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:
             if user in seen or not (is_move(user) or op_name(user) in POINTWISE):
                 continue
             others = [operand for operand in user.all_input_nodes if operand is not source]
-            if all(_is_constant(operand, parameters) for operand in others):
+            if all(is_stored(operand, parameters) for operand in others):
                 seen.add(user)
                 stack.append(user)
     return False
-
-
-def _is_constant(node: fx.Node, parameters: Mapping[str, str]) -> bool:
-    """True if a node does not depend on the model's inputs."""
-    seen, stack = {node}, [node]
-    while stack:
-        source = stack.pop()
-        if source.op == "placeholder" and source.name not in parameters:
-            return False
-        fresh = [operand for operand in source.all_input_nodes if operand not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return True
 
 
 PASS = Canonicalize

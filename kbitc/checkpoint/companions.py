@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kbitc.checkpoint.folder_checks import is_at_home
 from kbitc.errors import SourceError
+from kbitc.system.json_file import read_any_json
 
 CONFIG = "config.json"
 CODE = "*.py"  # a tokenizer's own code: copied for those who trust it, never run here
@@ -132,13 +134,11 @@ def checked(path: Path, source: Path) -> Path:
         SourceError: elsewhere, or it is no plain file.
     """
     try:
-        real, root = path.resolve(strict=True), source.resolve(strict=True)
+        real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:
         raise SourceError(f"{path}: is a link that leads nowhere; put the file itself there") from error
-    is_snapshot = root.parent.name == "snapshots" and root.parents[1].name.startswith("models--")
-    homes = (root, root.parents[1] / "blobs") if is_snapshot else (root,)
-    if not any(real.is_relative_to(home) for home in homes):
+    if not is_at_home(real, source):
         raise SourceError(
             f"{path}: is a link to {real}, outside the model's folder, and nothing from elsewhere is put "
             "into an artifact; put the file itself there"
@@ -186,12 +186,7 @@ def _module_folders(source: Path) -> list[str]:
 
 def _read(file: Path) -> Any:
     checked(file, file.parent)
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: is not valid JSON ({error}); copy or download it again") from error
+    return read_any_json(file)
 
 
 def write_config(config: dict[str, Any], folder: Path) -> None:

@@ -131,14 +131,20 @@ def inside(folder: Path, name: str, label: str) -> Path:
         SourceError: it lies elsewhere.
     """
     path = folder / name
-    home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     is_plain = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
-    if not is_plain or not any(path.resolve().is_relative_to(home) for home in homes):
+    if not is_plain or not is_at_home(path.resolve(), folder):
         raise SourceError(
             f"{label}: '{name}' is a file outside of {folder}, which is not read; copy it into the folder"
         )
     return path
+
+
+def is_at_home(real: Path, folder: Path) -> bool:
+    """Whether a resolved path lies in a folder or, of a snapshot in the hub's cache, among its blobs."""
+    home = folder.resolve()
+    is_snapshot = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    homes = (home, home.parents[1] / "blobs") if is_snapshot else (home,)
+    return any(real.is_relative_to(each) for each in homes)
 
 
 def _shards(index: Path, label: str) -> list[Path]:

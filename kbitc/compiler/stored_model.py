@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.finite import check_finite
-from kbitc.checkpoint.names import stored_names
+from kbitc.checkpoint.names import stored_names, tensor_of
 from kbitc.errors import SourceError
 from kbitc.graph.context import Progress, silent
 
@@ -45,7 +45,7 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
     for name, aliases in stored_names(model).items():
         tensor = checkpoint.read(name)
         done += infos[name].nbytes
-        is_parameter = isinstance(_get(model, name), nn.Parameter)
+        is_parameter = isinstance(tensor_of(model, name), nn.Parameter)
         if is_parameter:
             check_finite(name, tensor)
         if tensor.is_floating_point() and tensor.numel() < SMALL:
@@ -65,11 +65,6 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
             _set(model, name, known)
     ready: nn.Module = model.eval()
     return ready
-
-
-def _get(model: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
 
 
 def _set(model: nn.Module, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from kbitc.graph.matching import Miss, bound
+from kbitc.graph.matching import Miss, bound, count_of
 from kbitc.graph.weight_reads import op_name, value_of
 from kbitc.graph.weight_views import ViewRead, scale_of
 
@@ -132,7 +132,7 @@ def _product(read: ViewRead) -> Product | Miss:
     if node.op != "call_function" or name not in _PRODUCTS:
         return Miss(f"read by {name}" if node.op != "output" else "returned by the model")
     args = bound(node)
-    if node.all_input_nodes.count(read.view) != 1 or _count(node, read.view) > 1:
+    if node.all_input_nodes.count(read.view) != 1 or count_of(node, read.view) > 1:
         return Miss(f"both operands of {name}", is_matmul=True)
     if name == "aten.linear":
         if args["weight"] is not read.view:
@@ -154,12 +154,6 @@ def _product(read: ViewRead) -> Product | Miss:
 _PRODUCTS = (
     *("aten.linear", "aten.einsum", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"),
 )
-
-
-def _count(node: fx.Node, operand: fx.Node) -> int:
-    flat: list[Any] = []
-    fx.map_arg((node.args, node.kwargs), flat.append)
-    return sum(leaf is operand for leaf in flat)
 
 
 def _operands(args: dict[str, Any]) -> tuple[fx.Node, fx.Node]:

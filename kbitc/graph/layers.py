@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from kbitc.graph.matching import bound
 from kbitc.graph.program import Program
 from kbitc.graph.rewriting import copy_of
-from kbitc.graph.weight_reads import op_name, value_of
+from kbitc.graph.weight_reads import is_stored, op_name, value_of
 from kbitc.tensor.layers import as_matmuls
 
 
@@ -40,22 +40,9 @@ def written_as_matmuls(program: Program) -> Program:
 def _form(program: Program, node: fx.Node) -> Callable[..., Any] | None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if not any(_is_stored(program, operand) for operand in node.all_input_nodes):
+    if not any(is_stored(operand, program.parameters) for operand in node.all_input_nodes):
         return None
     return as_matmuls(op_name(node), _values(list(bound(node).values())))
-
-
-def _is_stored(program: Program, node: fx.Node) -> bool:
-    """Whether a value is made of stored tensors alone."""
-    seen, stack = {node}, [node]
-    while stack:
-        source = stack.pop()
-        if source.op == "placeholder" and source.name not in program.parameters:
-            return False
-        fresh = [operand for operand in source.all_input_nodes if operand not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return True
 
 
 def _values(args: Any) -> Any:

@@ -83,7 +83,7 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
     matcher = _MATCHERS.get(name)
     if matcher is None:
         return _unknown(read)
-    if _count(node, read.view) > 1:
+    if count_of(node, read.view) > 1:
         return Miss(f"both operands of {name}", is_matmul=True)
     match = matcher(read, bound(node))
     if isinstance(match, Match) and match.is_left and is_parameter(match.x):
@@ -91,7 +91,8 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
     return match
 
 
-def _count(node: fx.Node, operand: fx.Node) -> int:
+def count_of(node: fx.Node, operand: fx.Node) -> int:
+    """How many times a call takes an operand, lists of operands looked into."""
     flat = pytree.tree_leaves((node.args, node.kwargs))
     return sum(leaf is operand for leaf in flat)
 

@@ -6,6 +6,7 @@ them end here, in `WeightRead.is_turned`, and their nodes die with the call that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,24 @@ def is_move(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return op_name(node).rpartition(".")[2] in MOVES or is_idle_dropout(node)
+
+
+def is_stored(node: fx.Node, parameters: Mapping[str, str]) -> bool:
+    """True for a value of stored tensors and constants alone, which the model's inputs do not change.
+
+    Args:
+        node: of the value.
+        parameters: stored names by the names of their placeholders.
+    """
+    seen, stack = {node}, [node]
+    while stack:
+        source = stack.pop()
+        if source.op == "placeholder" and source.name not in parameters:
+            return False
+        fresh = [operand for operand in source.all_input_nodes if operand not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return True
 
 
 def is_idle_dropout(node: fx.Node) -> bool:
