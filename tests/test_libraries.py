@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 import kbitc
 from kbitc.artifact.reader import Artifact
@@ -204,6 +204,24 @@ def test_a_base_model_of_an_artifact(artifact):
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
     assert isinstance(base.layers[0].mlp.up_proj.weight, KbitTensor)
+
+
+def test_a_base_model_with_the_kernel_of_a_convolution(tmp_path):
+    """Defect: which matrix a kernel is a view of stood under the name in the model with a head alone."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8))
+    model.save_pretrained(tmp_path / "source")
+    whole = kbitc.compile(tmp_path / "source", spec="nf4:32", out=tmp_path / "out")
+    base = AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(base(images).last_hidden_state, whole.vit(images).last_hidden_state)
+    kernel = base.embeddings.patch_embeddings.projection.weight
+    assert isinstance(kernel, KbitTensor)
+    stored = base.hf_quantizer.param_element_size(
+        base, "embeddings.patch_embeddings.projection.weight", kernel
+    )
+    assert stored * kernel.numel() == kernel.nbytes
 
 
 @pytest.fixture

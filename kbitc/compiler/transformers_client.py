@@ -159,6 +159,8 @@ class KbitQuantizer(StoredQuantizer):
         config = self.quantization_config
         config.weights = {named(name): spec for name, spec in config.weights.items()}
         config.transposed = [named(name) for name in config.transposed]
+        if hasattr(config, "view_of"):
+            config.view_of = {named(name): size for name, size in config.view_of.items()}
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Stored bytes of an element, by which transformers places modules on devices."""
@@ -166,8 +168,10 @@ class KbitQuantizer(StoredQuantizer):
         spec = self.quantization_config.weights.get(param_name)
         if spec is None:
             return float(param.element_size())
-        shape = tuple(param.mT.shape if param_name in self.quantization_config.transposed else param.shape)
-        return weight_bytes(parse(spec), shape[:-1], shape[-1]) / param.numel()
+        config = self.quantization_config
+        *lead, rows, columns = getattr(config, "view_of", {}).get(param_name, param.shape)
+        rows, columns = (columns, rows) if param_name in config.transposed else (rows, columns)
+        return weight_bytes(parse(spec), (*lead, rows), columns) / param.numel()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
