@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -27,7 +27,21 @@ GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(range(200))
 GOOD = {"f.json": JSON, "f.jsonl": JSON + b"\n" + JSON + b"\n", "f.safetensors": SAFETENSORS, "f.gguf": GGUF}
 
 
-@given(name=st.sampled_from([*GOOD, "f.bin"]), data=st.binary(max_size=200), seed=st.integers(0, 2**32))
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "data_offsets"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+).map(lambda value: json.dumps(value).encode())
+ANY_BYTES = (
+    st.binary(max_size=200) | ANY_JSON | ANY_JSON.map(lambda text: struct.pack("<Q", len(text)) + text)
+)
+
+
+@given(name=st.sampled_from([*GOOD, "f.bin"]), data=ANY_BYTES, seed=st.integers(0, 2**32))
+@example("f.safetensors", struct.pack("<Q", 1) + b"0", 0)
 def test_mutators_take_any_bytes(name, data, seed):
     mutator = mutators.mutator_of(name)
     assert mutator(data, Random(seed)) == mutator(data, Random(seed))

@@ -6,6 +6,7 @@ first check and reaches the code behind it.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -92,11 +93,16 @@ def mutate_bytes(data: bytes, random: Random) -> bytes:
     return random.choice(BYTES)(data, random)
 
 
+def strange(random: Random) -> Any:
+    """A value that a file of ours rarely holds; the caller's own, since later mutations may change it."""
+    return copy.deepcopy(random.choice(STRANGE))
+
+
 def mutate_value(value: Any, random: Random) -> Any:
     """One place of a JSON value is changed: strange, of another type, gone, twice, renamed, nested."""
     places = list(_places(value))
     if not places:
-        return random.choice(STRANGE)
+        return strange(random)
     parent, key = random.choice(places)
     old = parent[key]
     match random.randrange(9):
@@ -118,11 +124,11 @@ def mutate_value(value: Any, random: Random) -> Any:
         case 4:
             parent[key] = random.choice(([old], {"x": old}, str(old)))
         case 5 if isinstance(parent, dict):
-            parent[random.choice(("auto_map", "model_type", "dtype", "num_hidden_layers", "x"))] = (
-                random.choice(STRANGE)
+            parent[random.choice(("auto_map", "model_type", "dtype", "num_hidden_layers", "x"))] = strange(
+                random
             )
         case _:
-            parent[key] = random.choice(STRANGE)
+            parent[key] = strange(random)
     return value
 
 
@@ -142,8 +148,8 @@ def mutate_json(data: bytes, random: Random) -> bytes:
     """A JSON file that mostly stays JSON."""
     try:
         value = json.loads(data)
-    except ValueError:
-        return random.choice(BYTES)(data, random)
+    except (ValueError, RecursionError):
+        return mutate_bytes(data, random)
     match random.randrange(12):
         case 0:
             opening = random.choice((b"[", b'{"a":'))
@@ -159,7 +165,7 @@ def mutate_json(data: bytes, random: Random) -> bytes:
                     b"",
                     b"\xff\xfe",
                     b"NaN",
-                    data.decode().encode("utf-16"),
+                    data.decode(errors="replace").encode("utf-16"),
                 )
             )
         case 2:
@@ -173,7 +179,7 @@ def mutate_json(data: bytes, random: Random) -> bytes:
         case 3:  # a name twice: readers differ in which they take
             if isinstance(value, dict) and value:
                 key = random.choice(list(value))
-                twin = json.dumps({key: random.choice(STRANGE)})
+                twin = json.dumps({key: strange(random)})
                 return (twin[:-1] + ", " + json.dumps(value)[1:]).encode()
         case _:
             for _ in range(random.choice((1, 1, 1, 2, 4))):
@@ -199,17 +205,27 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
     return b"".join(lines)
 
 
+def _entries(header: bytes) -> dict[str, Any]:
+    """The tensors that a header declares; empty where it is not a header of safetensors."""
+    try:
+        entries = json.loads(header)
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                _ = entry["dtype"] + "", [*entry["shape"]] + entry["shape"]
+                _start, _stop = entry["data_offsets"]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}
+    return entries
+
+
 def mutate_safetensors(data: bytes, random: Random) -> bytes:
     """The header's JSON, its length, or the data behind it."""
     size = int.from_bytes(data[:8], "little")
     header, payload = data[8 : 8 + size], data[8 + size :]
-    try:
-        entries = json.loads(header)
-    except ValueError:
-        return random.choice(BYTES)(data, random)
+    entries = _entries(header)
     names = [name for name in entries if name != "__metadata__"]
     if not names:
-        return random.choice(BYTES)(data, random)
+        return mutate_bytes(data, random)
     name, other = random.choice(names), random.choice(names)
     entry = entries[name]
     match random.randrange(12):
@@ -265,7 +281,7 @@ def mutate_safetensors(data: bytes, random: Random) -> bytes:
 def mutate_gguf(data: bytes, random: Random) -> bytes:
     """Mostly the header: a number of eight or four bytes becomes a strange one."""
     if random.random() < 0.2 or len(data) < 64:
-        return random.choice(BYTES)(data, random)
+        return mutate_bytes(data, random)
     mutant = bytearray(data)
     for _ in range(random.choice((1, 1, 2))):
         # The counts stand at the start, and lengths and types all over the first part.
