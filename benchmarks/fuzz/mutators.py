@@ -208,7 +208,7 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
 def _entries(header: bytes) -> dict[str, Any]:
     """The tensors that a header declares; empty where it is not a header of safetensors."""
     try:
-        entries = json.loads(header)
+        entries: dict[str, Any] = json.loads(header)
         for name, entry in entries.items():
             if name != "__metadata__":
                 _ = entry["dtype"] + "", [*entry["shape"]] + entry["shape"]
