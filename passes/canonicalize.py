@@ -24,7 +24,7 @@ from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match
 from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, is_stored, op_name, reads_of, value_of
+from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, stored_values, value_of
 from kbitc.graph.weight_views import ViewRead, view_reads
 from kbitc.tensor.geometry import Geometry
 
@@ -58,6 +58,7 @@ class Canonicalize:
             if misses[name] is None and not isinstance(outcome, Miss)
         }
         graph, nodes = _rewrite(program, chosen)
+        stored = stored_values(graph, program.parameters)
         order = {node: i for i, node in enumerate(nodes)}
         weights: dict[str, Weight] = {}
         rest: dict[str, Rest] = {}
@@ -65,7 +66,7 @@ class Canonicalize:
             miss, outcomes = misses[name], reads_by.get(name, [])
             if miss is None and outcomes:
                 calls = sorted((node for node, _ in outcomes), key=order.__getitem__)
-                weights[name] = _weight(program, tensor, [(nodes[n], chosen[n][1]) for n in calls])
+                weights[name] = _weight(tensor, [(nodes[n], chosen[n][1]) for n in calls], stored)
             elif miss is None:
                 weights[name] = _weight_by_class(tensor, program.by_class[name])
             else:
@@ -77,7 +78,7 @@ class Canonicalize:
                     is_summed=_is_summed(outcomes),
                 )
         module = fx.GraphModule(program.graph, graph)
-        hidden = _behind_products(graph, program.parameters, rest)
+        hidden = _behind_products(graph, program.parameters, rest, stored)
         rest |= {
             name: replace(rest[name], reason=reason, is_matmul=True, is_summed=True)
             for name, reason in hidden.items()
@@ -188,17 +189,12 @@ def _is_summed(outcomes: Outcomes) -> bool:
 
 
 def _behind_products(
-    graph: fx.Graph, parameters: Mapping[str, str], rest: Mapping[str, Rest]
+    graph: fx.Graph, parameters: Mapping[str, str], rest: Mapping[str, Rest], stored: set[fx.Node]
 ) -> dict[str, str]:
     """Parameters that a matmul's weight is computed of, and how: they are weights of it all the same."""
-    constant: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_stored = node.op == "placeholder" and node.name in parameters
-        if is_stored or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
-            constant.add(node)
     reasons: dict[str, str] = {}
     for node in graph.nodes:
-        for operand in _weights_of(node, constant):
+        for operand in _weights_of(node, stored):
             seen, stack = {operand}, [operand]
             while stack:
                 source = stack.pop()
@@ -215,14 +211,14 @@ def _behind_products(
     return reasons
 
 
-def _weights_of(node: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
+def _weights_of(node: fx.Node, stored: set[fx.Node]) -> list[fx.Node]:
     """The operand of a matmul that does not depend on the model's inputs, while the other does."""
     if op_name(node) not in MATMULS:
         return []
     operands = node.all_input_nodes
     if op_name(node) in ("aten.linear", "aten.addmm", "aten.baddbmm"):
         operands = operands[1:2] if op_name(node) == "aten.linear" else operands[1:]
-    fixed = [operand for operand in operands if operand in constant]
+    fixed = [operand for operand in operands if operand in stored]
     return fixed if len(fixed) < len(operands) or op_name(node) == "aten.linear" else []
 
 
@@ -251,7 +247,7 @@ def _rewrite(
     return graph, canonical
 
 
-def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Form]]) -> Weight:
+def _weight(tensor: Rest, uses: list[tuple[fx.Node, Form]], stored: set[fx.Node]) -> Weight:
     matrices = {form.matrix for _, form in uses if isinstance(form, Contraction)} - {tensor.shape}
     # What is looked up decides: its rows are read one by one.
     first = next((form for _, form in uses if form.kind == "embedding"), uses[0][1])
@@ -265,8 +261,7 @@ def _weight(program: Program, tensor: Rest, uses: list[tuple[fx.Node, Form]]) ->
         tensor.shape,
         tensor.dtype,
         tuple(
-            Use(node.name, matched.kind, feeds_output=_feeds_output(node, program.parameters))
-            for node, matched in uses
+            Use(node.name, matched.kind, feeds_output=_feeds_output(node, stored)) for node, matched in uses
         ),
         tensor.aliases,
         is_transposed=is_transposed,
@@ -293,7 +288,7 @@ def _weight_by_class(tensor: Rest, outcomes: tuple[ModuleUse | Miss, ...]) -> We
     )
 
 
-def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:
+def _feeds_output(node: fx.Node, stored: set[fx.Node]) -> bool:
     """True if only views and pointwise arithmetic with constants come before an output."""
     seen, stack = {node}, [node]
     while stack:
@@ -303,8 +298,7 @@ def _feeds_output(node: fx.Node, parameters: Mapping[str, str]) -> bool:
                 return True
             if user in seen or not (is_move(user) or op_name(user) in POINTWISE):
                 continue
-            others = [operand for operand in user.all_input_nodes if operand is not source]
-            if all(is_stored(operand, parameters) for operand in others):
+            if all(operand is source or operand in stored for operand in user.all_input_nodes):
                 seen.add(user)
                 stack.append(user)
     return False

@@ -123,7 +123,7 @@ class Calibrator:
         if self.source == SELF:
             with out_of_memory("sampling text from the model", SPARING):
                 model = stored_model(self.checkpoint, self.on_progress)
-                with widened():
+                with widened(model):
                     return sample_windows(model, length, COUNT, on_progress=self.on_progress)
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:

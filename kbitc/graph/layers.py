@@ -21,13 +21,14 @@ from torch.utils import _pytree as pytree
 from kbitc.graph.matching import bound
 from kbitc.graph.program import Program
 from kbitc.graph.rewriting import copy_of
-from kbitc.graph.weight_reads import is_stored, op_name, value_of
+from kbitc.graph.weight_reads import op_name, stored_values, value_of
 from kbitc.tensor.layers import as_matmuls
 
 
 def written_as_matmuls(program: Program) -> Program:
     """The same computation, where a layer of another form with stored weights is a matmul."""
-    forms = {node.name: form for node in program.graph.graph.nodes if (form := _form(program, node))}
+    stored = stored_values(program.graph.graph, program.parameters)
+    forms = {node.name: form for node in program.graph.graph.nodes if (form := _form(node, stored))}
     if not forms:
         return program
     graph = copy_of(program)
@@ -37,10 +38,10 @@ def written_as_matmuls(program: Program) -> Program:
     return replace(program, graph=fx.GraphModule(program.graph, graph))
 
 
-def _form(program: Program, node: fx.Node) -> Callable[..., Any] | None:
+def _form(node: fx.Node, stored: set[fx.Node]) -> Callable[..., Any] | None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if not any(is_stored(operand, program.parameters) for operand in node.all_input_nodes):
+    if stored.isdisjoint(node.all_input_nodes):
         return None
     return as_matmuls(op_name(node), _values(list(bound(node).values())))
 

@@ -64,22 +64,22 @@ def is_move(node: fx.Node) -> bool:
     return op_name(node).rpartition(".")[2] in MOVES or is_idle_dropout(node)
 
 
-def is_stored(node: fx.Node, parameters: Mapping[str, str]) -> bool:
-    """True for a value of stored tensors and constants alone, which the model's inputs do not change.
+def stored_values(graph: fx.Graph, parameters: Mapping[str, str]) -> set[fx.Node]:
+    """The values of stored tensors and constants alone, which the model's inputs do not change.
 
     Args:
-        node: of the value.
+        graph: of the model.
         parameters: stored names by the names of their placeholders.
     """
-    seen, stack = {node}, [node]
-    while stack:
-        source = stack.pop()
-        if source.op == "placeholder" and source.name not in parameters:
-            return False
-        fresh = [operand for operand in source.all_input_nodes if operand not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return True
+    stored: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            is_stored = node.name in parameters
+        else:
+            is_stored = all(operand in stored for operand in node.all_input_nodes)
+        if is_stored:
+            stored.add(node)
+    return stored
 
 
 def is_idle_dropout(node: fx.Node) -> bool:
