@@ -67,6 +67,23 @@ ENTRIES = {
 }  # fmt: skip
 
 
+def test_a_thread_that_works_alone_does_so_in_torch_too_and_no_other_does():
+    from kbitc.kernels.cpu.build import work_alone
+    from kbitc.system.stopping import WorkerPool
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        known = state()
+        together = threading.Barrier(4)
+        with WorkerPool(4, initializer=work_alone) as pool:
+            own = list(pool.map(lambda _: together.wait() and None or torch.get_num_threads(), range(4)))
+            assert state() == known
+        assert own == [1, 1, 1, 1] and state() == known
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_no_entry_changes_the_process(tiny_model, tmp_path, entry):
     model = tiny_model("llama")

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,13 +200,22 @@ def _progress(count: int) -> Iterator[functools.partial[None]]:
         yield functools.partial(bar.advance, task)
 
 
-def work_alone() -> None:
-    """From now on the native kernels that the calling thread runs share their work with no other thread.
+_SETTING_THREADS = threading.Lock()
 
-    For threads of a pool: ``torch.set_num_threads`` is of the whole process.
+
+def work_alone() -> None:
+    """From now on what the calling thread runs shares its work with no other: native kernels and torch.
+
+    For threads of a pool. ``torch.set_num_threads`` alone would hold for every thread that starts later.
     """
     if load():
         torch.ops.kbit.work_alone()
+    with _SETTING_THREADS:
+        of_process = torch.get_num_threads()  # which a thread takes over at the first look, so look first
+        torch.set_num_threads(1)  # of this thread, and of those to come
+        other = threading.Thread(target=torch.set_num_threads, args=(of_process,))
+        other.start()
+        other.join()
 
 
 @functools.cache
