@@ -315,12 +315,13 @@ def _lloyd(x: Floats, density: Floats, count: int, fixed: tuple[float, ...]) -> 
         # Rounded, so that of two levels equally far from 0 the lower one moves on every machine.
         levels[np.round(np.abs(levels - value), 6).argmin()] = value
     held = np.isin(levels, fixed)
-    for _ in range(4000):
-        bounds = np.concatenate([[edges[0]], (levels[1:] + levels[:-1]) / 2, [edges[-1]]])
-        cell_mass = np.diff(np.interp(bounds, edges, mass))
-        cell_moment = np.diff(np.interp(bounds, edges, moment))
+    bounds = np.concatenate([edges[:1], levels[1:], edges[-1:]])
+    for _ in range(4000):  # of a few microseconds a call: numpy's wrappers in Python would take half of them
+        bounds[1:-1] = (levels[1:] + levels[:-1]) / 2
+        below, moment_below = np.interp(bounds, edges, mass), np.interp(bounds, edges, moment)
+        cell_mass, cell_moment = below[1:] - below[:-1], moment_below[1:] - moment_below[:-1]
         best = np.divide(cell_moment, cell_mass, out=levels.copy(), where=cell_mass > 1e-15)
-        moved = np.where(held, levels, np.clip(best, -1.0, 1.0))
+        moved = np.where(held, levels, np.minimum(np.maximum(best, -1.0), 1.0))
         if np.abs(moved - levels).max() < 1e-9:
             break
         levels = moved

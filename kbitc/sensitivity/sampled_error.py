@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -86,7 +87,8 @@ class Sample:
         else:
             packed = quantize(self._oriented(), spec, self._evidence(outliers))
             back = torch.ops.kbit.dequantize(*_flat_operands(packed), torch.float32)
-        error = relative_error(self.values, back)
+        exact, norm = self._exact
+        error = float((exact - back.double()).norm() / norm) if norm > 0 else 0.0
         if not self.factors:
             return None, error
         squared = (self.values - back).square()
@@ -94,6 +96,12 @@ class Sample:
         for rows, columns in self.factors:
             price += float(rows.double() @ (squared * columns).sum(-1).double())
         return price / 2, error
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        """The values in float64 and their norm: the same for a hundred options."""
+        exact = self.values.double()
+        return exact, exact.norm()
 
     def _oriented(self) -> Tensor:
         """The rows as a weight: as many experts of one row where each has an importance of its own."""
