@@ -22,11 +22,13 @@ def until(condition):
 
 
 @pytest.fixture(autouse=True)
-def usual_handler():
-    """Of SIGINT, which shells ignore for what runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def usual_handlers():
+    """Shells ignore SIGINT for what runs in the background, and nohup ignores SIGHUP."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
