@@ -35,6 +35,8 @@ ANY_JSON = st.recursive(
     ),
     max_leaves=8,
 ).map(lambda value: json.dumps(value).encode())
+NO_OFFSETS = json.dumps({"a": {"dtype": "F32", "shape": [], "data_offsets": [None, None]}}).encode()
+NO_OFFSETS = struct.pack("<Q", len(NO_OFFSETS)) + NO_OFFSETS
 ANY_BYTES = (
     st.binary(max_size=200) | ANY_JSON | ANY_JSON.map(lambda text: struct.pack("<Q", len(text)) + text)
 )
@@ -42,6 +44,7 @@ ANY_BYTES = (
 
 @given(name=st.sampled_from([*GOOD, "f.bin"]), data=ANY_BYTES, seed=st.integers(0, 2**32))
 @example("f.safetensors", struct.pack("<Q", 1) + b"0", 0)
+@example("f.safetensors", NO_OFFSETS, 1)
 def test_mutators_take_any_bytes(name, data, seed):
     mutator = mutators.mutator_of(name)
     assert mutator(data, Random(seed)) == mutator(data, Random(seed))

@@ -208,14 +208,20 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
 def _entries(header: bytes) -> dict[str, Any]:
     """The tensors that a header declares; empty where it is not a header of safetensors."""
     try:
-        entries: dict[str, Any] = json.loads(header)
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                _ = entry["dtype"] + "", [*entry["shape"]] + entry["shape"]
-                _start, _stop = entry["data_offsets"]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        entries = json.loads(header)
+    except (ValueError, RecursionError):
         return {}
-    return entries
+    is_header = isinstance(entries, dict) and all(
+        name == "__metadata__" or _is_entry(entry) for name, entry in entries.items()
+    )
+    return entries if is_header else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*_], "data_offsets": [int(), int()]}:
+            return True
+    return False
 
 
 def mutate_safetensors(data: bytes, random: Random) -> bytes:

@@ -87,8 +87,7 @@ class Sample:
         else:
             packed = quantize(self._oriented(), spec, self._evidence(outliers))
             back = torch.ops.kbit.dequantize(*_flat_operands(packed), torch.float32)
-        exact, norm = self._exact
-        error = float((exact - back.double()).norm() / norm) if norm > 0 else 0.0
+        error = _relative_error(*self._exact, back)
         if not self.factors:
             return None, error
         squared = (self.values - back).square()
@@ -130,5 +129,9 @@ def _flat_operands(packed: Packed) -> Operands:
 
 def relative_error(weight: Tensor, back: Tensor) -> float:
     """``||weight - back|| / ||weight||`` in float64; 0 for an all-zero weight."""
-    norm = weight.double().norm()
-    return float((weight.double() - back.double()).norm() / norm) if norm > 0 else 0.0
+    exact = weight.double()
+    return _relative_error(exact, exact.norm(), back)
+
+
+def _relative_error(exact: Tensor, norm: Tensor, back: Tensor) -> float:
+    return float((exact - back.double()).norm() / norm) if norm > 0 else 0.0
