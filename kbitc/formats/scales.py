@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -81,8 +83,13 @@ def _with_mean(scales: Tensor, mean: Tensor) -> tuple[Tensor, tuple[Tensor, Tens
     constants = padded.abs().amax(dim=-1)
     dynamic = dynamic_map()
     normalized = torch.where(constants[:, None] > 0, padded / constants[:, None], 0.0)
-    codes = Encoder(dynamic)(normalized).flatten()[: flat.numel()].view(scales.shape)
+    codes = _scale_encoder()(normalized).flatten()[: flat.numel()].view(scales.shape)
     return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
+
+
+@functools.cache
+def _scale_encoder() -> Encoder:
+    return Encoder(dynamic_map())
 
 
 def dequantize_scales(codes: Tensor, scale_codebook: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ standard error of a relative error below 1 % of it for every data type tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from kbitc.formats.dequantize import dequantize_operands
 from kbitc.formats.layout import stored_plain
 from kbitc.formats.packed import Operands, Packed
 from kbitc.formats.spec import Spec
+from kbitc.graph.facts import Fact
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.moments import MOMENTS, Moments
@@ -85,7 +86,7 @@ class Sample:
         if spec.is_left_alone:
             back = self.plain
         else:
-            packed = quantize(self._oriented(), spec, self._evidence(outliers))
+            packed = quantize(self._oriented(), spec, Evidence(outliers=outliers, facts=self._facts))
             back = torch.ops.kbit.dequantize(*_flat_operands(packed), torch.float32)
         error = _relative_error(*self._exact, back)
         if not self.factors:
@@ -107,11 +108,12 @@ class Sample:
         is_one = self.importance is None or self.importance.shape[0] == 1
         return self.values if is_one else self.values.unsqueeze(1)
 
-    def _evidence(self, outliers: Tensor | None) -> Evidence:
+    @cached_property
+    def _facts(self) -> Mapping[Fact[Any], object]:
         if self.importance is None:
-            return Evidence(outliers=outliers)
+            return {}
         importance = self.importance[0] if self.importance.shape[0] == 1 else self.importance
-        return Evidence(outliers=outliers, facts={MOMENTS: Moments.of_importance(importance)})
+        return {MOMENTS: Moments.of_importance(importance)}
 
 
 def packed_error(weight: Tensor, packed: Packed) -> float:

@@ -1,5 +1,5 @@
-// Floats to codes, and the search for their scales. A code is found by its float's cell (`Encoder`), of which
-// each holds one bound between levels at most; levels too close together for that have no cells.
+// Floats to codes, and the search for their scales. A code is found by its float's cell (`Encoder`); cells are
+// made so small that each holds one bound between levels, where that is possible.
 #pragma once
 
 #include <algorithm>
@@ -26,21 +26,19 @@ std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
     if (rounded > middle) rounded = std::nextafter(rounded, -std::numeric_limits<float>::infinity());
     out->bound[i] = rounded;
   }
-  for (out->cells = 256; out->cells <= Encoder::MOST_CELLS; out->cells *= 2) {
-    bool is_apart = true;
-    for (int i = 0; i + 1 < out->bounds && is_apart; ++i) {
-      is_apart = cell_of(out->bound[i], out->cells) < cell_of(out->bound[i + 1], out->cells);
-    }
-    if (!is_apart) continue;
-    int next = 0;
-    for (int cell = 0; cell <= out->cells; ++cell) {
-      out->base[cell] = static_cast<uint8_t>(next);
-      const bool holds = next < out->bounds && cell_of(out->bound[next], out->cells) == cell;
-      out->edge[cell] = holds ? out->bound[next++] : std::numeric_limits<float>::infinity();
-    }
-    return out;
+  const auto cell = [&](int i) { return cell_of(out->bound[i], out->cells); };
+  for (out->cells = 256;; out->cells *= 2) {
+    out->is_apart = true;
+    for (int i = 0; i + 1 < out->bounds && out->is_apart; ++i) out->is_apart = cell(i) < cell(i + 1);
+    if (out->is_apart || out->cells == Encoder::MOST_CELLS) break;
   }
-  out->cells = 0;
+  int next = 0;
+  for (int at = 0; at <= out->cells; ++at) {
+    out->base[at] = static_cast<uint8_t>(next);
+    out->edge[at] = std::numeric_limits<float>::infinity();
+    for (; next < out->bounds && cell(next) == at; ++next) out->edge[at] = out->bound[next];
+  }
+  out->base[out->cells + 1] = static_cast<uint8_t>(next);
   return out;
 }
 

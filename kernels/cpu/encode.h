@@ -32,11 +32,13 @@ inline void pack_chunk(const uint8_t* codes, int64_t count, int bits, uint8_t* p
 }
 
 // The code of a value in [-1, 1]: how many boundaries between levels lie below it. A grid of cells, each
-// holding at most one boundary, answers with two look-ups; boundaries too close for that, a binary search.
+// holding at most one boundary, answers with two look-ups; where some hold more, a search among those of the cell.
 inline void find_codes(const Encoder& e, const float* values, int64_t count, uint8_t* codes) {
-  if (e.cells == 0) {
+  int32_t cell[CHUNK];
+  for (int64_t i = 0; i < count; ++i) cell[i] = cell_of(values[i], e.cells);
+  if (!e.is_apart) {
     for (int64_t i = 0; i < count; ++i) {
-      int low = 0, high = e.bounds;
+      int low = e.base[cell[i]], high = e.base[cell[i] + 1];
       while (low < high) {
         const int middle = (low + high) / 2;
         if (e.bound[middle] < values[i]) {
@@ -49,8 +51,6 @@ inline void find_codes(const Encoder& e, const float* values, int64_t count, uin
     }
     return;
   }
-  int32_t cell[CHUNK];
-  for (int64_t i = 0; i < count; ++i) cell[i] = cell_of(values[i], e.cells);
   for (int64_t i = 0; i < count; ++i) {
     codes[i] = static_cast<uint8_t>(e.base[cell[i]] + (values[i] > e.edge[cell[i]] ? 1 : 0));
   }
@@ -100,16 +100,17 @@ struct Moments {
   double m = 0, c = 0, cc = 0, w = 0, wc = 0;
 };
 
-// The scale (and zero, with `has_zero`) that fit best under given levels, and how much of sum(m w^2) they
+// The scale (and zero, with HAS_ZERO) that fit best under given levels, and how much of sum(m w^2) they
 // explain: weighted least squares in closed form.
 struct Fit {
   float scale = 0, zero = 0;
   double gain = 0;
 };
 
-inline Fit fit_block(const Moments& s, bool has_zero) {
+template <bool HAS_ZERO>
+inline Fit fit_block(const Moments& s) {
   Fit out;
-  if (has_zero) {
+  if constexpr (HAS_ZERO) {
     const double det = s.m * s.cc - s.c * s.c;
     if (!(det > 1e-12 * s.m * s.cc)) return out;
     const double scale = (s.m * s.wc - s.w * s.c) / det;
@@ -122,8 +123,9 @@ inline Fit fit_block(const Moments& s, bool has_zero) {
 }
 
 // Assign levels under a scale and a zero, then fit both to them.
+template <bool HAS_ZERO>
 inline Fit refit(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t count,
-                 float scale, float zero, bool has_zero) {
+                 float scale, float zero) {
   Moments total;
   const float inverse = 1.0f / scale;
   float values[CHUNK], found[CHUNK];
@@ -134,12 +136,14 @@ inline Fit refit(const Encoder& e, const float* levels, const float* x, const fl
     constexpr int LANES = 16;  // independent sums, so that the compiler may use vectors
     float m[LANES] = {}, c[LANES] = {}, cc[LANES] = {}, w[LANES] = {}, wc[LANES] = {};
     const auto add = [&](int64_t i, int lane) {
-      const float weighted = weight[at + i] * found[i], product = weight[at + i] * x[at + i];
-      m[lane] += weight[at + i];
-      c[lane] += weighted;
+      const float weighted = weight[at + i] * found[i];
       cc[lane] += weighted * found[i];
-      w[lane] += product;
       wc[lane] += weighted * x[at + i];
+      if constexpr (HAS_ZERO) {  // the scale alone needs none of these
+        m[lane] += weight[at + i];
+        c[lane] += weighted;
+        w[lane] += weight[at + i] * x[at + i];
+      }
     };
     int64_t i = 0;
     for (; i + LANES <= here; i += LANES) {
@@ -154,17 +158,17 @@ inline Fit refit(const Encoder& e, const float* levels, const float* x, const fl
       total.wc += wc[lane];
     }
   }
-  return fit_block(total, has_zero);
+  return fit_block<HAS_ZERO>(total);
 }
 
 // The scale and zero of each block of one row: those that candidates lead to after one refit, the best of
 // them refitted `rounds` times more. `scales` and `zeros` hold the first candidate: absmax and middle.
-void search(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t cols, int64_t block,
-            const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros) {
-  const bool has_zero = zeros != nullptr;
+template <bool HAS_ZERO>
+void search_row(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t cols,
+                int64_t block, const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros) {
   for (int64_t b = 0, at = 0; at < cols; ++b, at += block) {
     const int64_t count = cols - at < block ? cols - at : block;
-    const float first = scales[b], middle = has_zero ? zeros[b] : 0.0f;
+    const float first = scales[b], middle = HAS_ZERO ? zeros[b] : 0.0f;
     if (first == 0.0f || !std::isfinite(1.0f / first)) continue;
     Fit best;
     const auto consider = [&](const Fit& found) {
@@ -174,16 +178,22 @@ void search(const Encoder& e, const float* levels, const float* x, const float* 
       return is_better;
     };
     for (int64_t k = 0; k < candidates; ++k) {
-      consider(refit(e, levels, x + at, weight + at, count, first * ratios[k], middle, has_zero));
+      consider(refit<HAS_ZERO>(e, levels, x + at, weight + at, count, first * ratios[k], middle));
     }
     for (int r = 0; r < rounds && best.gain > 0; ++r) {
-      if (!consider(refit(e, levels, x + at, weight + at, count, best.scale, best.zero, has_zero))) break;
+      if (!consider(refit<HAS_ZERO>(e, levels, x + at, weight + at, count, best.scale, best.zero))) break;
     }
     if (best.gain > 0) {
       scales[b] = best.scale;
-      if (has_zero) zeros[b] = best.zero;
+      if (HAS_ZERO) zeros[b] = best.zero;
     }
   }
+}
+
+void search(const Encoder& e, const float* levels, const float* x, const float* weight, int64_t cols, int64_t block,
+            const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros) {
+  const auto row = zeros == nullptr ? search_row<false> : search_row<true>;
+  row(e, levels, x, weight, cols, block, ratios, candidates, rounds, scales, zeros);
 }
 
 }  // namespace

@@ -81,8 +81,9 @@ struct Encoder {
   static constexpr int MOST_CELLS = 1 << 13;
   float bound[255];  // midpoints, rounded down: a value of exactly this size belongs to the lower code
   int bounds;
-  int cells;  // 0: boundaries lie too close together
-  uint8_t base[MOST_CELLS + 1];
+  int cells;
+  bool is_apart;  // at most one boundary a cell, which `edge` holds
+  uint8_t base[MOST_CELLS + 2];  // boundaries in the cells below
   float edge[MOST_CELLS + 1];
 };
 
