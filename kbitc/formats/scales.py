@@ -83,12 +83,14 @@ def _with_mean(scales: Tensor, mean: Tensor) -> tuple[Tensor, tuple[Tensor, Tens
     constants = padded.abs().amax(dim=-1)
     dynamic = dynamic_map()
     normalized = torch.where(constants[:, None] > 0, padded / constants[:, None], 0.0)
-    codes = _scale_encoder()(normalized).flatten()[: flat.numel()].view(scales.shape)
+    codes = scale_encoder()(normalized).flatten()[: flat.numel()].view(scales.shape)
     return codes, (dynamic, constants, mean), dequantize_scales(codes, dynamic, constants, mean)
 
 
 @functools.cache
-def _scale_encoder() -> Encoder:
+@torch.inference_mode(mode=False)
+def scale_encoder() -> Encoder:
+    """Codes of double quantization, made once."""
     return Encoder(dynamic_map())
 
 

@@ -48,6 +48,21 @@ def test_encode_gives_the_same_bytes(kernel_set, datatype, flags, features, bloc
         assert torch.equal(encode_rows(made.rows, *operands), made.packed().planes)
 
 
+@pytest.mark.parametrize("crowd", [1, 7, 100])
+def test_encode_finds_levels_that_crowd(kernel_set, crowd):
+    """Many boundaries in one cell of the grid over [-1, 1], at its ends too, and values at boundaries."""
+    close = torch.arange(crowd) * 1e-7
+    levels = (
+        torch.cat([-1 + close, torch.tensor([-0.5]), 0.25 + close, torch.tensor([0.5, 1.0])]).sort().values
+    )
+    middles = (levels[1:] + levels[:-1]) / 2
+    picked = torch.randint(0, len(middles), (5, 300))
+    rows = torch.where(torch.rand(5, 300) < 0.5, middles[picked], levels[picked]) + 1e-7 * torch.randn(5, 300)
+    rows[0, :3] = torch.tensor([-1.0, 1.0, 0.0])
+    given = (rows, torch.ones(5, 5), None, levels, None, 8, 64)
+    assert torch.equal(encode_rows(*given), torch.ops.kbit.encode(*given))
+
+
 def test_encode_refuses_what_does_not_fit(kernel_set):
     rows, scales, book = torch.randn(3, 64), torch.ones(3, 1), torch.linspace(-1, 1, 16)
     encode = torch.ops.kbit.encode

@@ -18,7 +18,7 @@ from kbitc.formats.dequantize import dequantize
 from kbitc.formats.encode import encode_rows
 from kbitc.formats.encoder import Encoder
 from kbitc.formats.layout import packed_slots, weight_bytes
-from kbitc.formats.scales import effective_scales
+from kbitc.formats.scales import effective_scales, scale_encoder
 from kbitc.formats.spec import parse
 from kbitc.quantizers import quantize_weight
 
@@ -297,11 +297,13 @@ def test_golden_codes():
 
 def test_kept_codebooks_are_plain_tensors_in_inference_mode():
     dynamic_map.cache_clear()
+    scale_encoder.cache_clear()
     shared_codebook.cache_clear()
     with torch.inference_mode():
         kept = quantize_weight(torch.randn(2, 64), "nf4:64+dq")
     assert not kept.codebook.is_inference()
     assert not kept.scale_codebook.is_inference()
+    assert not scale_encoder().bounds.is_inference()
 
 
 @pytest.mark.parametrize("size", [1e3, 1e5])
