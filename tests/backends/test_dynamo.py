@@ -230,6 +230,24 @@ def test_sizes_that_depend_on_data():
     assert error(got, packed_block()(X)[:2]) <= 1e-5
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_transforms_of_functions(inner):
+    """`torch.vmap`, one in another, with constants inside, beside linears that stay packed."""
+
+    class Mapped(Block):
+        def forward(self, x):
+            inner = torch.vmap(lambda a, b: a * b + torch.tensor(0.5), in_dims=(None, 0))
+            pair = torch.vmap(inner, in_dims=(None, 0))
+            by_row = torch.vmap(lambda row: self.down(torch.relu(row)).sum() + row, randomness="error")
+            return super().forward(x) + by_row(self.up(x)).sum() + pair(x[0], torch.stack([x, x]))[1]
+
+    model = block(Mapped)
+    wanted = kbitc.compile(block(Mapped), spec="nf4:32", example_inputs=(X,))(X)
+    got = torch.compile(model, backend=kbit, options={**SPEC, "inner": inner}, fullgraph=True)(X)
+    assert error(got, wanted) <= 1e-3
+    assert error(model(X), wanted) > 1e-2
+
+
 def test_a_transposed_weight():
     from transformers.pytorch_utils import Conv1D
 

@@ -99,3 +99,19 @@ def test_two_compilations_serve_all_lengths(tiny_model):
         got = compiled(input_ids=ids, use_cache=False).logits
         assert error(got, wanted(input_ids=ids).logits) <= 1e-3
     assert graphs() <= 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_state_space_model():
+    """Mamba scans by `torch.vmap`."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8)
+    model = MambaForCausalLM(config).eval()
+    ids = torch.arange(8)[None]
+    wanted = kbitc.compile(copy.deepcopy(model), spec="nf4:32")(ids, use_cache=False).logits
+    got = torch.compile(model, backend=kbit, options=SPEC)(ids, use_cache=False).logits
+    assert error(got, wanted) <= 1e-3
+    assert error(model(ids, use_cache=False).logits, wanted) > 1e-2
