@@ -24,6 +24,9 @@ KINDS = [
     "MambaForCausalLM", "T5ForConditionalGeneration", "BertForMaskedLM", "WhisperForConditionalGeneration",
     "Wav2Vec2ForCTC", "SwinForImageClassification", "CLIPModel", "LlavaForConditionalGeneration",
     "Qwen2VLForConditionalGeneration", "PatchTSTForPrediction", "ResNetForImageClassification",
+    "RecurrentGemmaForCausalLM", "FalconH1ForCausalLM", "LlavaNextForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration", "InstructBlipForConditionalGeneration", "RTDetrV2ForObjectDetection",
+    "PvtForImageClassification", "ClapModel",
 ]  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def test_shrunk_models_of_every_kind_are_tiny_and_run(name):
     assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     label, feed = inputs_for(model)
     assert feed
-    if "llava" in name.lower() or "VL" in name:
+    if any(word in name for word in ("Llava", "VL", "Audio", "Blip", "Clap")):
         assert label.startswith("tokens and")
 
 
@@ -86,6 +89,44 @@ def test_stages_keep_their_ratios_and_rotary_sections_their_sum():
     assert small["depths"] == [1, 1, 1, 1]
     sections = shrink({"rope_scaling": {"mrope_section": [16, 24, 24]}, "head_dim": 128})
     assert sum(sections["rope_scaling"]["mrope_section"]) == sections["head_dim"] // 2
+
+
+def test_widths_of_stages_have_one_ratio_all_over_the_tree():
+    small = shrink(
+        {
+            "d_model": 256,
+            "encoder_in_channels": [512, 1024, 2048],
+            "backbone_config": {"hidden_sizes": [256, 512, 1024, 2048], "stem_channels": [3, 32, 48]},
+        }
+    )
+    assert small["d_model"] == HIDDEN
+    assert small["backbone_config"]["hidden_sizes"] == [64, 128, 256, 512]
+    assert small["encoder_in_channels"] == [128, 256, 512]
+    assert small["backbone_config"]["stem_channels"][0] == 3
+    blocks = [[[3, 16, 32, 1]], [[3, 32, 64, 2]]]
+    listed = shrink({"block_configs": blocks, "stem_channels": [3, 48, 96]})
+    assert listed == {"block_configs": blocks, "stem_channels": [3, 48, 96]}
+
+
+def test_patterns_of_layers_stay_whole_and_experts_enough():
+    small = shrink(
+        {
+            "num_hidden_layers": 26,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "moe_k": 6,
+            "moe_num_experts": 64,
+        }
+    )
+    assert small["num_hidden_layers"] == 3
+    assert small["moe_k"] <= small["moe_num_experts"]
+
+
+def test_what_defaults_leave_open_is_set():
+    sliding = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    assert shrink({**sliding, "sliding_window": None})["sliding_window"]
+    assert shrink({"num_hidden_layers": 4, "sliding_window": None})["sliding_window"] is None
+    text = transformers.Qwen2VLConfig().to_dict()["text_config"]
+    assert sum(shrink(text)["rope_parameters"]["mrope_section"]) == 8
 
 
 def test_special_fields_are_set_last():

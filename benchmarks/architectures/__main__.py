@@ -131,7 +131,7 @@ def _warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import transformers  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # and all that modeling files import
 
     import kbitc.artifact.loading
     import kbitc.compiler.driver  # noqa: F401

@@ -27,17 +27,26 @@ TABLES = {
 
 BACKBONE = "backbone"
 
-_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_ROTARY = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32], "is_decoder": True},
-    **{
-        name: {"text_config.rope_parameters": _SECTIONS}
-        for name in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glmga", "paddleocr_vl")
+    "cohere_compass_text": {"rope_parameters": _ROTARY},
+    "cohere_compass": {"text_config.rope_parameters": _ROTARY},
+    "step3p7": {"text_config.sliding_window": 16},
+    "paddleocr_vl": {"text_config.rope_parameters": _ROTARY["full_attention"]},
+    "efficientloftr": {"num_attention_heads": 8},
+    "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},
+    "superpoint": {"keypoint_decoder_dim": 65},
+    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, 64]},
+    "uvdoc": {
+        "backbone_config.out_features": [f"stage{i}" for i in range(1, 7)],
+        "backbone_config.out_indices": [*range(1, 7)],
     },
-    "glm4v_moe": {
-        "text_config.rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
-    },
+    "mistral_large4_text": {"kv_source_layers": None},
+    "mistral_large4": {"text_config.kv_source_layers": None},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "zamba": {
         "num_hidden_layers": 6,
         "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
