@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -210,3 +211,21 @@ def tiny_model() -> Callable[..., nn.Module]:
         return model
 
     return build
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """What PYTHONPATH is where kbitc is installed: its entry points are in metadata that is made here."""
+    root = Path(__file__).parent.parent
+    info = tmp_path / "kbitc-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kbitc\nVersion: 0\n")
+    declared = (
+        (root / "pyproject.toml")
+        .read_text()
+        .split('[project.entry-points."torch.backends"]\n')[1]
+        .splitlines()[0]
+    )
+    name, value = declared.split(" = ")
+    (info / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {value.strip(chr(34))}\n")
+    return os.pathsep.join([str(tmp_path), str(root)])

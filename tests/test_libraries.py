@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -23,7 +22,6 @@ from kbitc.errors import UsageError
 from kbitc.quantizers import quantize
 from kbitc.tensor.kbit_tensor import KbitTensor
 
-ROOT = Path(__file__).parent.parent
 IDS = torch.arange(9)[None]
 
 
@@ -222,23 +220,6 @@ def test_a_base_model_with_the_kernel_of_a_convolution(tmp_path):
         base, "embeddings.patch_embeddings.projection.weight", kernel
     )
     assert stored * kernel.numel() == kernel.nbytes
-
-
-@pytest.fixture
-def installed(tmp_path):
-    """What PYTHONPATH is where kbitc is installed: its entry points are in metadata that is made here."""
-    info = tmp_path / "kbitc-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kbitc\nVersion: 0\n")
-    declared = (
-        (ROOT / "pyproject.toml")
-        .read_text()
-        .split('[project.entry-points."torch.backends"]\n')[1]
-        .splitlines()[0]
-    )
-    name, value = declared.split(" = ")
-    (info / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {value.strip(chr(34))}\n")
-    return os.pathsep.join([str(tmp_path), str(ROOT)])
 
 
 @pytest.mark.parametrize(
