@@ -30,6 +30,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from kbitc.backends._decoding.decoder import GrowingCache, layer_count
 from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import UsageError
+from kbitc.graph.positions import usable_positions
 from kbitc.graph.program import Program, Stage
 from kbitc.pipeline import Pass
 from kbitc.pipeline.defaults import lowering_pipeline
@@ -138,7 +139,6 @@ def export_step(
     Raises:
         UsageError: it has layers without keys and values, or torch.export cannot trace it.
     """
-    config: Any = model.config
     cache = GrowingCache(layer_count(model))
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
@@ -150,7 +150,7 @@ def export_step(
         for part in (layer.key_rows, layer.value_rows)
         if part is not None
     ]
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = usable_positions(model)
     length = torch.export.Dim("length", min=2, max=max(longest or 2**20, EXAMPLE_LENGTH))
     step = TracedStep(model)
     inputs = (torch.zeros(1, 1, dtype=torch.int64), rows)

@@ -18,6 +18,7 @@ from kbitc.backends.onnx_export.runtime import DIGESTS, GRAPH, REPORT
 from kbitc.backends.onnx_export.trace import Signature
 from kbitc.checkpoint.companions import copy_files, write_config
 from kbitc.errors import UsageError
+from kbitc.graph.positions import stated_positions
 from kbitc.system.checksums import digests_in, sealed
 
 DATA = "model.onnx.data"
@@ -91,7 +92,7 @@ def genai_config(config: Any, generation_config: Any, signature: Signature) -> d
         "present_key_names": "present.%d.key",
         "present_value_names": "present.%d.value",
     }
-    length = getattr(text, "max_position_embeddings", None) or 2048
+    length = stated_positions(config) or 2048
     tokens = {
         name: getattr(generation_config, name, None) or getattr(config, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
+from kbitc.graph.positions import usable_positions
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: in
     Raises:
         UsageError: fewer tokens than one window, or a context that the model does not have.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = usable_positions(model)
     if context < 2 or (longest is not None and context > longest):
-        raise UsageError(f"--context {context}: this model takes 2 to {longest} tokens")
+        most = "tokens or more" if longest is None else f"to {longest} tokens"
+        raise UsageError(f"--context {context}: this model takes 2 {most}")
     # The tokenizer warns of texts longer than the model's context: they are cut right here.
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     ids = ids if limit is None else ids[:limit]

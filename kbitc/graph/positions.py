@@ -20,13 +20,19 @@ def usable_positions(model: nn.Module) -> int | None:
     Args:
         model: of transformers, on any device.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return None
+    lengths = _stated(getattr(model, "config", None))
+    return min([*lengths, *_numbered(model, set(lengths))], default=None)
+
+
+def stated_positions(config: Any) -> int | None:
+    """The longest sequence that a config of transformers states; None where it states no limit."""
+    return min(_stated(config), default=None)
+
+
+def _stated(config: Any) -> list[int]:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     stated = [getattr(each, limit, None) for each in (config, text) for limit in LIMITS]
-    lengths = [length for length in stated if isinstance(length, int) and length > 0]
-    return min([*lengths, *_numbered(model, set(lengths))], default=None)
+    return [length for length in stated if isinstance(length, int) and length > 0]
 
 
 def _numbered(model: nn.Module, stated: set[int]) -> list[int]:

@@ -56,6 +56,18 @@ def test_bad_windows(tiny_model):
         windows(model, Letters(), "abc" * 99, 10**9, None)
 
 
+def test_windows_end_where_positions_do(tiny_model):
+    """RoBERTa's table has rows that number nothing; a stated length of -1 is no limit."""
+    model = tiny_model("roberta")
+    assert windows(model, Letters(), "abc" * 99, 33, None).shape == (9, 33)
+    with pytest.raises(UsageError, match="2 to 33 tokens"):
+        windows(model, Letters(), "abc" * 99, 34, None)
+    model.config.max_position_embeddings = -1
+    assert windows(model, Letters(), "abc" * 99, 34, None).shape == (8, 34)
+    with pytest.raises(UsageError, match="2 tokens or more"):
+        windows(model, Letters(), "abc" * 99, 1, None)
+
+
 def test_text_errors(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_text(tmp_path / "none")

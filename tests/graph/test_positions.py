@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbitc.graph.positions import usable_positions
+from kbitc.graph.positions import stated_positions, usable_positions
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,5 @@ def test_no_limit():
     with torch.device("meta"):
         model = XLNetLMHeadModel(XLNetConfig(vocab_size=31, d_model=32, n_layer=1, n_head=2, d_inner=48))
     assert usable_positions(model) is None
+    assert stated_positions(model.config) is None
     assert usable_positions(nn.Linear(2, 2)) is None
