@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report, verify_files
 from kbitc.errors import SourceError, UsageError, foreign
 from kbitc.evaluation.opening import Loaded, open_model
+from kbitc.system import files
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 # Relative errors of outputs. PyTorch's CPU kernels round activations to 16 bits, ONNX Runtime's
@@ -92,7 +93,7 @@ def _reference(report: dict[str, Any], against: str | nn.Module | None, folder: 
     if isinstance(against, nn.Module):
         return against, None
     source = against or report.get("source")
-    if not isinstance(source, str) or not Path(source).exists():
+    if not isinstance(source, str) or not files.exists(Path(source)):
         raise SourceError(
             f"{folder}: its source {source or ''} is not there; name the artifact with --against OUT"
         )
