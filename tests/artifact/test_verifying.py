@@ -213,6 +213,25 @@ def test_weights_are_never_random(out, name, verify):
         kbitc.load(out, verify=verify)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weights": 3.5}, {"weights": "x"}, {"weights": ["x"]}, {"weights": False}, {"weights": {"a": 3}},
+        {"weights": [["a", "nf4:16"]]}, {"transposed": None}, {"transposed": 3}, {"transposed": "ab"},
+        {"transposed": [3]}, {"transposed": {"a": 1}}, {"view_of": 3}, {"view_of": {"a": 3}}, {"view_of": "ab"},
+        {"view_of": {"a": "ab"}}, {"format": None}, {"format": "x"}, {"format": float("nan")}, {"format": {}},
+        {"bits_per_param": "x"}, {"bits_per_param": []},
+    ],
+)  # fmt: skip
+def test_a_config_of_other_types_is_an_error(out, changed, monkeypatch):
+    """transformers makes the entry an object before anything is verified."""
+    monkeypatch.setenv("KBITC_VERIFY", "off")
+    entry = json.loads((out / "config.json").read_text())["quantization_config"]
+    edit(out, "config.json", quantization_config=entry | changed)
+    with pytest.raises(SourceError, match=r"config\.json: its quantization_config: damaged .* copy it again"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
 @pytest.mark.parametrize("layers", [2, 4])
 def test_no_key_is_missing_or_unexpected_unverified(out, layers):
     edit(out, "config.json", num_hidden_layers=layers)
