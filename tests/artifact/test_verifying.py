@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import kbitc
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.reader import Artifact
+from kbitc.compiler.inspection import inspect
 from kbitc.errors import SourceError
 from kbitc.quantizers import quantize
 from kbitc.system.checksums import sealed
@@ -230,6 +231,14 @@ def test_a_config_of_other_types_is_an_error(out, changed, monkeypatch):
     edit(out, "config.json", quantization_config=entry | changed)
     with pytest.raises(SourceError, match=r"config\.json: its quantization_config: damaged .* copy it again"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_config_without_a_class_is_an_error_unverified(out):
+    edit(out, "config.json", architectures=None, model_type="clap_text_model")
+    with pytest.raises(SourceError, match="does not say of which class the model is"):
+        kbitc.load(out, verify=False)
+    with pytest.raises(SourceError, match="does not say of which class the model is"):
+        inspect(str(out), with_graph=True)
 
 
 @pytest.mark.parametrize("layers", [2, 4])
