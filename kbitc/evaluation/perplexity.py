@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
 
@@ -42,12 +43,12 @@ def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: in
 
     Raises:
         UsageError: fewer tokens than one window, or a context that the model does not have.
+        SourceError: the tokenizer fails, or is not the model's.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
-    if context < 2 or (longest is not None and context > longest):
+    if context < 2 or (isinstance(longest, int) and context > longest):
         raise UsageError(f"--context {context}: this model takes 2 to {longest} tokens")
-    # The tokenizer warns of texts longer than the model's context: they are cut right here.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = token_ids(tokenizer, text, model)
     ids = ids if limit is None else ids[:limit]
     count = len(ids) // context
     if count == 0:
