@@ -45,7 +45,7 @@ def test_no_command_takes_it_for_a_model(kbitc, out, change, is_old):
     edit(out / "config.json", change)
     if is_old:  # no checksum of the config
         edit(out / PLAN_FILE, lambda data: [data.pop(key) for key in ("files", "sha256")])
-    for arguments in (("verify", out), ("run", out, "x"), ("eval", out), ("bench", out)):
+    for arguments in (("verify", out), ("run", out, "x"), ("eval", out)):
         done = kbitc(*arguments)
         assert done.returncode == 1, arguments
         assert "config.json: " in done.stderr, done.stderr
