@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # The models are tiny, and two workers share two cores: one thread each is faster than two.
 torch.set_num_threads(1)
@@ -187,6 +188,20 @@ def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens say what a model of random weights has to say."""
     monkeypatch.setattr("kbitc.compiler.calibrator.COUNT", 2)
     monkeypatch.setattr("kbitc.compiler.calibrator.LENGTH", 16)
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """What waits for a pipe fails after some seconds."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+import kbitc
 from benchmarks.fuzz import campaign as campaigns
 from benchmarks.fuzz import corpus, mutators
 from benchmarks.fuzz.campaign import Campaign, Limits
-from benchmarks.fuzz.targets import ChangedError, Refused, Target, command, digest, targets
+from benchmarks.fuzz.targets import ChangedError, OutsideError, Refused, Target, command, digest, targets
 from kbitc.errors import SourceError
 
 SAFETENSORS = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.float16)})
@@ -128,6 +129,8 @@ def fate(folder, good):
             return "another"
         case b"script":
             raise ChangedError("script")
+        case b"outside":
+            raise OutsideError
         case b"exception":
             raise KeyError("x")
         case b"memory":
@@ -139,7 +142,7 @@ def fate(folder, good):
     raise AssertionError
 
 
-FATES = ["same", "refused", "accepted", "script", "exception", "memory", "hang", "crash"]
+FATES = ["same", "refused", "accepted", "script", "outside", "exception", "memory", "hang", "crash"]
 
 
 @pytest.fixture
@@ -166,9 +169,12 @@ def test_every_fate_is_counted_and_kept(stub, tmp_path):
     with Campaign(0, Limits(timeout=1.0), failures=failures) as campaign:
         first = campaign.run(24, log=log)
     counter = first.outcomes["way"]
-    assert set(counter) == {"same", "refused", "accepted", "exception", "memory", "hang", "crash"}
+    assert set(counter) == {
+        "same", "refused", "accepted", "outside kbitc", "exception", "memory", "hang", "crash",
+    }  # fmt: skip
     assert first.count == 24
-    assert first.failures == 24 - counter["same"] - counter["refused"]
+    assert first.failures == 24 - counter["same"] - counter["refused"] - counter["outside kbitc"]
+    assert "outside kbitc" in first.table()
     assert "way" in first.table()
     assert "KeyError" in first.signatures()
     assert "killed by SIGSEGV" in first.signatures()
@@ -197,6 +203,47 @@ def test_a_mutant_is_its_seed_and_number(stub):
             made.append([campaign.make(i)[1].joinpath("file.json").read_text() for i in range(12)])
     assert made[0] == made[1]
     assert made[0] != made[2]
+
+
+def test_a_campaign_may_begin_in_the_middle(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(campaigns, "mutate_file", lambda path, random: path.write_text("same"))
+    log = tmp_path / "log.jsonl"
+    with Campaign(0) as campaign:
+        assert campaign.run(2, log=log).count == 2
+        assert campaign.run(4, first=1, log=log).count == 4
+    assert sorted(json.loads(line)["mutant"] for line in log.read_text().splitlines()) == [0, 1, 2, 3, 4]
+
+
+def test_a_fault_behind_a_command_is_no_refusal(monkeypatch):
+    """The command line says one line of it, and exits as it does after an error of ours."""
+
+    def fail(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr("kbitc.compiler.inspection.inspect", fail)
+    with pytest.raises(KeyError):
+        command("inspect", "demo")
+
+
+@pytest.mark.parametrize("change", ["none", "removed", "another", "wrong"])
+def test_what_transformers_does_by_itself_is_told_from_what_kbitc_does(tmp_path, change):
+    """A config that names kbitc no more; an entry that does is kbitc's to refuse."""
+    way = next(each for each in targets() if each.name == "artifact: from_pretrained")
+    corpus._source(tmp_path / "source")
+    kbitc.compile(tmp_path / "source", spec="nf4:32", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if change == "removed":
+        del config["quantization_config"]
+    elif change == "another":
+        config["quantization_config"]["quant_method"] = "kbit_"
+    elif change == "wrong":
+        config["quantization_config"]["weights"] = 3
+    if change == "none":
+        assert way.act(tmp_path / "out", tmp_path)
+        return
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError if change == "wrong" else OutsideError):
+        way.act(tmp_path / "out", tmp_path)
 
 
 def test_no_time_is_said(stub):

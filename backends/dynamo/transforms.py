@@ -1,6 +1,6 @@
 """Regions of ``torch.func``'s transforms in a graph of Dynamo, as plain aten calls.
 
-before:  _vmap_increment_nesting(n); a = _add_batch_dim(x); y = f(a); _remove_batch_dim(y); _vmap_decrement_nesting()
+before:  _vmap_increment_nesting(n); a = _add_batch_dim(x); _remove_batch_dim(f(a)); _vmap_decrement_nesting()
 after:   aten calls of the batched f
 
 The one thing to know: tracing before dispatch sees a batched tensor where the transform has not been applied

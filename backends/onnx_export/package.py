@@ -97,7 +97,7 @@ def genai_config(config: Any, generation_config: Any, signature: Signature) -> d
         name: getattr(generation_config, name, None) or getattr(config, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    end = tokens["eos_token_id"]
+    end = tokens["eos_token_id"] or None
     first_end = end[0] if isinstance(end, list) else end
     return {
         "model": {

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from kbitc.artifact import verifying
 from kbitc.backends._decoding.decoder import Decoder
-from kbitc.checkpoint.folder_checks import inside
+from kbitc.checkpoint.folder_checks import check_regular, inside
 from kbitc.checkpoint.skeletons import load_config
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
+from kbitc.system import files
 from kbitc.system.checksums import SEAL, check_seal, digest_of_file
 from kbitc.system.json_file import mapping, read_json, well_formed
 
@@ -40,7 +41,7 @@ GRAPH = "model.onnx"
 
 def is_exported(folder: Path) -> bool:
     """True for a folder that ``kbitc export`` wrote."""
-    return (folder / REPORT).is_file()
+    return files.exists(folder / REPORT)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -50,10 +51,11 @@ def read_report(folder: Path) -> dict[str, Any]:
         SourceError: not an exported folder, or damaged.
     """
     path = folder / REPORT
-    if not path.exists():
+    if not files.exists(path):
         raise SourceError(
             f"{folder}: holds no {REPORT}; write one with 'kbitc export OUT --format onnx -o DIR'"
         )
+    check_regular(folder, str(folder))
     report = read_json(path)
     with well_formed(str(path), ADVICE):
         for key, kind in _FIELDS.items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -54,6 +56,10 @@ class ChangedError(Exception):
     """A mutant got through: what was made of it holds script of the mutant's."""
 
 
+class OutsideError(Exception):
+    """transformers made a model by itself: the mutant's config does not name kbitc, which was not asked."""
+
+
 class Refused(KbitcError):
     """A command ended with exit code 1 or 2, as an error does."""
 
@@ -71,11 +77,12 @@ def command(*arguments: str | Path) -> None:
     """Run the command line in this process.
 
     Raises:
-        Refused: the exit code says so.
+        Refused: the exit code says so, of an error of kbitc's own; others come as they are.
     """
     from kbitc.cli.main import main
 
-    with mock.patch.object(sys, "argv", ["kbitc", *map(str, arguments)]):
+    argv = mock.patch.object(sys, "argv", ["kbitc", *map(str, arguments)])
+    with argv, mock.patch.dict(os.environ, {"KBITC_DEBUG": "1"}):
         try:
             main()
         except SystemExit as error:
@@ -104,9 +111,21 @@ def _from_pretrained(folder: Path, good: Path) -> str:
     del good
     from transformers import AutoModelForCausalLM
 
-    import kbitc  # noqa: F401
+    from kbitc.compiler.transformers_client import KbitConfig
 
-    return _logits(AutoModelForCausalLM.from_pretrained(folder))
+    with mock.patch.object(KbitConfig, "__init__", autospec=True, side_effect=KbitConfig.__init__) as asked:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    if not asked.called and not _names_kbitc(folder / "config.json"):
+        raise OutsideError("config.json does not name kbitc, and transformers made a model without it")
+    return _logits(model)
+
+
+def _names_kbitc(config: Path) -> bool:
+    """Whether transformers finds kbitc's method in a config."""
+    match json.loads(config.read_bytes()):
+        case {"quantization_config": {"quant_method": "kbit"}}:
+            return True
+    return False
 
 
 def _load_into(folder: Path, good: Path) -> str:

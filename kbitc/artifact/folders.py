@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kbitc.errors import UsageError
+from kbitc.errors import SourceError, UsageError
 from kbitc.system import files
 
 FORMAT = 1
@@ -21,6 +21,11 @@ PLAN_FILE = "kbit_plan.json"
 REPORT_FILE = "report.html"
 
 _LOCK, _NEW, _OLD, _PLACED = "lock", "new", "old", "placed"
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder, if it is one, holds a compiled model."""
+    return files.exists(folder / PLAN_FILE)
 
 
 def check_target(out: Path, *, is_forced: bool, marker: str = PLAN_FILE) -> None:
@@ -34,9 +39,9 @@ def check_target(out: Path, *, is_forced: bool, marker: str = PLAN_FILE) -> None
     Raises:
         UsageError: the folder exists and is not an artifact to replace, or its parent is not writable.
     """
-    if out.exists() and not is_forced:
+    if files.exists(out) and not is_forced:
         raise UsageError(f"{out}: exists already; pass --force to replace it, or choose another -o")
-    if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+    if files.exists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
             f"{out}: is not a kbitc artifact (it holds no {marker}), so --force will not replace it; remove "
             "it yourself or choose another -o"
@@ -189,8 +194,9 @@ class FolderClaim:
     def _mark(self) -> str | None:
         """The identity of the folder that an earlier run was putting in place."""
         try:
-            return (self.state / _PLACED).read_text(encoding="ascii")
-        except (OSError, ValueError):
+            with files.reading(self.state / _PLACED) as handle:
+                return handle.read().decode("ascii")
+        except (SourceError, ValueError):
             return None
 
     def _clear(self) -> None:

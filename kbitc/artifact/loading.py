@@ -45,8 +45,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
             f"{folder}: holds the weights of a plain module, without a config.json; build the module "
             "and use kbitc.load_into(module, folder)"
         )
-    data = read_json(path)
-    _check_config(artifact, data)
+    data = check_config(artifact)
     register()
     if verify and verifying.is_wanted():
         artifact.verify()
@@ -61,8 +60,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
     return loaded
 
 
-def _check_config(artifact: Artifact, config: Mapping[str, Any]) -> None:
-    """The config names the plan's weights and formats, and no other files or classes to read."""
+def check_config(artifact: Artifact) -> dict[str, Any]:
+    """The config of an artifact: it names the plan's weights and formats, and no other files to read.
+
+    Raises:
+        SourceError: it does not, and transformers by itself would make a model of random weights.
+    """
+    config = read_json(artifact.folder / CONFIG)
     entry, wanted = config.get("quantization_config"), quantization_config(artifact.plan)
     keys = ("quant_method", "weights", "transposed")
     if not isinstance(entry, dict) or any(entry.get(key) != wanted[key] for key in keys):
@@ -75,6 +79,7 @@ def _check_config(artifact: Artifact, config: Mapping[str, Any]) -> None:
             raise SourceError(
                 f"{artifact.folder / CONFIG}: names other files by '{key}', which are not read; {ADVICE}"
             )
+    return config
 
 
 def _check_keys(artifact: Artifact, about: Mapping[str, Any]) -> None:

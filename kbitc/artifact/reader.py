@@ -25,6 +25,7 @@ from kbitc.errors import SourceError
 from kbitc.formats.layout import SHARED, Slot, packed_slots, shared_codebooks
 from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.formats.spec import Spec
+from kbitc.system import files as file_system
 from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_file, digest_of_part
 from kbitc.system.json_file import read_json, well_formed
 
@@ -56,7 +57,7 @@ class Artifact:
             SourceError: not an artifact, of a newer format, truncated, or its tensors are not the plan's.
         """
         path = folder / PLAN_FILE
-        if not path.is_file():
+        if not file_system.exists(path):
             raise SourceError(
                 f"{folder}: not a compiled model: it holds no {PLAN_FILE}. Compile one with "
                 "'kbitc compile MODEL --bits 4 -o OUT'"

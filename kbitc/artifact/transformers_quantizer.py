@@ -53,13 +53,14 @@ def quantizer_classes() -> tuple[type, type]:
     from kbitc.artifact.folders import FORMAT
     from kbitc.artifact.initialization import hide_packed, show_packed
     from kbitc.artifact.mixed_floats import run_in_one_dtype
-    from kbitc.artifact.reader import read_shared
+    from kbitc.artifact.reader import ADVICE, read_shared
     from kbitc.artifact.stored import assemble
     from kbitc.checkpoint.float32_names import float32_names
     from kbitc.errors import SourceError
     from kbitc.formats.layout import SHARED
     from kbitc.formats.packed import TENSOR_FIELDS
     from kbitc.formats.spec import parse
+    from kbitc.system.json_file import mapping, sizes, strings, well_formed
     from kbitc.tensor.unpacking import dequantized
 
     class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -73,13 +74,17 @@ def quantizer_classes() -> tuple[type, type]:
             **kwargs: Any,
         ) -> None:
             self.quant_method = METHOD  # type: ignore[assignment]  # any string will do
-            self.format = kwargs.get("format", FORMAT)
-            self.weights = dict(weights or {})
-            self.transposed = list(transposed)
-            # Only of weights that are no matrices as the model has them; transformers writes what is set.
-            if kwargs.get("view_of"):
-                self.view_of = {name: tuple(size) for name, size in kwargs["view_of"].items()}
-            self.bits_per_param = bits_per_param
+            with well_formed("config.json: its quantization_config", ADVICE):
+                self.format = int(kwargs.get("format", FORMAT))
+                self.weights = dict(mapping({} if weights is None else weights, "weights"))
+                strings([*self.weights.values()], "weights")
+                given = [*transposed] if isinstance(transposed, tuple) else transposed
+                self.transposed = [*strings(given, "transposed")]
+                views = {} if kwargs.get("view_of") is None else mapping(kwargs["view_of"], "view_of")
+                # Only of weights that are no matrices as the model has them; transformers writes what is set.
+                if views:
+                    self.view_of = {name: sizes([*size], "view_of") for name, size in views.items()}
+                self.bits_per_param = None if bits_per_param is None else float(bits_per_param)
 
     class KbitDeserialize(ConversionOps):  # type: ignore[misc]
         """The stored tensors of one weight to one packed parameter."""

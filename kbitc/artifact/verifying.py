@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.folders import PLAN_FILE, is_artifact
 from kbitc.artifact.reader import ADVICE, Artifact
 from kbitc.errors import SourceError
+from kbitc.system import files as file_system
 
 VARIABLE = "KBITC_VERIFY"
 OFF = ("off", "0", "no", "false")
@@ -51,7 +52,7 @@ def verify_files(files: Sequence[Path], config: Any) -> None:
         SourceError: there is no plan to compare with, or something differs.
     """
     folder = files[0].parent
-    if not (folder / PLAN_FILE).exists():
+    if not is_artifact(folder):
         _fetch_plan(folder, config)
     with torch.device("cpu"):  # transformers calls under the meta device
         artifact = Artifact.open(folder)
@@ -69,7 +70,7 @@ def _fetch_plan(folder: Path, config: Any) -> None:
 
     repository = getattr(config, "_name_or_path", "")
     found = None
-    if repository and not Path(repository).exists():
+    if repository and not file_system.exists(Path(repository)):
         try:
             found = cached_file(repository, PLAN_FILE, revision=getattr(config, "_commit_hash", None))
         except OSError as error:

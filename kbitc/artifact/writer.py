@@ -31,7 +31,7 @@ from kbitc.checkpoint.safetensors_file import DTYPES
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
 from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_part, digests_in, sealed
-from kbitc.system.json_file import parse, well_formed
+from kbitc.system.json_file import parse, read_limited, well_formed
 
 SHARD_BYTES = 4 * 2**30
 
@@ -129,7 +129,7 @@ class Writer:
                 (folder / file.name).stat().st_size != file.size for file in self.files
             ):
                 return False
-        except FileNotFoundError:
+        except OSError:  # files that are no files among them
             return False
         with well_formed(str(self.journal), "run again without --resume to start over", UsageError):
             for entry in entries[1:]:
@@ -235,7 +235,7 @@ def _journaled(journal: Path) -> tuple[list[dict[str, Any]], int]:
     that does not match its checksum.
     """
     entries, length = [], 0
-    for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
+    for line in read_limited(journal).splitlines(keepends=True) if journal.exists() else []:
         try:
             entry = parse(line if line.endswith(b"\n") else b"", str(journal))
             check_seal(entry if isinstance(entry, dict) else {}, str(journal), "")

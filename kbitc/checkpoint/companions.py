@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kbitc.checkpoint.folder_checks import is_at_home
+from kbitc.checkpoint.folder_checks import inside, is_at_home
 from kbitc.errors import SourceError
 from kbitc.system.json_file import read_any_json
 
@@ -179,8 +179,7 @@ def _module_folders(source: Path) -> list[str]:
         raise SourceError(f"{file}: is no list of modules")
     paths = [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
     for path in paths:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise SourceError(f"{file}: names '{path}', outside the model's folder")
+        inside(source, path, str(file))
     return [path for path in paths if PurePosixPath(path).parts]
 
 

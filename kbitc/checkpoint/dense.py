@@ -1,19 +1,20 @@
-"""The dense model and the tokenizer of a source."""
+"""The dense model and the tokenizer of a source, and what the tokenizer does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.companions import vocabulary_names
 from kbitc.checkpoint.skeletons import CODE_IS_NOT_RUN
 from kbitc.errors import SourceError, foreign
+from kbitc.system.json_file import AGAIN
 
 
 def compute_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -79,3 +80,50 @@ def tokenizer_in(folder: Path) -> Any:
         return None
     with quiet_transformers(), foreign(f"{folder}: its tokenizer cannot be read", CODE_IS_NOT_RUN):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def token_ids(tokenizer: Any, text: str, model: nn.Module | None = None) -> Tensor:
+    """The token ids of a text, ``(tokens,)``.
+
+    Args:
+        tokenizer: of a folder, whose files nobody vouches for.
+        text: of any length.
+        model: that is to read them, if it is known.
+
+    Raises:
+        SourceError: the tokenizer fails, or has tokens that the model has not.
+    """
+    with foreign("its tokenizer cannot read the text", f"its files may be damaged; {AGAIN}"):
+        # It would warn of texts longer than the model's context, which are cut by whoever asks.
+        ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        largest = int(ids.max()) if len(ids) else 0
+    rows = None if model is None else _rows(model)
+    if rows is not None and largest >= rows:
+        raise SourceError(
+            f"the tokenizer gives token {largest}, but the model has {rows}: they do not belong together; "
+            "copy the model's own tokenizer files into its folder"
+        )
+    return ids
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones.
+
+    Raises:
+        SourceError: the tokenizer fails.
+    """
+    with foreign("its tokenizer cannot write text", f"its files may be damaged; {AGAIN}"):
+        # Cleaning up would change what was shown before: "do n" to "don't".
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _rows(model: Any) -> int | None:
+    """Tokens that a model knows."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        pass
+    try:
+        return int(model.config.get_text_config().vocab_size)
+    except (AttributeError, TypeError, ValueError):  # none, or several
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,28 +26,35 @@ def check_folder(folder: Path, label: str) -> None:
     Raises:
         SourceError: no config.json, or one of a compiled or quantized model.
     """
-    check_regular(folder, label)
     if (folder / ARTIFACT).exists():
         raise SourceError(f"{label}: is compiled already; compile the model that it was made from")
     config = folder / "config.json"
     if not config.exists():
         raise SourceError(f"{label}: no config.json; {_instead_of_config(folder)}")
+    check_regular(folder, label)
     check_unquantized(read_json(inside(folder, config.name, label)), label)
 
 
 def check_regular(folder: Path, label: str) -> None:
     """See that a folder holds files and folders only: reading a pipe waits for ever, a device gives no end.
 
+    Whatever kbitc opens itself is looked at again then; this is for the other libraries that read the folder,
+    and the folders in it (hidden ones they do not read), each in its own time.
+
     Raises:
         SourceError: it holds something else.
     """
-    for path in (folder, *sorted(folder.iterdir())):
-        try:
-            mode = path.stat().st_mode
-        except OSError:
-            continue  # a link to nothing; whoever needs the file says so
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise SourceError(f"{label}: '{path.name}' is a pipe, socket or device, no file; remove it")
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names)):
+            try:
+                mode = path.stat().st_mode
+            except OSError:
+                continue  # a link to nothing; whoever needs the file says so
+            if not stat.S_ISREG(mode):
+                raise SourceError(
+                    f"{label}: '{path.relative_to(folder)}' is a pipe, socket or device, no file; remove it"
+                )
 
 
 def check_unquantized(config: Mapping[str, Any], label: str) -> None:
@@ -103,9 +111,9 @@ def weight_files(folder: Path, config: Mapping[str, Any], label: str) -> list[Pa
         SourceError: none, a shard is missing, or the index does not fit the shards.
     """
     named = config.get("transformers_weights")
-    name = named if isinstance(named, str) else WHOLE
-    if (folder / name).exists():
-        return [inside(folder, name, label)]
+    whole = inside(folder, named if isinstance(named, str) else WHOLE, label)
+    if whole.exists():
+        return [whole]
     index = folder / INDEX
     if index.exists():
         return _shards(index, label)
@@ -125,16 +133,26 @@ def weight_files(folder: Path, config: Mapping[str, Any], label: str) -> list[Pa
 def inside(folder: Path, name: str, label: str) -> Path:
     """A file that something in a folder names, if it lies in that folder.
 
-    A snapshot of the hub's cache links to the cache's own blobs; any other way out is refused.
+    It need not be there. A snapshot of the hub's cache links to the cache's own blobs; any other way out is
+    refused.
 
     Raises:
-        SourceError: it lies elsewhere.
+        SourceError: it lies elsewhere, or nothing can be reached by that name.
     """
     path = folder / name
-    is_plain = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    is_plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if is_plain:
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # too long, a NUL, a link to itself
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise SourceError(f"{label}: the file {name!r:.100} cannot be read: {reason}; {AGAIN}") from error
     if not is_plain or not is_at_home(path.resolve(), folder):
         raise SourceError(
-            f"{label}: '{name}' is a file outside of {folder}, which is not read; copy it into the folder"
+            f"{label}: {name!r:.100} is a file outside of {folder}, which is not read; copy it into "
+            "the folder"
         )
     return path
 

@@ -59,8 +59,6 @@ class GgufFile(Checkpoint):
     def _link(self) -> Linked:
         config = load_config(self.path.parent, self.label, gguf_file=self.path.name)
         classes = model_classes(config, self.label)
-        if not classes:
-            raise SourceError(f"{self.label}: transformers has no model for '{config.model_type}'")
         # Nearly all GGUF files are of causal models; the file itself does not say.
         causal = [kind for kind in classes if kind.__name__.endswith("ForCausalLM")]
         model = build((causal or classes)[0], config, self.label, self._room, _main_dtype(self.blocks))

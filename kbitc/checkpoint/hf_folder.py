@@ -65,12 +65,12 @@ class HfFolder(Checkpoint):
                 failures.append(error)
         if len(failures) == 1:
             raise failures[0]
-        tried = ", ".join(model_class.__name__ for model_class in classes) or "nothing"
+        tried = ", ".join(model_class.__name__ for model_class in classes)
         raise SourceError(
             f"{self.label}: config.json does not say of which class the model is, and the weights "
             "fit "
             f'none of those it may be (tried: {tried}); add its class as "architectures": ["..."]'
-        ) from (failures[-1] if failures else None)
+        ) from failures[-1]
 
     def _read_source(self, name: str) -> Tensor:
         return self.stored[name].read()

@@ -10,6 +10,7 @@ from torch import nn
 from kbitc.checkpoint import demo
 from kbitc.checkpoint.base import Checkpoint
 from kbitc.errors import SourceError, UsageError
+from kbitc.system import files
 
 DEMO = "demo"
 
@@ -36,7 +37,7 @@ def open_checkpoint(source: str | Path | nn.Module, *, revision: str | None = No
     if label == DEMO:
         _no_revision(label, revision)
         return _open_folder(demo.folder(), label)
-    if path.exists():
+    if files.exists(path):
         _no_revision(label, revision)
         return _open_folder(path, label) if path.is_dir() else _open_file(path, label)
     return _open_hub(label, path, revision)
@@ -92,7 +93,7 @@ def _open_hub(label: str, path: Path, revision: str | None) -> Checkpoint:
 def _near(path: Path) -> str | None:
     """What exists, and is most like a path that does not."""
     parent = path.parent
-    while not parent.exists() and parent != parent.parent:
+    while not files.exists(parent) and parent != parent.parent:
         path, parent = parent, parent.parent
     try:
         names = [entry.name for entry in parent.iterdir()]

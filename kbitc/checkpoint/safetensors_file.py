@@ -7,7 +7,7 @@ against 1.6 GB/s from the page cache, 1 GB in 4 shards, 2-core Xeon under load).
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kbitc.checkpoint.base import TensorInfo
 from kbitc.errors import SourceError
+from kbitc.system import files
 from kbitc.system.json_file import AGAIN, mapping, parse, shape, sizes, well_formed
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -76,16 +77,13 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     array: Any = buffer.numpy()
     view = memoryview(array)
     done = 0
-    try:
-        with file.open("rb", buffering=0) as handle:
-            handle.seek(offset)
-            while done < nbytes:
-                count = handle.readinto(view[done:])
-                if not count:
-                    break
-                done += count
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    with files.reading(file) as handle:
+        handle.seek(offset)
+        while done < nbytes:
+            count = handle.readinto(view[done:])
+            if not count:
+                break
+            done += count
     if done < nbytes:
         raise SourceError(
             f"{file}: ends {nbytes - done} bytes before the end of a tensor, so it changed while "
@@ -126,22 +124,16 @@ def header_bytes(file: Path) -> tuple[bytes, int]:
     Raises:
         SourceError: not a safetensors file, or cut off.
     """
-    try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise SourceError(f"{file}: is no regular file")
-        with file.open("rb") as handle:
-            length = handle.read(8)
-            count = int.from_bytes(length, "little")
-            raw = handle.read(count) if 0 < count <= min(MAX_HEADER, about.st_size - 8) else b""
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    with files.reading(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        length = handle.read(8)
+        count = int.from_bytes(length, "little")
+        raw = handle.read(count) if 0 < count <= min(MAX_HEADER, size - 8) else b""
     if not raw or len(raw) < count:
         raise SourceError(
-            f"{file}: is not a safetensors file, or cut off within its header ({about.st_size} bytes); "
-            f"{AGAIN}"
+            f"{file}: is not a safetensors file, or cut off within its header ({size} bytes); {AGAIN}"
         )
-    return length + raw, about.st_size
+    return length + raw, size
 
 
 def _stored(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Stored:

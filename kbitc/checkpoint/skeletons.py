@@ -63,8 +63,14 @@ def model_classes(config: Any, label: str) -> list[Any]:
     import transformers
 
     names = getattr(config, "architectures", None)
+    if not names and (guesses := _guesses(config)):
+        return guesses
     if not names:
-        return _guesses(config)
+        raise SourceError(
+            f"{label}: the config does not say of which class the model is, and transformers has none for "
+            "the "
+            f'model_type \'{config.model_type}\' alone; add its class as "architectures": ["..."]'
+        )
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SourceError(f"{label}: 'architectures' in config.json is no list of names of classes: {names}")
     named = getattr(transformers, names[0], None)

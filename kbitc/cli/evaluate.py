@@ -40,14 +40,14 @@ def evaluate(
 ) -> None:
     """Perplexity on a text."""
     from kbitc.artifact.evaluations import Evaluation, keep_evaluation
-    from kbitc.artifact.folders import PLAN_FILE
+    from kbitc.artifact.folders import is_artifact
     from kbitc.checkpoint import demo
     from kbitc.evaluation.causality import check_causal
     from kbitc.evaluation.opening import need_tokenizer, open_model
     from kbitc.evaluation.perplexity import perplexity, read_text, windows
     from kbitc.tensor.activations import use_activations
 
-    if record and not (Path(model) / PLAN_FILE).exists():
+    if record and not is_artifact(Path(model)):
         raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
     body = read_text(demo.heldout() if text is None else text)
     with console.progress("loading") as update:

@@ -35,10 +35,11 @@ def inspect_model(
 ) -> None:
     """Show the weights, their outlier features, and what an artifact made of them."""
     from kbitc.compiler.inspection import inspect
+    from kbitc.system import files
 
     with console.progress("reading") as update:
         # An artifact of a model that transformers does not know has no config to draw its graph from.
-        with_graph = dot is not None or (html is not None and (Path(model) / "config.json").exists())
+        with_graph = dot is not None or (html is not None and files.exists(Path(model) / "config.json"))
         seen = inspect(model, update, with_graph=with_graph, measured=measured, calibrate=calibrate)
     if html is not None:
         console.write_file(html, seen.html())

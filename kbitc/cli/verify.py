@@ -27,14 +27,18 @@ def verify_folder(
     as_json: Json = False,
 ) -> None:
     """Compare every file with its checksum, and an exported folder in ONNX Runtime with PyTorch."""
-    from kbitc.artifact.folders import PLAN_FILE
+    from kbitc.artifact.folders import is_artifact
+    from kbitc.artifact.loading import check_config
     from kbitc.artifact.reader import Artifact
+    from kbitc.checkpoint.companions import CONFIG
     from kbitc.evaluation.onnx_verify import Check, verify
 
     with console.progress("comparing"):
-        if (Path(folder) / PLAN_FILE).exists():
+        if is_artifact(Path(folder)):
             artifact = Artifact.open(Path(folder))
             artifact.verify(is_whole=True)
+            if (artifact.folder / CONFIG).exists():  # which artifacts of earlier versions have no checksum of
+                check_config(artifact)
             count = len(artifact.stored) + len(artifact.plan.files or ())
             checks = [Check(f"of {count} tensors and files do not match their checksums", 0, 0)]
         else:

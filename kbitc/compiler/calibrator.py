@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
-from kbitc.checkpoint.dense import tokenizer_of
+from kbitc.checkpoint.dense import token_ids, tokenizer_of
 from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
 from kbitc.compiler.sampling import SEED, sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
@@ -131,7 +131,8 @@ class Calibrator:
                 f"--calibrate {self.source}: {self.checkpoint.label} has no tokenizer; give token ids "
                 "(kbitc.compile(..., calibrate=ids)), or calibrate with 'self'"
             )
-        return text_windows(tokenizer, _read(Path(self.source)), length, COUNT, label=str(self.source))
+        text, model = _read(Path(self.source)), self.checkpoint.skeleton()
+        return text_windows(tokenizer, text, length, COUNT, label=str(self.source), model=model)
 
     def skeleton(self) -> nn.Module:
         """See `kbitc.graph.context.Calibration`."""
@@ -276,14 +277,20 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def text_windows(
-    tokenizer: Any, text: str, length: int, count: int, label: str = "the calibration text"
+    tokenizer: Any,
+    text: str,
+    length: int,
+    count: int,
+    label: str = "the calibration text",
+    model: nn.Module | None = None,
 ) -> Tensor:
     """``(count, length)`` token ids, evenly spread over a text.
 
     Raises:
         UsageError: the text is shorter than one window.
+        SourceError: the tokenizer fails, or is not the model's, if that is given.
     """
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = token_ids(tokenizer, text, model)
     available = len(ids) // length
     if available == 0:
         raise UsageError(

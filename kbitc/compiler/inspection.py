@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.artifact.evaluations import Evaluation, evaluations_of
-from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.folders import is_artifact
 from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint import open_checkpoint
@@ -142,7 +142,7 @@ def inspect(
         SourceError: neither, or damaged.
     """
     folder = Path(source)
-    if (folder / PLAN_FILE).exists():
+    if is_artifact(folder):
         artifact = Artifact.open(folder)
         room = Room(len(artifact.plan.checksums), artifact.plan.parameters)
         captured = capture(skeleton_of(folder, room)) if with_graph else None

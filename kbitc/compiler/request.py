@@ -15,7 +15,7 @@ from typing import Any
 from kbitc.compiler.calibrator import AUTO, NONE, Calibrate
 from kbitc.errors import UsageError, did_you_mean
 from kbitc.formats.spec import parse_wish
-from kbitc.graph.plan import read_rules
+from kbitc.graph.plan import checked, read_rules
 from kbitc.graph.queries import KINDS
 from kbitc.pipeline.defaults import planning_pipeline
 from kbitc.pipeline.order import edit_pipeline
@@ -87,8 +87,7 @@ class Request:
         """Whether a quantizer that is named, here or in the plan, needs what calibration measures."""
         named = {self.quantizer}
         if self.quantizer == ANY_QUANTIZER and self.plan is not None:
-            weights = self.rules.get("weights") if isinstance(self.rules, Mapping) else None
-            entries = weights.values() if isinstance(weights, Mapping) else ()
+            entries = self.rules["weights"].values()
             named = {str(entry.get("quantizer", "")) for entry in entries if isinstance(entry, Mapping)}
         return any(MOMENTS in find_quantizer(name).requires for name in named - {"", ANY_QUANTIZER})
 
@@ -114,10 +113,10 @@ class Request:
         """The plan's entries by name or pattern; a file is read once.
 
         Raises:
-            UsageError: it is no plan file.
+            UsageError: it is no plan.
         """
         assert self.plan is not None
-        return self.plan if isinstance(self.plan, Mapping) else read_rules(self.plan)
+        return checked(self.plan, "plan") if isinstance(self.plan, Mapping) else read_rules(self.plan)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Options of the default passes, by the passes' names."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kbitc.checkpoint.dense import text_of, token_ids
 from kbitc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> 
 
     Raises:
         UsageError: the prompt has no tokens.
+        SourceError: the tokenizer fails, or is not the model's.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = token_ids(tokenizer, prompt, decoder.model)[None]
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give at least one word")
     known: list[int] = ids[0].tolist()
-    shown = _text(tokenizer, known)
+    shown = text_of(tokenizer, known)
     for token in decoder.generate(ids, new_tokens, ends=_end_tokens(decoder.model)):
         known.append(token)
-        text = _text(tokenizer, known)
+        text = text_of(tokenizer, known)
         # A character may span several tokens: hold back until it is whole.
         if text.endswith("\ufffd"):
             yield ""
@@ -40,15 +42,7 @@ def generate(decoder: Decoder, tokenizer: Any, prompt: str, new_tokens: int) -> 
             shown = text
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    # Cleaning up would change what was shown before: "do n" to "don't".
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
-
-
 def _end_tokens(model: nn.Module) -> set[int]:
     config: Any = getattr(model, "generation_config", None) or model.config
     ends = config.eos_token_id
-    if ends is None:
-        return set()
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return {end for end in (ends if isinstance(ends, (list, tuple)) else [ends]) if isinstance(end, int)}

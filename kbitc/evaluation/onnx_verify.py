@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report, verify_files
+from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import SourceError, UsageError, foreign
 from kbitc.evaluation.opening import Loaded, open_model
+from kbitc.system import files
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 # Relative errors of outputs. PyTorch's CPU kernels round activations to 16 bits, ONNX Runtime's
@@ -92,7 +94,7 @@ def _reference(report: dict[str, Any], against: str | nn.Module | None, folder: 
     if isinstance(against, nn.Module):
         return against, None
     source = against or report.get("source")
-    if not isinstance(source, str) or not Path(source).exists():
+    if not isinstance(source, str) or not files.exists(Path(source)):
         raise SourceError(
             f"{folder}: its source {source or ''} is not there; name the artifact with --against OUT"
         )
@@ -173,7 +175,7 @@ def _ids(model: Any, tokenizer: Any, tokens: int) -> Iterator[tuple[str, Tensor]
     # Past the first few ids: those stand for padding in some families.
     yield "random", torch.randint(min(4, vocabulary - 1), vocabulary, (2, tokens), generator=generator)
     if tokenizer is not None:
-        yield "text", tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :tokens]
+        yield "text", token_ids(tokenizer, TEXT, model)[None, :tokens]
 
 
 def _compare_decoder(exported: OnnxModel, model: Any, tokenizer: Any) -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitc.artifact.folders import PLAN_FILE
+from kbitc.artifact.folders import is_artifact
 from kbitc.artifact.loading import load
 from kbitc.artifact.reader import Artifact
 from kbitc.backends.onnx_export.runtime import OnnxModel, is_exported
@@ -42,7 +42,7 @@ def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
         SourceError: neither, or damaged.
     """
     folder = Path(source)
-    if (folder / PLAN_FILE).exists():
+    if is_artifact(folder):
         artifact = Artifact.open(folder)
         model = load(folder, dtype=dtype)
         return Loaded(model, artifact.payload_bytes, artifact.bits_per_param, tokenizer_in(folder))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.positions import usable_positions
@@ -43,13 +44,13 @@ def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: in
 
     Raises:
         UsageError: fewer tokens than one window, or a context that the model does not have.
+        SourceError: the tokenizer fails, or is not the model's.
     """
     longest = usable_positions(model)
     if context < 2 or (longest is not None and context > longest):
         most = "tokens or more" if longest is None else f"to {longest} tokens"
         raise UsageError(f"--context {context}: this model takes 2 {most}")
-    # The tokenizer warns of texts longer than the model's context: they are cut right here.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = token_ids(tokenizer, text, model)
     ids = ids if limit is None else ids[:limit]
     count = len(ids) // context
     if count == 0:

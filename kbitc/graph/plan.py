@@ -79,33 +79,43 @@ class Plan:
             UsageError: not a plan, a newer format, a key that names no weight, a weight without a
                 key, or a bad spec.
         """
-        if not isinstance(data, Mapping) or not isinstance(data.get("weights"), Mapping):
-            raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
-        version = data.get("format", PLAN_FORMAT)
-        if not isinstance(version, int) or version > PLAN_FORMAT:
-            raise UsageError(
-                f"{label}: plan format {version}, but this kbitc reads up to {PLAN_FORMAT}; upgrade kbitc"
-            )
-        rules = {key: _choice(label, key, entry) for key, entry in data["weights"].items()}
+        rules = {key: _choice(label, key, entry) for key, entry in checked(data, label)["weights"].items()}
         known = list(names)
         for key in rules:
             if not fnmatch.filter(known, key) and key not in known:
                 raise UsageError(f"{label}: " + did_you_mean("weight", key, known))
         chosen = {name: _match(label, name, rules) for name in known}
-        budget = data.get("budget")
+        budget = checked(data, label).get("budget")
         return cls(chosen, budget if isinstance(budget, (int, float)) else None)
 
 
-def read_rules(path: Path) -> Any:
-    """The parsed contents of a plan file, not yet checked.
+def checked(data: object, label: str) -> Mapping[str, Any]:
+    """A plan's parsed JSON, if it is one; its entries are not looked at.
 
     Raises:
-        UsageError: missing, or not JSON.
+        UsageError: not a plan, or of a newer format.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("weights"), Mapping):
+        raise UsageError(f'{label}: not a plan; expected an object like {{"weights": {{"*": "nf4:64"}}}}')
+    version = data.get("format", PLAN_FORMAT)
+    if not isinstance(version, int) or version > PLAN_FORMAT:
+        raise UsageError(
+            f"{label}: plan format {version}, but this kbitc reads up to {PLAN_FORMAT}; upgrade kbitc"
+        )
+    return data
+
+
+def read_rules(path: Path) -> Mapping[str, Any]:
+    """The parsed contents of a plan file, whose entries are not yet looked at.
+
+    Raises:
+        UsageError: missing, not JSON, or not a plan.
     """
     try:
-        return read_any_json(path)
+        data = read_any_json(path)
     except SourceError as error:
         raise UsageError(f"{path}: cannot be read as a plan: {error}") from error
+    return checked(data, str(path))
 
 
 def _choice(label: str, key: str, entry: object) -> Choice:

@@ -103,7 +103,7 @@ class ScoreTable:
                 "writes one into its artifact"
             ) from error
         table = ScoreTable.from_json(data, str(path))
-        if data["format"] > 1 or SEAL in data:
+        if int(data["format"]) > 1 or SEAL in data:
             check_seal(data, str(path), "compile the model again")
         return table
 

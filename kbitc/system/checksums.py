@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kbitc.errors import SourceError
+from kbitc.system import files
 
 SEAL = "sha256"
 """The key of the checksum of everything else in a JSON object."""
@@ -31,11 +33,8 @@ def digest_of_file(path: Path) -> str:
     Raises:
         SourceError: it cannot be read.
     """
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with files.reading(path) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def digest_of_part(path: Path, offset: int, nbytes: int) -> str:
@@ -45,14 +44,11 @@ def digest_of_part(path: Path, offset: int, nbytes: int) -> str:
         SourceError: it cannot be read.
     """
     total, left = hashlib.sha256(), nbytes
-    try:
-        with path.open("rb", buffering=0) as handle:
-            handle.seek(offset)
-            while left and (part := handle.read(min(CHUNK, left))):
-                total.update(part)
-                left -= len(part)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with files.reading(path) as handle:
+        handle.seek(offset)
+        while left and (part := handle.read(min(CHUNK, left))):
+            total.update(part)
+            left -= len(part)
     return total.hexdigest()
 
 
@@ -108,18 +104,15 @@ def fingerprint(spans: Mapping[Path, Sequence[tuple[int, int]]], *texts: bytes) 
 
 
 def _sampled(file: Path, places: Sequence[tuple[int, int]]) -> str:
-    try:
-        size = file.stat().st_size
+    with files.reading(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
         if size <= WHOLE:
-            return digest_of_file(file)
+            return hashlib.file_digest(handle, "sha256").hexdigest()
         parts = hashlib.sha256(size.to_bytes(8, "little"))
-        with file.open("rb", buffering=0) as handle:
-            parts.update(handle.read(min((offset for offset, _ in places), default=0)))
-            for offset, nbytes in places:
-                step = max(SAMPLE, (nbytes - SAMPLE) // (SAMPLES - 1))
-                for start in range(0, nbytes, step):
-                    handle.seek(offset + start)
-                    parts.update(handle.read(min(SAMPLE, nbytes - start)))
-        return parts.hexdigest()
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+        parts.update(handle.read(min((offset for offset, _ in places), default=0)))
+        for offset, nbytes in places:
+            step = max(SAMPLE, (nbytes - SAMPLE) // (SAMPLES - 1))
+            for start in range(0, nbytes, step):
+                handle.seek(offset + start)
+                parts.update(handle.read(min(SAMPLE, nbytes - start)))
+    return parts.hexdigest()

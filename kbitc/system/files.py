@@ -1,7 +1,8 @@
 """Files and folders that are there whole or not at all: replaced in one step, and locked while they are made.
 
 The one thing to know: the operating system lets go of a :class:`Lock` however its process ends, so a lock
-that is found on disk means nothing by itself.
+that is found on disk means nothing by itself. What is read back goes through :func:`reading`, which waits for
+no pipe.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import logging
 import os
 import secrets
@@ -18,6 +20,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from kbitc.errors import SourceError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -121,6 +125,47 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there: no, where none can have such a name (``Path.exists`` raises)."""
+    try:
+        return path.exists()
+    except ValueError:  # a NUL
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[io.FileIO]:
+    """A regular file, or a link to one, open and unbuffered; what fails while it is read fails as below.
+
+    Raises:
+        SourceError: it cannot be read, or is a pipe, socket or device, which may never end or never begin.
+    """
+    try:
+        # A pipe is opened as well without waiting for who writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:
+        raise SourceError(f"{str(path)!r:.200}: is no name of a file: {error}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise SourceError(f"{path}: is no regular file; put the file itself there")
+        with io.FileIO(descriptor, closefd=False) as handle:
+            yield handle
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def write_whole(path: Path, text: str) -> None:

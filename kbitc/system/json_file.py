@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kbitc.errors import KbitcError, SourceError, UsageError, first_line
+from kbitc.system import files
 
 MAX_BYTES = 256 * 2**20
 """Of one file; the table of scores of a model of 100 thousand weights takes a tenth of it."""
@@ -34,17 +35,11 @@ def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     Raises:
         SourceError: it cannot be read, is a pipe or device, or longer than ``limit``.
     """
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise SourceError(f"{path}: is no regular file")
-        if about.st_size > limit:
-            raise SourceError(
-                f"{path}: has {about.st_size} bytes, more than the {limit} of any such file; {AGAIN}"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with files.reading(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise SourceError(f"{path}: has {size} bytes, more than the {limit} of any such file; {AGAIN}")
+        return handle.read()
 
 
 def read_any_json(path: Path) -> Any:

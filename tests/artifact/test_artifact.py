@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 
@@ -162,6 +163,23 @@ def test_resume_writes_again_what_the_files_do_not_hold(interrupted, tmp_path):
     file.write_bytes(raw)
     done, _, written = resume(tmp_path)
     assert (len(done), written) == (1, whole)
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "placed", "new/model.safetensors"])
+@pytest.mark.parametrize("what", ["pipe", "circle"])
+def test_resume_waits_for_no_pipe(interrupted, tmp_path, impatient, name, what):
+    path = interrupted[0].parent / name
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    if (what, name) == ("pipe", "journal.jsonl"):
+        with pytest.raises(SourceError, match=r"journal\.jsonl: is no regular file"):
+            resume(tmp_path)
+        path.unlink()
+    whole = (write(tmp_path / "whole") / "model.safetensors").read_bytes()
+    assert resume(tmp_path)[2] == whole
 
 
 def test_resume_refuses_another_source(tmp_path):

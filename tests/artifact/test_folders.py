@@ -186,3 +186,9 @@ def test_resume_does_not_take_the_old_folder_for_a_new_one(tmp_path):
     shutil.rmtree(tmp_path / "out")
     write(tmp_path / "out", identity=2, is_resumed=True)
     assert contents(tmp_path / "out") == contents(write(tmp_path / "whole", identity=2))
+
+
+def test_a_folder_that_can_have_no_such_name(tmp_path):
+    with pytest.raises(UsageError, match=r"File name too long; choose another -o"):
+        FolderClaim(tmp_path / ("a" * 300))
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import kbitc
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.reader import Artifact
+from kbitc.compiler.inspection import inspect
 from kbitc.errors import SourceError
 from kbitc.quantizers import quantize
 from kbitc.system.checksums import sealed
@@ -211,6 +212,33 @@ def test_weights_are_never_random(out, name, verify):
     BY_US[name](out)
     with pytest.raises(SourceError, match="quantization_config is not that of"):
         kbitc.load(out, verify=verify)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weights": 3.5}, {"weights": "x"}, {"weights": ["x"]}, {"weights": False}, {"weights": {"a": 3}},
+        {"weights": [["a", "nf4:16"]]}, {"transposed": None}, {"transposed": 3}, {"transposed": "ab"},
+        {"transposed": [3]}, {"transposed": {"a": 1}}, {"view_of": 3}, {"view_of": {"a": 3}}, {"view_of": "ab"},
+        {"view_of": {"a": "ab"}}, {"format": None}, {"format": "x"}, {"format": float("nan")}, {"format": {}},
+        {"bits_per_param": "x"}, {"bits_per_param": []},
+    ],
+)  # fmt: skip
+def test_a_config_of_other_types_is_an_error(out, changed, monkeypatch):
+    """transformers makes the entry an object before anything is verified."""
+    monkeypatch.setenv("KBITC_VERIFY", "off")
+    entry = json.loads((out / "config.json").read_text())["quantization_config"]
+    edit(out, "config.json", quantization_config=entry | changed)
+    with pytest.raises(SourceError, match=r"config\.json: its quantization_config: damaged .* copy it again"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_config_without_a_class_is_an_error_unverified(out):
+    edit(out, "config.json", architectures=None, model_type="clap_text_model")
+    with pytest.raises(SourceError, match="does not say of which class the model is"):
+        kbitc.load(out, verify=False)
+    with pytest.raises(SourceError, match="does not say of which class the model is"):
+        inspect(str(out), with_graph=True)
 
 
 @pytest.mark.parametrize("layers", [2, 4])

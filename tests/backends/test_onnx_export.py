@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -290,6 +291,29 @@ def test_a_changed_file_is_found(demo, tmp_path):
         (broken / "kbit_export.json").write_text(json.dumps(report | change))
         with pytest.raises(SourceError, match=r"kbit_export\.json: damaged"):
             OnnxModel(broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.onnx.data", "additional_chat_templates/x.jinja"])
+@pytest.mark.parametrize("is_verified", [True, False])
+def test_a_pipe_is_not_waited_for(demo, tmp_path, impatient, monkeypatch, name, is_verified):
+    broken = shutil.copytree(demo[0] / "onnx", tmp_path / "broken")
+    (broken / name).unlink(missing_ok=True)
+    (broken / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(broken / name)
+    monkeypatch.setenv("KBITC_VERIFY", "on" if is_verified else "off")
+    with pytest.raises(SourceError, match=f"'{re.escape(name)}' is a pipe"):
+        open_model(str(broken))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "x\0", "circle"])
+def test_a_file_that_can_have_no_name(demo, tmp_path, name):
+    broken = shutil.copytree(demo[0] / "onnx", tmp_path / "broken")
+    (broken / "circle").symlink_to("circle")
+    as_before(broken, lambda report: report["files"].update({name: 1}))
+    with pytest.raises(SourceError, match="cannot be read"):
+        OnnxModel(broken)
+    with pytest.raises(SourceError, match="is not there; name the artifact"):
+        onnx_verify.verify(demo[0] / "onnx", against=name)
 
 
 def test_verify_finds_a_dense_weight(demo, tmp_path):

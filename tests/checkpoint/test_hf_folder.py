@@ -312,6 +312,10 @@ def retype(folder, dtype):
             "code that comes with the model",
         ),
         (lambda f: edit_config(f, architectures=["AutoModel"]), "no model class 'AutoModel'"),
+        (
+            lambda f: edit_config(f, architectures=[], model_type="clap_text_model"),
+            "transformers has none for the model_type 'clap_text_model'",
+        ),
         (lambda f: edit_config(f, quantization_config={"quant_method": "kbit"}), "compiled already"),
         (lambda f: put(f, "kbit_plan.json"), "compiled already"),
         (

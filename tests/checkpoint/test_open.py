@@ -90,3 +90,9 @@ def test_a_word_alone_is_no_hub_id(tmp_path, monkeypatch):
 def test_only_hub_ids_have_revisions(source):
     with pytest.raises(UsageError, match="only hub ids have revisions"):
         open_checkpoint(source, revision="main")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 300 + "/x", "x\0"])
+def test_a_name_that_nothing_can_have(name):
+    with pytest.raises(SourceError, match="no such file or folder|is neither a local path nor a hub id"):
+        open_checkpoint(name)

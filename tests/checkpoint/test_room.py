@@ -109,3 +109,18 @@ def test_an_artifact_with_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "out" / "model.safetensors")
     with pytest.raises(SourceError, match="is a pipe"):
         kbitc.load_into(model, tmp_path / "out")
+
+
+def test_a_pipe_in_a_folder_of_an_artifact_is_not_waited_for(source, tmp_path, impatient):
+    """Templates of a tokenizer, which another library opens."""
+    import kbitc
+
+    out = tmp_path / "out"
+    kbitc.compile(source, spec="nf4:16", out=out)
+    (out / ".git").mkdir()
+    os.mkfifo(out / ".git" / "ipc")
+    kbitc.load(out)
+    (out / "additional_chat_templates").mkdir()
+    os.mkfifo(out / "additional_chat_templates" / "x.jinja")
+    with pytest.raises(SourceError, match=r"'additional_chat_templates/x\.jinja' is a pipe"):
+        kbitc.load(out)

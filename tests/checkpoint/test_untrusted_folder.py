@@ -184,3 +184,21 @@ def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tiny_model, tmp_path):
         path.symlink_to(f"../../blobs/{path.name}")
     assert open_checkpoint(snapshot).tensors()
     assert PLAN_FILE not in [path.name for path in snapshot.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "x\0.safetensors", "circle.safetensors", "a/" * 3000 + "x"])
+@pytest.mark.parametrize("how", ["index", "transformers_weights", "modules"])
+def test_a_name_that_no_file_can_have(source, name, how):
+    """Too long, with a NUL, or a link to itself."""
+    (source / "circle.safetensors").symlink_to("circle.safetensors")
+    tensors = open_names(source / "model.safetensors")
+    if how == "index":
+        (source / "model.safetensors").unlink()
+        edit(source, "model.safetensors.index.json", weight_map=dict.fromkeys(tensors, name))
+    elif how == "modules":
+        (source / "modules.json").write_text(json.dumps([{"path": name}]))
+    else:
+        edit(source, "config.json", transformers_weights=name)
+    with pytest.raises(SourceError, match=r"the file '.{8,110} cannot be read: .*again") as error:
+        open_checkpoint(source)
+    assert len(str(error.value)) < 500

@@ -34,7 +34,7 @@ class Scripted:
     """A decoder that says what it was told to."""
 
     model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=12, n_layer=1, n_head=1, vocab_size=9)
+        transformers.GPT2Config(n_embd=12, n_layer=1, n_head=1, vocab_size=300)
     )
 
     def __init__(self, tokens):

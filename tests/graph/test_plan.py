@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from kbitc.compiler.request import Request, pipeline_of
 from kbitc.errors import UsageError
 from kbitc.formats.spec import parse
 from kbitc.graph.plan import Choice, Plan, read_rules
@@ -55,3 +56,11 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UsageError, match="cannot be read as a plan"):
         read_rules(tmp_path / "bad.json")
+    for text in ("null", "3", "[]", '"x"', "{}", '{"weights": 3}', '{"weights": {}, "format": "x"}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(UsageError, match=r"other\.json: (not a plan|plan format)"):
+            read_rules(tmp_path / "other.json")
+        with pytest.raises(UsageError, match=r"other\.json: (not a plan|plan format)"):
+            pipeline_of(Request(plan=tmp_path / "other.json"))
+    with pytest.raises(UsageError, match="plan: not a plan"):
+        pipeline_of(Request(plan={"weights": 3}))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kbitc.errors import BudgetError, UsageError
+from kbitc.errors import BudgetError, SourceError, UsageError
 from kbitc.formats.spec import parse
 from kbitc.planning.allocation import allocate
 from kbitc.planning.replanning import replan
@@ -61,6 +61,10 @@ def test_what_cannot_be_planned(folder, tmp_path):
         replan(folder, 5.0, "roles")
     with pytest.raises(UsageError, match="cannot be read as a table of scores"):
         replan(tmp_path / "none", 5.0)
+    table = json.loads((folder / SCORES_FILE).read_text())
+    (tmp_path / "changed.json").write_text(json.dumps(table | {"format": str(table["format"])}))
+    with pytest.raises(SourceError, match="does not match its checksum"):
+        replan(tmp_path / "changed.json", 5.0)
 
 
 def test_it_needs_no_request_and_opens_no_model(folder):

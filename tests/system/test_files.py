@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from kbitc.system import files
+from kbitc.checkpoint.safetensors_file import header_bytes, read_bytes
+from kbitc.errors import SourceError
+from kbitc.system import checksums, files
+from kbitc.system.json_file import read_json
 
 HOLDER = """
 import sys, time
@@ -85,3 +88,39 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
 def test_a_device_is_written_to():
     files.write_whole(files.Path(os.devnull), "text")
     assert not os.path.isfile(os.devnull)
+
+
+READERS = {
+    "json": read_json,
+    "digest": checksums.digest_of_file,
+    "part": lambda path: checksums.digest_of_part(path, 0, 8),
+    "fingerprint": lambda path: checksums.fingerprint({path: [(0, 8)]}),
+    "bytes": lambda path: read_bytes(path, 0, 8),
+    "header": header_bytes,
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_no_reader_waits_for_a_pipe(tmp_path, way, impatient):
+    """Nobody writes to it; a device has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device", "."):
+        with pytest.raises(SourceError, match="is no regular file; put the file itself there"):
+            READERS[way](tmp_path / name)
+    (tmp_path / "circle").symlink_to("circle")
+    for name, message in (("circle", "cannot be read"), ("a" * 300, "cannot be read"), ("a\0b", "null byte")):
+        with pytest.raises(SourceError, match=message):
+            READERS[way](tmp_path / name)
+
+
+def test_what_is_read_may_be_a_link(tmp_path):
+    (tmp_path / "file").write_bytes(b"0123")
+    (tmp_path / "link").symlink_to("file")
+    with files.reading(tmp_path / "link") as handle:
+        assert handle.read() == b"0123"
+
+
+def test_what_can_have_no_name_is_not_there(tmp_path):
+    assert files.exists(tmp_path)
+    assert not any(files.exists(tmp_path / name) for name in ("gone", "a" * 300, "a/" * 3000, "a\0b"))
