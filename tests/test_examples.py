@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -37,6 +39,7 @@ def test_custom_pass():
     assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_train_demo_model(tmp_path):
     text = tmp_path / "text.txt"
     words = "the quick brown fox jumps over a lazy dog while seven wizards mix potent brews".split()
