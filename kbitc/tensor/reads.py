@@ -265,10 +265,18 @@ VIEWS = (
     *(aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.select.int),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
 )
+RESIZED = (
+    *(aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest2d, aten.upsample_bilinear2d),
+    *(aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+)
+"""What fits a table of positions to an image of another size."""
+
 DENSE = (
     *(aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.cat.default),
     *(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.convolution.default),
     aten.sum.dim_IntList,  # the gradient of a factor
+    aten.grid_sampler_2d.default,
+    *(getattr(packet, overload) for packet in RESIZED for overload in ("default", "vec")),
 )
 """Read by dequantizing: nothing that a model does at every step, but for what no kernel has a form for."""
 
