@@ -282,7 +282,7 @@ def _tells_tokens(model: Any) -> bool:
     outputs = run_on_meta(model, {"input_ids": Shape((1, 2), torch.int64)})
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
-        return True  # it does not run on text alone: nothing says otherwise
+        return model.get_output_embeddings() is not None  # it does not run on text alone
     taken = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return logits.shape[-1] in {model.config.get_text_config().vocab_size, taken}
 

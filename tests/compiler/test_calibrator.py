@@ -73,12 +73,16 @@ def test_other_models_are_calibrated_on_random_inputs(family, tiny_model):
             make_calibrator(checkpoint, RANDOM, print, is_wanted=True)
 
 
-def test_a_model_that_gives_codes_of_sound_samples_no_text(tiny_model):
+def test_a_model_that_gives_codes_of_sound_samples_no_text(tiny_model, monkeypatch):
     model = tiny_model("llama")
     assert is_language_model(model)
     model.lm_head = nn.Linear(model.lm_head.in_features, 3 * 41)
     assert not is_language_model(model)
     kbitc.compile(model, bits=6)  # 'auto' is random inputs
+    monkeypatch.setattr("kbitc.compiler.calibrator.run_on_meta", lambda *_: None)
+    assert is_language_model(model)
+    model.get_output_embeddings = lambda: None
+    assert not is_language_model(model)
 
 
 def test_auto(tiny_model, tmp_path):
