@@ -136,7 +136,8 @@ def _flat(value: Any) -> Iterator[Tensor]:
 class _Matmuls(TorchDispatchMode):
     """Notes the storages that matmuls read.
 
-    Convolutions count where they are a matmul: kernels of one place, or that do not overlap.
+    Convolutions count where they are a matmul: kernels of one place, or that do not overlap. What meets the
+    weight of a linear is an input, learned or not.
     """
 
     names = (
@@ -154,14 +155,16 @@ class _Matmuls(TorchDispatchMode):
         "gru",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, linears: set[int]) -> None:
         super().__init__()
+        self.linears = linears
         self.read: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in self.names or (name == "convolution" and _is_matmul(args)):
-            self.read |= {tensor.untyped_storage().data_ptr() for tensor in _flat(list(args))}
+            operands = {tensor.untyped_storage().data_ptr() for tensor in _flat(list(args))}
+            self.read |= operands & self.linears or operands
         return func(*args, **(kwargs or {}))
 
 
@@ -177,14 +180,14 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
     from transformers.pytorch_utils import Conv1D
 
     by_class = {
-        id(parameter)
+        parameter.untyped_storage().data_ptr()
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, (nn.Linear, Conv1D, nn.MultiheadAttention, nn.LSTM, nn.GRU))
         and parameter.ndim > 1
         and not name.startswith("bias")
     }
-    mode = _Matmuls()
+    mode = _Matmuls(by_class)
     with mode:
         run(model, feed)
     return {
@@ -192,7 +195,7 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
         for name, parameter in model.named_parameters()
         if parameter.ndim > 1
         and parameter.is_floating_point()
-        and (id(parameter) in by_class or parameter.untyped_storage().data_ptr() in mode.read)
+        and parameter.untyped_storage().data_ptr() in by_class | mode.read
     }
 
 
