@@ -112,6 +112,7 @@ FORMS = {
     "times rows": (lambda x, w, g: F.linear(x, w * g[:, None]), X, (16, 32), (16,)),
     "over columns": (lambda x, w, g: x @ (w / (g[:, None] + 9))[:, 2:], X, (32, 16), (32,)),
     "tied to its transpose": (lambda x, w: F.linear(F.linear(x, w).relu(), w.T), X, (16, 32)),
+    "one row beside others": (lambda ids, w: F.embedding(ids, w).tanh() + w[-2, :], IDS, (10, 8)),
     "soft look-up": (lambda ids, w: (F.embedding(ids, w) @ w.T).softmax(-1) @ w, IDS, (10, 8)),
 }
 MODULES = {
