@@ -27,6 +27,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from kbitc.formats import scale_search
@@ -66,6 +67,13 @@ def _load_triton() -> Mapping[str, Callable[..., Any]]:
     for name, kernel in launch.KERNELS.items():
         library.impl(name, kernel, "CUDA")
     return dict(launch.KERNELS)
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels made for a tensor's device are there; what is traced or without data counts as if."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return True
+    return native.load() if tensor.device.type == "cpu" else tensor.is_cuda and bool(_load_triton())
 
 
 def _op(

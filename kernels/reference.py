@@ -92,7 +92,7 @@ def embedding(ids: Tensor, operands: Operands, dtype: torch.dtype) -> Tensor:
 def grouped_linear(x: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
     """Rows of ``x`` (tokens, in), sorted by expert, times their expert's W (experts, rows, in)."""
     out = x.new_zeros(x.shape[0], operands.planes.shape[1])
-    for expert, tokens in _groups(offsets):
+    for expert, tokens in groups(offsets):
         out[tokens] = linear(x[tokens], expert_operands(operands, expert), None)
     return out
 
@@ -100,7 +100,7 @@ def grouped_linear(x: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
 def grouped_input_grad(grad: Tensor, operands: Operands, offsets: Tensor) -> Tensor:
     """The gradient of :func:`grouped_linear` with respect to ``x``; ``grad`` (tokens, rows)."""
     out = grad.new_zeros(grad.shape[0], operands.in_features)
-    for expert, tokens in _groups(offsets):
+    for expert, tokens in groups(offsets):
         out[tokens] = input_grad(grad[tokens], expert_operands(operands, expert))
     return out
 
@@ -142,7 +142,7 @@ def _tiles(operands: Operands, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
         yield rows, dequantize_operands(_indexed(plain, rows), dtype)
 
 
-def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+def groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """``(expert, its tokens)`` for every expert that has tokens."""
     start = 0
     for expert, end in enumerate(offsets.tolist()):

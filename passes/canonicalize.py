@@ -24,7 +24,16 @@ from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match, one_row
 from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
-from kbitc.graph.weight_reads import CHECKS, WeightRead, is_move, op_name, reads_of, stored_values, value_of
+from kbitc.graph.weight_reads import (
+    CHECKS,
+    WeightRead,
+    has_effect,
+    is_move,
+    op_name,
+    reads_of,
+    stored_values,
+    value_of,
+)
 from kbitc.graph.weight_views import ViewRead, view_reads
 from kbitc.tensor.geometry import Geometry
 
@@ -251,7 +260,7 @@ def _rewrite(
         new[node], canonical[node] = make(graph, node, form, weight_of[name], new.__getitem__)
     # A call that reads a weight stays, whoever reads its result: the weight says that it is its use.
     kept = set(canonical.values())
-    graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
+    graph.eliminate_dead_code(lambda node: node in kept or has_effect(node))
     return graph, canonical
 
 

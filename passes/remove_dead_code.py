@@ -17,7 +17,7 @@ from torch import fx
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
 from kbitc.graph.rewriting import copy_of
-from kbitc.graph.weight_reads import CHECKS, is_idle_dropout, op_name
+from kbitc.graph.weight_reads import CHECKS, has_effect, is_idle_dropout, op_name
 from kbitc.pipeline.records import Fired
 
 FACT: Fact[Fired] = Fact("remove_dead_code")
@@ -42,7 +42,7 @@ class RemoveDeadCode:
             elif is_idle_dropout(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(has_effect)
         unread = [node for node in graph.nodes if not node.users and node.op != "output"]
         left = {node.name: _why_kept(program, node) for node in unread}
         kept = {node.name for node in graph.nodes}

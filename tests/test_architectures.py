@@ -153,6 +153,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(7, 8)
         self.unread = nn.Linear(8, 8)
+        self.read, self.query = nn.Linear(8, 8), nn.Parameter(torch.randn(1, 1, 8))
         self.sliced = nn.Parameter(torch.randn(16, 8))
         self.scale = nn.Parameter(torch.randn(2, 8))
         self.point = nn.Conv1d(8, 8, 1)
@@ -164,13 +165,13 @@ class Mixed(nn.Module):
         x = self.embed(ids) * self.scale[0]
         x = x @ self.sliced[:8].T
         y = self.patch(self.overlapping(self.point(x.mT)))
-        return self.lstm(y.mT)[0]
+        return self.lstm(y.mT)[0] + self.read(self.query.expand(len(x), -1, -1))
 
 
 def test_matmul_weights_are_found_by_class_and_by_what_matmuls_read():
     found = matmul_weights(Mixed().eval(), {"ids": torch.arange(6)[None]})
     assert set(found) == {
-        "unread.weight", "sliced", "point.weight", "patch.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"
+        "unread.weight", "read.weight", "sliced", "point.weight", "patch.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"
     }  # fmt: skip
     assert found["sliced"] == 128
 

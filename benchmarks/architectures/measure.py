@@ -138,8 +138,9 @@ def _flat(value: Any) -> Iterator[Tensor]:
 class _Matmuls(TorchDispatchMode):
     """Notes the storages that matmuls read as factors; of two parameters the one on the right.
 
-    An addend is no factor, and what is on the left of a weight is a query that is learned. Convolutions
-    count where they are a matmul: kernels of one place, or that do not overlap.
+    An addend is no factor, and what meets the weight of a linear, or is on the left of another parameter, is
+    an input, learned or not. Convolutions count where they are a matmul: kernels of one place, or that do not
+    overlap.
     """
 
     names = (
@@ -157,8 +158,9 @@ class _Matmuls(TorchDispatchMode):
         "gru",
     )
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, linears: set[int]) -> None:
         super().__init__()
+        self.linears = linears
         self.read: set[int] = set()
         self.stored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -170,7 +172,8 @@ class _Matmuls(TorchDispatchMode):
                 factors = factors[1:]
             read = [tensor.untyped_storage().data_ptr() for tensor in factors]
             is_query = name in ("mm", "addmm", "bmm", "baddbmm") and set(read) <= self.stored
-            self.read |= set(read[1:] if is_query else read)
+            operands = set(read[1:] if is_query else read)
+            self.read |= operands & self.linears or operands
         return func(*args, **(kwargs or {}))
 
 
@@ -186,14 +189,14 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
     from transformers.pytorch_utils import Conv1D
 
     by_class = {
-        id(parameter)
+        parameter.untyped_storage().data_ptr()
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, (nn.Linear, Conv1D, nn.MultiheadAttention, nn.LSTM, nn.GRU))
         and parameter.ndim > 1
         and not name.startswith("bias")
     }
-    mode = _Matmuls(model)
+    mode = _Matmuls(model, by_class)
     with mode:
         run(model, feed)
     return {
@@ -201,7 +204,7 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
         for name, parameter in model.named_parameters()
         if parameter.ndim > 1
         and parameter.is_floating_point()
-        and (id(parameter) in by_class or parameter.untyped_storage().data_ptr() in mode.read)
+        and parameter.untyped_storage().data_ptr() in by_class | mode.read
     }
 
 

@@ -167,6 +167,11 @@ def quantizer_classes() -> tuple[type, type]:
                 for leaf in self._leaves()
             ]
 
+        def update_weight_conversions(self, weight_conversions: list[Any], *_: Any, **__: Any) -> list[Any]:
+            # An artifact has the model's own names: rules for older ones could change them once more.
+            given = weight_conversions if not self.pre_quantized else []
+            return [*given, *self.get_weight_conversions()]
+
         @property
         def is_trainable(self) -> bool:
             return False  # the base is frozen; adapters train over it

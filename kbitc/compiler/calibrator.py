@@ -30,6 +30,8 @@ from kbitc.errors import BackendUnavailable, SourceError, UsageError, out_of_mem
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import Recipe, is_pretrained, tokens_before, tokens_of_media
 from kbitc.graph.given_inputs import drawn_like, named_inputs
+from kbitc.graph.input_shapes import Shape
+from kbitc.graph.media_tokens import run_on_meta
 from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.version import VERSION
@@ -37,7 +39,7 @@ from kbitc.version import VERSION
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
-FORMAT = 4  # of what is kept: its layout, and how text is sampled and inputs are drawn
+FORMAT = 5  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
     "weight at a time; or give the process more memory"
@@ -272,7 +274,17 @@ def is_language_model(model: nn.Module) -> bool:
     can_generate = getattr(model, "can_generate", lambda: False)
     if config is None or not is_pretrained(model) or getattr(config, "is_encoder_decoder", False):
         return False
-    return bool(can_generate()) and hasattr(config.get_text_config(), "vocab_size")
+    return bool(can_generate()) and hasattr(config.get_text_config(), "vocab_size") and _tells_tokens(model)
+
+
+def _tells_tokens(model: Any) -> bool:
+    """Whether its logits are of the tokens that it takes: what makes sound of text has them of codes."""
+    outputs = run_on_meta(model, {"input_ids": Shape((1, 2), torch.int64)})
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        return True  # it does not run on text alone: nothing says otherwise
+    taken = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return logits.shape[-1] in {model.config.get_text_config().vocab_size, taken}
 
 
 def text_windows(

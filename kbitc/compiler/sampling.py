@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kbitc.errors import KbitcError, SourceError, first_line
 from kbitc.graph.context import Progress, silent
+from kbitc.graph.example_inputs import as_text, tokens_of_media
 
 SEED = 0
 PROBED = 3  # tokens on which the ways of sampling are compared
@@ -26,6 +27,8 @@ def sample_windows(
     model: nn.Module, length: int, count: int, seed: int = SEED, on_progress: Progress = silent
 ) -> Tensor:
     """``(count, length)`` int64 token ids that the model samples at temperature 1, from random first tokens.
+
+    Tokens that stand for images and sounds are none of them: nobody gives as many of those.
 
     Args:
         model: a causal language model of transformers, in eval mode; unchanged afterwards.
@@ -40,8 +43,15 @@ def sample_windows(
     from transformers import GenerationConfig
 
     config: Any = model.config
+    special = tokens_of_media(model)
     chosen = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length - 1, pad_token_id=0
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=length - 1,
+        pad_token_id=0,
+        suppress_tokens=special or None,
     )
     generator: Any = model
     own = generator.generation_config
@@ -50,7 +60,8 @@ def sample_windows(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first = torch.randint(config.get_text_config().vocab_size, (count, 1))
+            vocabulary = config.get_text_config().vocab_size
+            first = as_text(torch.randint(vocabulary, (count, 1)), special, vocabulary)
             size, chosen.use_cache = _trusted(generator, first)
             ids = torch.cat(
                 [

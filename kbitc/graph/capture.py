@@ -156,12 +156,12 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copied.eval()
 
 
-def make_traceable(model: nn.Module, experts: str | None = None) -> None:
+def make_traceable(model: nn.Module, experts: str = "grouped_mm") -> None:
     """Options of transformers that decide between equal implementations, on our own copy.
 
     Args:
         model: changed.
-        experts: their implementation; None asks for grouped matmuls: a loop depends on the data.
+        experts: their implementation; a loop over them depends on the data and cannot be traced.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -170,7 +170,8 @@ def make_traceable(model: nn.Module, experts: str | None = None) -> None:
         if not is_pretrained(module):
             continue
         pretrained: Any = module
-        pretrained.set_experts_implementation(experts)
+        if pretrained._can_set_experts_implementation():
+            pretrained.set_experts_implementation(experts)
         if pretrained.config._attn_implementation not in TRACEABLE_ATTENTION:
             pretrained.set_attn_implementation("sdpa" if pretrained._supports_sdpa else "eager")
 

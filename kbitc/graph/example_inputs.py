@@ -106,10 +106,19 @@ class Recipe:
         Args:
             generator: draws.
             text: ``(batch, length)`` int64 token ids to take for the text.
+
+        Raises:
+            UsageError: a token of the text stands for an image or a sound, beside those that are given.
         """
         made = {name: self._drawn(shape, generator) for name, shape in self.shapes.items()}
         if text is not None:
             made["input_ids"] = text
+            held = torch.isin(text, torch.tensor(stand_ins(self.asked), dtype=torch.int64))
+            if self.before and bool(held.any()):
+                raise UsageError(
+                    f"the text holds token {int(text[held][0])}, which stands for a piece of an image or a "
+                    "sound; give text without it"
+                )
         if self.before:
             ids = made["input_ids"]
             made["input_ids"] = torch.cat([torch.tensor(self.before).expand(len(ids), -1), ids], dim=1)
@@ -124,10 +133,15 @@ class Recipe:
             return torch.randn(shape.sizes, generator=generator)
         vocabulary = self.asked.vocabulary
         ids = torch.randint(vocabulary, shape.sizes, generator=generator)
-        taken = torch.tensor(special_ids(self.asked), dtype=torch.int64)
-        while bool((hits := torch.isin(ids, taken)).any()):
-            ids = torch.where(hits, (ids + 1) % vocabulary, ids)
-        return ids
+        return as_text(ids, special_ids(self.asked), vocabulary)
+
+
+def as_text(ids: Tensor, special: Sequence[int], vocabulary: int) -> Tensor:
+    """Token ids with the next id for each that stands for an image or a sound, or around one."""
+    taken = torch.tensor(special, dtype=torch.int64)
+    while bool((hits := torch.isin(ids, taken)).any()):
+        ids = torch.where(hits, (ids + 1) % vocabulary, ids)
+    return ids
 
 
 def tokens_before(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ import torch
 from kbitc.graph.positions import usable_positions
 
 IMAGE_SIZE = 224  # of vision models that take any size, and so have none in their config
+MODALITIES = ("vision_config", "audio_config", "encoder", "encoder_config")  # parts of a config
 FRAMES = 64  # of sound, where the model takes any length: enough for all usual strides
 
 
@@ -40,7 +41,7 @@ class Asked:
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these attributes that the config, or the part of it for one modality, has."""
         config = self.model.config
-        parts = [getattr(config, part, None) for part in ("vision_config", "audio_config", "encoder")]
+        parts = [getattr(config, part, None) for part in MODALITIES]
         others = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
         for name in names:
             for part in (*parts, config, *others):

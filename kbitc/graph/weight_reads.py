@@ -45,6 +45,11 @@ def op_name(node: fx.Node) -> str:
 # What tracing leaves behind to check itself; it computes nothing.
 CHECKS = ("aten._assert_tensor_metadata",)
 
+VMAPS = (
+    "_vmap_increment_nesting",
+    "_vmap_decrement_nesting",
+)  # of torch, which no schema says to have effects
+
 _SAME = (
     *("alias", "detach", "contiguous", "lift_fresh", "to", "_to_copy"),
     *("view", "reshape", "clone"),
@@ -62,6 +67,11 @@ def is_move(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return op_name(node).rpartition(".")[2] in MOVES or is_idle_dropout(node)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """True for a call that stays although nothing reads it: it writes, or begins or ends a ``torch.vmap``."""
+    return node.is_impure() or op_name(node) in VMAPS
 
 
 def stored_values(graph: fx.Graph, parameters: Mapping[str, str]) -> set[fx.Node]:

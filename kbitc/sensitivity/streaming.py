@@ -126,7 +126,9 @@ class LinearOnLoad(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
         """``x @ load().T + bias``."""
         ctx.load = load
-        return F.linear(x, load().to(x.dtype), bias)
+        y = F.linear(x, load().to(x.dtype), bias)
+        # Torch lets nobody write into a view that comes out of here; this is the same memory, and none.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

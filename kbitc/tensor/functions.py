@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.formats.packed import Packed
+from kbitc.kernels.ops import has_kernels
+from kbitc.kernels.reference import groups
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
 from kbitc.tensor.refusals import check_frozen, no_storage
 
@@ -19,11 +21,18 @@ from kbitc.tensor.refusals import check_frozen, no_storage
 # Functions: what a model does with a weight.
 
 
+def _is_laid_otherwise(weight: KbitTensor) -> bool:
+    """Whether the reference kernels, which multiply by rows, would add in another order than the model."""
+    return weight.is_stored_turned and not has_kernels(weight.packed.planes)
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
     if isinstance(input, KbitTensor) or not isinstance(weight, KbitTensor):
         return NotImplemented
     if weight.packed.planes.dim() != 2 or not weight.is_plain:  # weight.dim() would cost a microsecond
         return NotImplemented
+    if weight.is_stored_turned and _is_laid_otherwise(weight):
+        return F.linear(input, weight.laid_out(input.dtype), bias)
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
     out: Tensor = op(input, *weight.operands(), bias)
     return out
@@ -41,6 +50,8 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: 
         return product if product is NotImplemented or dims[1] == 1 else product.mT
     if not _is_matrix(other):
         return NotImplemented
+    if other.dim() == 2 and _is_laid_otherwise(other):
+        return torch.matmul(input, other.laid_out(input.dtype))
     if other.dim() == 3:
         return _bmm(input, other) if input.dim() == 3 and other.is_transposed else NotImplemented
     return _linear(input, other.mT)
@@ -53,10 +64,19 @@ def _is_matrix(weight: Tensor) -> TypeGuard[KbitTensor]:
 
 def _bmm(input: Tensor, weight: KbitTensor) -> Tensor:  # noqa: A002
     """``(experts, m, in) @ (experts, in, rows)``: each expert is a group of m rows."""
+    if not has_kernels(weight.packed.planes):
+        each = (torch.bmm(input[i : i + 1], _expert(weight, i, input)[None]) for i in range(len(input)))
+        return torch.cat(list(each))
     experts, rows = input.shape[0], input.shape[1]
     offsets = torch.arange(1, experts + 1, device=input.device, dtype=torch.int32) * rows
     out: Tensor = grouped_mm(input.flatten(0, 1), weight, offs=offsets)
     return out.view(experts, rows, -1)
+
+
+def _expert(weight: KbitTensor, expert: int, like: Tensor) -> Tensor:
+    """One matrix of a batch, dense, of another tensor's dtype."""
+    one: KbitTensor = _getitem(weight, expert)
+    return one.laid_out(like.dtype)
 
 
 def _addmm(
@@ -68,10 +88,13 @@ def _addmm(
     alpha: float = 1,
     out: None = None,
 ) -> Any:
-    if (beta, alpha) == (1, 1) and input.dim() == 1 and out is None and _is_matrix(mat2):
-        return _linear(mat1, mat2.mT, input)
     if isinstance(input, KbitTensor):
         return NotImplemented
+    if _is_matrix(mat2) and not isinstance(mat1, KbitTensor) and out is None:
+        if not has_kernels(mat2.packed.planes):
+            return torch.addmm(input, mat1, mat2.laid_out(mat1.dtype), beta=beta, alpha=alpha)
+        if (beta, alpha) == (1, 1) and input.dim() == 1:
+            return _linear(mat1, mat2.mT, input)
     product = _matmul(mat1, mat2, out=out)
     return product if product is NotImplemented else beta * input + alpha * product
 
@@ -106,7 +129,12 @@ def grouped_mm(
     is_matrix = _is_matrix(mat2) and mat2.dim() == 3
     if not isinstance(mat2, KbitTensor) or not is_matrix or not mat2.is_transposed or offs is None:
         raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
-    out: Tensor = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
+    if _is_laid_otherwise(mat2):
+        out = input.new_zeros(len(input), mat2.shape[-1])
+        for expert, rows in groups(offs):
+            out[rows] = input[rows] @ _expert(mat2, expert, input)
+    else:
+        out = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
     if bias is not None:
         out = out + bias
     return out if out_dtype is None else out.to(out_dtype)

@@ -23,7 +23,7 @@ from kbitc.tensor.refusals import CHANGED, DENSE, check_frozen, refusal
 
 aten = torch.ops.aten
 
-_Context: TypeAlias = tuple[Spec, int, torch.dtype, bool, str, "Geometry | None"]
+_Context: TypeAlias = tuple[Spec, int, torch.dtype, bool, str, "Geometry | None", bool]
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """What a packed weight serves: `kbitc.tensor.functions` fills it, which importing the room sees to.
@@ -45,6 +45,7 @@ class KbitTensor(Tensor):
             the kernel of a convolution, rows of a weight.
         factor: of the logical shape, most of its strides 0; what is read is the packed matrix times it.
         activations: "float", or "int8" for a linear in integers (`kbitc.tensor.activations`).
+        is_stored_turned: the model's parameter, of which this may be a view, is ``(..., in_features, rows)``.
     """
 
     packed: Packed
@@ -52,6 +53,7 @@ class KbitTensor(Tensor):
     geometry: Geometry | None
     factor: Tensor | None
     activations: str
+    is_stored_turned: bool
 
     @staticmethod
     def __new__(
@@ -63,6 +65,7 @@ class KbitTensor(Tensor):
         activations: str = "float",
         geometry: Geometry | None = None,
         factor: Tensor | None = None,
+        is_stored_turned: bool | None = None,
         requires_grad: bool = False,
     ) -> KbitTensor:
         """Wrap ``packed`` as a tensor whose logical dtype, that of embeddings, is ``dtype``.
@@ -91,6 +94,7 @@ class KbitTensor(Tensor):
         self.activations = activations
         self.geometry = geometry
         self.factor = factor
+        self.is_stored_turned = is_transposed if is_stored_turned is None else is_stored_turned
         for name in TENSOR_FIELDS:
             setattr(self, f"_{name}", getattr(packed, name))
         return self
@@ -112,6 +116,13 @@ class KbitTensor(Tensor):
         elif self.is_transposed:
             dense = dense.mT
         return dense if self.factor is None else dense * self.factor.to(dense.dtype)
+
+    def laid_out(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The same with a dense model's strides, with which matmuls give the same bits."""
+        dense = self.dequantize(dtype)
+        if not self.is_stored_turned or self.geometry is not None:
+            return dense
+        return dense.contiguous() if self.is_transposed else dense.mT.contiguous().mT
 
     @property
     def is_plain(self) -> bool:
@@ -146,6 +157,7 @@ class KbitTensor(Tensor):
             activations=self.activations,
             geometry=None if is_matrix else geometry,
             factor=factor,
+            is_stored_turned=self.is_stored_turned,
         )
 
     @property
@@ -173,7 +185,7 @@ class KbitTensor(Tensor):
         if self.factor is not None:
             names.append("factor")
         packed = self.packed
-        form = (self.is_transposed, self.activations, self.geometry)
+        form = (self.is_transposed, self.activations, self.geometry, self.is_stored_turned)
         return names, (packed.spec, packed.in_features, self.dtype, *form)
 
     @staticmethod
@@ -184,7 +196,7 @@ class KbitTensor(Tensor):
         outer_stride: Iterable[int],
     ) -> KbitTensor:
         del outer_size, outer_stride
-        spec, in_features, dtype, is_transposed, activations, geometry = context
+        spec, in_features, dtype, is_transposed, activations, geometry, is_stored_turned = context
         fields = {name: inner.get(f"_{name}") for name in TENSOR_FIELDS}
         packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
         return KbitTensor(
@@ -194,6 +206,7 @@ class KbitTensor(Tensor):
             activations=activations,
             geometry=geometry,
             factor=inner.get("factor"),
+            is_stored_turned=is_stored_turned,
         )
 
     def _like(self, packed: Packed, dtype: torch.dtype | None = None) -> KbitTensor:
@@ -204,13 +217,18 @@ class KbitTensor(Tensor):
             activations=self.activations,
             geometry=self.geometry,
             factor=self.factor,
+            is_stored_turned=self.is_stored_turned,
         )
 
     def _turned(self) -> Any:
         if self.geometry is not None or self.factor is not None:
             return NotImplemented
         return KbitTensor(
-            self.packed, self.dtype, is_transposed=not self.is_transposed, activations=self.activations
+            self.packed,
+            self.dtype,
+            is_transposed=not self.is_transposed,
+            activations=self.activations,
+            is_stored_turned=self.is_stored_turned,
         )
 
     @classmethod

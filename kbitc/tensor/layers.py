@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from kbitc.kernels.ops import has_kernels
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor
 
 
@@ -77,6 +79,11 @@ def _convolution(
     if isinstance(input, KbitTensor) or not is_patchwise(kernel, stride, padding, dilation, groups):
         return NotImplemented
     return patch_convolution(input, weight, bias, stride)
+
+
+def _packed_convolution(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:  # noqa: A002
+    is_plain = isinstance(weight, KbitTensor) and not has_kernels(weight.packed.planes)
+    return NotImplemented if is_plain else _convolution(input, weight, *rest, **options)
 
 
 # Recurrent layers. A cell is (projected input, state, its weights) to the next state.
@@ -208,9 +215,23 @@ def _one_step(kind: str) -> Callable[..., Any]:
     return call
 
 
-FUNCTIONS.update(dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution))
-FUNCTIONS.update({getattr(torch, kind): _layer(kind) for kind in CELLS})
-FUNCTIONS.update({getattr(torch, f"{kind}_cell"): _one_step(kind) for kind in CELLS})
+def _served(function: Callable[..., Any], by_matmuls: Callable[..., Any]) -> Callable[..., Any]:
+    """By matmuls, where there are kernels for them; else torch's own on dequantized weights."""
+
+    def call(*given: Any) -> Any:
+        weights = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, KbitTensor)]
+        if has_kernels(weights[0].packed.planes):
+            return by_matmuls(*given)
+        return function(*pytree.tree_map_only(KbitTensor, KbitTensor.laid_out, given))
+
+    return call
+
+
+FUNCTIONS.update(dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _packed_convolution))
+for _kind in CELLS:
+    _whole, _cell = getattr(torch, _kind), getattr(torch, f"{_kind}_cell")
+    FUNCTIONS[_whole] = _served(_whole, _layer(_kind))
+    FUNCTIONS[_cell] = _served(_cell, _one_step(_kind))
 
 
 def as_matmuls(name: str, args: Sequence[Any]) -> Callable[..., Any] | None:

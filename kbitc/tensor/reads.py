@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kbitc.formats.packed import Packed
 from kbitc.kernels import reference
+from kbitc.kernels.ops import has_kernels
 from kbitc.tensor.geometry import Geometry
 from kbitc.tensor.kbit_tensor import READS, KbitTensor
 
@@ -47,7 +48,17 @@ class Part(NamedTuple):
 
 def dense(value: Any) -> Any:
     """A packed weight dequantized, anything else as it is."""
-    return value.dequantize() if isinstance(value, KbitTensor) else value
+    return value.laid_out() if isinstance(value, KbitTensor) else value
+
+
+def _dense_view(weight: KbitTensor, dtype: torch.dtype) -> Tensor:
+    """The same in another dtype; of a matrix that is a part of the packed one, that part alone."""
+    is_matrix = weight.factor is None and weight.dim() == 2 and not weight.is_stored_turned
+    part = part_of(weight.packed, weight.placement()) if is_matrix else None
+    if part is None:
+        return weight.laid_out(dtype)
+    rows: Tensor = kbit.dequantize(*part.packed.operands(), dtype)[:, part.first : part.last]
+    return rows.t() if part.is_turned else rows
 
 
 def rows_of(packed: Packed, start: int, stop: int) -> Packed:
@@ -189,8 +200,11 @@ def _select(weight: KbitTensor, dim: int, index: int) -> Any:
     """One row of a matrix as a dense vector, looked up; of anything else a view."""
     if not weight.is_plain or weight.dim() != 2 or dim not in (0, -2):
         return _view(aten.select.int)(weight, dim, index)
-    row = torch.tensor(range(weight.shape[0])[index], device=weight.device)
-    return kbit.embedding(row, *weight.operands(), weight.dtype)
+    with torch.inference_mode(weight.is_inference()):  # as for a view
+        if not has_kernels(weight.packed.planes):
+            return aten.select(weight.dequantize(), dim, index)
+        row = torch.tensor(range(weight.shape[0])[index], device=weight.device)
+        return kbit.embedding(row, *weight.operands(), weight.dtype)
 
 
 def _moved_factor(factor: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
@@ -241,37 +255,59 @@ def _on_dense(func: Any) -> Callable[..., Any]:
     return call
 
 
+def _multiplied(func: Any, product: Callable[..., Any]) -> Callable[..., Any]:
+    """By kernels, where there are some; else the very call on the dequantized weight."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        weights = [value for value in args if isinstance(value, KbitTensor)]
+        if has_kernels(weights[0].packed.planes):
+            return product(*args, **kwargs)
+        others = [value for value in args if isinstance(value, Tensor) and not isinstance(value, KbitTensor)]
+        dtype = next((other.dtype for other in others if other.is_floating_point()), weights[0].dtype)
+        dense_args = (_dense_view(v, dtype) if isinstance(v, KbitTensor) else v for v in args)
+        return func(*dense_args, **kwargs)
+
+    return call
+
+
 VIEWS = (
     *(aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default),
     *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default),
     *(aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.select.int),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
 )
+RESIZED = (
+    *(aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest2d, aten.upsample_bilinear2d),
+    *(aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+)
+"""What fits a table of positions to an image of another size."""
+
 DENSE = (
     *(aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.cat.default),
     *(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.convolution.default),
     aten.sum.dim_IntList,  # the gradient of a factor
+    aten.grid_sampler_2d.default,
+    *(getattr(packet, overload) for packet in RESIZED for overload in ("default", "vec")),
 )
 """Read by dequantizing: nothing that a model does at every step, but for what no kernel has a form for."""
 
 READS.update({func: _view(func) for func in VIEWS})
 READS.update({func: _on_dense(func) for func in DENSE})
-READS.update(
-    {
-        aten._reshape_alias.default: lambda weight, size, _: aten.view(weight, size),
-        aten.select.int: _select,
-        aten.mm.default: _mm,
-        aten.bmm.default: _bmm,
-        aten.mv.default: _mv,
-        aten.addmm.default: _added(_mm),
-        aten.addmv.default: _added(_mv),
-        aten.baddbmm.default: _added(_bmm),
-        aten.addbmm.default: _added(lambda left, right: _bmm(left, right).sum(0)),
-        aten.mul.Tensor: _times,
-        aten.mul.Scalar: _times,
-        aten.div.Tensor: _over,
-        aten.div.Scalar: _over,
-        aten.neg.default: lambda weight: _times(weight, -1.0),
-        aten._weight_norm_interface.default: _weight_norm,
-    }
-)
+READS[aten.select.int] = _select
+READS[aten._reshape_alias.default] = lambda weight, size, _: aten.view(weight, size)
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+    aten.mv.default: _mv,
+    aten.addmm.default: _added(_mm),
+    aten.addmv.default: _added(_mv),
+    aten.baddbmm.default: _added(_bmm),
+    aten.addbmm.default: _added(lambda left, right: _bmm(left, right).sum(0)),
+    aten.mul.Tensor: _times,
+    aten.mul.Scalar: _times,
+    aten.div.Tensor: _over,
+    aten.div.Scalar: _over,
+    aten.neg.default: lambda weight: _times(weight, -1.0),
+    aten._weight_norm_interface.default: _weight_norm,
+}
+READS.update({func: _multiplied(func, product) for func, product in PRODUCTS.items()})

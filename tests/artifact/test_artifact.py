@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 
@@ -15,6 +16,8 @@ import kbitc
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.reader import Artifact
 from kbitc.artifact.writer import Writer, _lay_out
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
 from kbitc.quantizers import quantize
@@ -323,3 +326,17 @@ def test_artifact_of_a_plain_module_says_how_to_load_it(saved):
 def test_loading_into_another_module_is_an_error(saved):
     with pytest.raises(UsageError, match="does not fit"):
         kbitc.load_into(nn.Sequential(nn.Linear(100, 30)), saved[1])
+
+
+def test_names_that_a_rule_of_transformers_would_change_again_are_found(tmp_path):
+    """Tipsv2 has "token_embedding." in a checkpoint become "embeddings.token_embedding.", which holds it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Tipsv2TextConfig(**sizes, vocab_size=64, max_position_embeddings=16)
+    model = transformers.Tipsv2TextModel(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    compile_to(tmp_path / "source", tmp_path / "out", Request.of(spec="int8:32"))
+    loaded = kbitc.load(tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        ours, theirs = loaded(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.1)

@@ -12,6 +12,7 @@ from kbitc.compiler.calibrator import (
     RANDOM,
     SELF,
     Calibrator,
+    is_language_model,
     make_calibrator,
     sample_windows,
     text_windows,
@@ -70,6 +71,14 @@ def test_other_models_are_calibrated_on_random_inputs(family, tiny_model):
         assert make_calibrator(checkpoint, "auto", print, is_wanted=True) is None
         with pytest.raises(UsageError, match="not a model of transformers"):
             make_calibrator(checkpoint, RANDOM, print, is_wanted=True)
+
+
+def test_a_model_that_gives_codes_of_sound_samples_no_text(tiny_model):
+    model = tiny_model("llama")
+    assert is_language_model(model)
+    model.lm_head = nn.Linear(model.lm_head.in_features, 3 * 41)
+    assert not is_language_model(model)
+    kbitc.compile(model, bits=6)  # 'auto' is random inputs
 
 
 def test_auto(tiny_model, tmp_path):

@@ -12,6 +12,7 @@ from kbitc.compiler.calibrator import Calibrator
 from kbitc.compiler.sampling import sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
 from kbitc.errors import MemoryShortage, SourceError, UsageError, out_of_memory
+from kbitc.graph.example_inputs import Recipe
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -153,3 +154,20 @@ def test_memory_that_ends_is_one_error_that_says_what_to_do(tiny_model, monkeypa
     with open_checkpoint(tiny_model("llama")) as checkpoint:
         with pytest.raises(MemoryShortage, match=r"sampling text from the model.*--calibrate none"):
             Calibrator(checkpoint).windows()
+
+
+def test_no_token_that_stands_for_an_image_is_sampled():
+    """A model counts them: more than it has features for is an error in its forward."""
+    image = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 48}
+    vision = T.CLIPVisionConfig(**image, num_hidden_layers=1, num_attention_heads=2)
+    text = T.LlamaConfig(**{**SIZES, "vocab_size": 16}, **HEADS)
+    config = T.LlavaConfig(text_config=text, vision_config=vision, image_token_index=7)
+    torch.manual_seed(0)
+    model = T.LlavaForConditionalGeneration(config).eval()
+    ids = sample_windows(model, 48, 8)
+    assert set(ids.unique().tolist()) == set(range(16)) - {7}
+    feed = Recipe.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])
+    assert (feed["input_ids"] == 7).sum() == 4
+    ids[0, 5] = 7
+    with pytest.raises(UsageError, match="the text holds token 7, which stands for a piece of an image"):
+        Recipe.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kbitc.errors import SourceError, UsageError
@@ -9,6 +10,7 @@ from kbitc.graph.capture import NOT_LOOKED_AT, capture
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs
 from kbitc.graph.program import Stage
+from kbitc.passes.canonicalize import Canonicalize
 
 FAMILIES = ("gpt2", "opt", "bloom", "gpt_neox", "llama", "mixtral", "roberta", "bart", "t5", "clip")
 
@@ -170,6 +172,19 @@ def test_what_cannot_be_traced_is_a_source_error():
 
     with pytest.raises(SourceError, match=r"Branching: torch.export cannot trace it .*pass example_inputs"):
         capture(Branching(), (torch.zeros(2, 7),))
+
+
+def test_experts_are_traced_as_grouped_matmuls_also_where_a_model_prefers_its_loop():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 64}
+    heads |= {"pad_token_id": 0, "eos_token_id": 1, "num_experts_per_tok": 2}
+    config = transformers.OpenAIPrivacyFilterConfig(**sizes, **heads)
+    with torch.device("meta"):
+        model = transformers.OpenAIPrivacyFilterModel(config)
+    program = Canonicalize().run(capture(model))
+    assert program.untraced == ""
+    assert {"layers.0.mlp.router.weight", "layers.0.mlp.experts.gate_up_proj"} <= set(program.weights)
+    assert not [name for name, rest in program.rest.items() if rest.is_matmul]
 
 
 def test_a_packed_model_is_refused():

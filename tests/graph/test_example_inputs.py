@@ -50,6 +50,12 @@ def speech_to_text():
     )
 
 
+def parakeet():
+    conv = {"subsampling_conv_channels": 8, "conv_kernel_size": 3}
+    encoder = {**SIZES, "num_key_value_heads": 2, "num_mel_bins": 16, **conv}
+    return T.ParakeetForCTC(T.ParakeetCTCConfig(encoder_config=encoder, vocab_size=40, pad_token_id=0))
+
+
 def patchtst():
     sizes = {"patch_length": 8, "patch_stride": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     return T.PatchTSTForPrediction(
@@ -139,6 +145,7 @@ MODELS = {
     "speech_to_text": (speech_to_text, {"input_features": (2, 64, 16), "decoder_input_ids": (2, 7)}),
     "wav2vec2": (lambda: sound("Wav2Vec2"), {"input_values": (2, 20480)}),
     "hubert": (lambda: sound("Hubert"), {"input_values": (2, 20480)}),
+    "parakeet": (parakeet, {"input_features": (2, 64, 16)}),
     "patchtst": (patchtst, {"past_values": (2, 32, 3)}),
     "time_series": (
         lambda: T.TimeSeriesTransformerForPrediction(T.TimeSeriesTransformerConfig(**SERIES)),

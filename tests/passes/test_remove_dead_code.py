@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,6 +49,19 @@ def test_dropouts_of_evaluation_go_and_those_of_training_stay():
     assert [node.target for node in calls] == [torch.ops.aten.dropout.default, torch.ops.aten.add.Tensor]
     assert calls[0].args[2] is True
     assert after.facts[FACT].groups == (("dropout",),)
+
+
+def test_what_vmap_opens_and_closes_stays():
+    def function(x):
+        torch.sin(x)
+        return torch.vmap(lambda row: row.sum() + row.new_ones(()))(x)
+
+    x = torch.randn(2, 3)
+    for name in ("remove_dead_code", "canonicalize"):
+        stage = Stage.PACKED if name == "remove_dead_code" else Stage.CAPTURED
+        after = PassManager([name]).run(replace(program_of(function, x), stage=stage))
+        assert "sin" not in {node.name for node in after.graph.graph.nodes}
+        assert torch.equal(torch.fx.Interpreter(after.graph).run(x)[0], function(x))
 
 
 def test_nothing_to_do():

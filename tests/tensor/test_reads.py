@@ -18,6 +18,12 @@ from kbitc.tensor.reads import part_of
 X, Y = torch.randn(5, 40), torch.randn(5, 24)
 IMAGE = torch.randn(2, 10, 7, 8)
 
+
+def table(weight):
+    """Positions of 4 by 6 places."""
+    return weight.view(4, 6, 40).permute(2, 0, 1).unsqueeze(0)
+
+
 CALLS = {
     "transposed": lambda w: F.linear(Y, w.T),
     "rows": lambda w: F.linear(X, w[3:9]),
@@ -48,6 +54,10 @@ CALLS = {
     "patches": lambda w: F.conv2d(IMAGE, w.view(24, 10, 2, 2), torch.ones(24), stride=2).flatten(2),
     "overlapping": lambda w: F.conv1d(IMAGE[0], w.view(24, 8, 5)[:, :7], padding=1),
     "no rows": lambda w: F.linear(X[:0], w[:3]),
+    "bilinear": lambda w: F.interpolate(table(w), size=(5, 3), mode="bilinear", antialias=True),
+    "bicubic": lambda w: F.interpolate(table(w), size=(5, 3), mode="bicubic"),
+    "nearest": lambda w: F.interpolate(table(w), scale_factor=2),
+    "sampled": lambda w: F.grid_sample(table(w), Y.tanh()[:, :2].view(1, 5, 1, 2), align_corners=False),
 }
 
 
