@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType
 
@@ -34,13 +35,35 @@ def read_directly(model: nn.Module, path: str) -> bool:
 
 
 @functools.cache
+def added_biases(owner: type) -> frozenset[str]:
+    """Parameters of a class, biases by name, that its methods only add: ``x + self.bias_u``."""
+    added: set[str] = set()
+    otherwise: set[str] = set()
+    for code in (code for each in owner.__mro__ if _is_own(each) for code in _codes(each)):
+        for step, after in itertools.pairwise(dis.get_instructions(code)):
+            if step.opname in _ATTRIBUTES and after.argval not in _OF_A_TENSOR:
+                is_added = after.opname == "BINARY_OP" and after.argrepr in ("+", "+=")
+                (added if is_added else otherwise).add(step.argval)
+    return frozenset(name for name in added - otherwise if "bias" in name)
+
+
+@functools.cache
 def _weights_read(owner: type) -> frozenset[str]:
     """Names of modules whose weights the methods of one class take."""
-    if not issubclass(owner, nn.Module) or owner.__module__.startswith(_BASES):
+    if not _is_own(owner):
         return frozenset()
+    return frozenset(name for code in _codes(owner) for name in _in_code(code))
+
+
+def _is_own(owner: type) -> bool:
+    """Whether a class is a model's, not torch's or transformers' base of all."""
+    return issubclass(owner, nn.Module) and not owner.__module__.startswith(_BASES)
+
+
+def _codes(owner: type) -> list[CodeType]:
     methods = (method for name, method in vars(owner).items() if name not in _MAKERS)
     codes = (getattr(inspect.unwrap(each), "__code__", None) for each in methods if callable(each))
-    return frozenset(name for code in codes if code is not None for name in _in_code(code))
+    return [code for code in codes if code is not None]
 
 
 def _in_code(code: CodeType) -> Iterator[str]:

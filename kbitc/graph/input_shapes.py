@@ -41,7 +41,8 @@ class Asked:
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these attributes that the config, or the part of it for one modality, has."""
         config = self.model.config
-        parts = [getattr(config, part, None) for part in MODALITIES]
+        inner = getattr(config, "encoder", None)
+        parts = [getattr(each, part, None) for each in (config, inner) for part in MODALITIES]
         others = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
         for name in names:
             for part in (*parts, config, *others):

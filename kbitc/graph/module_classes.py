@@ -16,7 +16,7 @@ from typing import TypeAlias
 from torch import nn
 
 from kbitc.checkpoint.names import first_names
-from kbitc.graph.direct_reads import read_directly
+from kbitc.graph.direct_reads import added_biases, read_directly
 from kbitc.graph.matching import KERNEL, Miss
 from kbitc.tensor.layers import is_patchwise
 
@@ -106,7 +106,7 @@ def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, Modu
     for classes, names, miss in _MISSES:
         if isinstance(module, classes):
             return {leaf: miss for leaf in module._parameters if leaf.startswith(names)}
-    return {}
+    return dict.fromkeys(added_biases(type(module)) & set(module._parameters), Miss("added to other values"))
 
 
 def _of_convolution(module: nn.modules.conv._ConvNd) -> ModuleUse | Miss:

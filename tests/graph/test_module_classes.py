@@ -142,3 +142,19 @@ def test_an_embedding_whose_weight_code_above_it_reads_is_no_table_of_rows():
         "made",
     }
     assert not found["added"][0].is_matmul
+
+
+def test_a_parameter_that_code_only_adds_is_no_weight_and_any_other_may_be():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.both, self.factor = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+            nn.init.zeros_(self.bias)
+
+        def forward(self, x):
+            y = (x.to(self.bias.dtype) + self.bias) @ self.factor.T
+            return y, x + self.both, x @ self.both.T
+
+    (use,) = uses_by_class(Attention()).pop("bias")
+    assert not use.is_matmul
+    assert set(uses_by_class(Attention())) == {"bias"}
