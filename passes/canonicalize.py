@@ -20,7 +20,7 @@ from torch import fx
 from kbitc.graph.contraction import Contraction, contraction
 from kbitc.graph.contraction_nodes import build_contraction
 from kbitc.graph.layers import written_as_matmuls
-from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match
+from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match, one_row
 from kbitc.graph.module_classes import ModuleUse
 from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
@@ -119,9 +119,20 @@ def _decide(program: Program) -> dict[str, Outcomes]:
         if _is_odd(outcomes):
             size = program.rest[name].shape
             better = _agreed([(read.node, _general(read, deep)) for read in seen[name]], size)
-            outcomes = outcomes if better is None else better
+            outcomes = _with_rows(read_by[name], outcomes) if better is None else better
         decided[name] = outcomes
     return decided
+
+
+def _with_rows(reads: list[WeightRead], outcomes: Outcomes) -> Outcomes:
+    """With single rows as look-ups, of a parameter that others are looked up in."""
+    if not any(isinstance(form, Match) and form.kind == "embedding" for _, form in outcomes):
+        return outcomes
+    rows = [
+        one_row(read) if isinstance(form, Miss) else None
+        for read, (_, form) in zip(reads, outcomes, strict=True)
+    ]
+    return [(node, row or form) for row, (node, form) in zip(rows, outcomes, strict=True)]
 
 
 def _is_odd(outcomes: Outcomes) -> bool:

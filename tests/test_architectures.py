@@ -16,6 +16,7 @@ from benchmarks.architectures.__main__ import line, main
 from benchmarks.architectures.classes import SPECIAL, TABLES, model_classes, spread
 from benchmarks.architectures.inputs import inputs_for
 from benchmarks.architectures.measure import difference, matmul_weights
+from benchmarks.architectures.selections import Selections
 from benchmarks.architectures.shrink import HIDDEN, VOCABULARY, shrink
 from benchmarks.processes import Job, run_jobs
 
@@ -253,3 +254,35 @@ def test_a_budget_below_what_stays_unpacked_has_a_line():
     record = {"kind": "vision", "class": "Tiny", "stage": "done", "bits": True, "budget": "cannot be met"}
     assert line(record) == "vision: Tiny, no budget: what is not packed weighs more"
     assert line(record | {"bits_per_param": 3.999}) == "vision: Tiny, 4.00 bits"
+
+
+def test_a_choice_among_equals_is_held_and_what_it_is_worth_is_told():
+    scores = torch.tensor([[0.5, 0.5 + 1e-6, 0.1, -2.0]])
+    rows = torch.arange(4.0)
+    with Selections() as chosen:
+        first = rows[scores.topk(1).indices]
+    other = scores + torch.tensor([[2e-6, 0, 0, 0]])
+    assert rows[other.topk(1).indices] != first
+    with Selections(chosen.made) as held:
+        assert rows[other.topk(1).indices] == first
+    assert held.gap == pytest.approx(2e-6, rel=0.1)  # in 0.5
+    with Selections(chosen.made) as held:
+        assert rows[scores.flip(1).topk(1).indices] == first
+    assert held.gap == pytest.approx(0.8, rel=1e-3)
+    with Selections(chosen.made) as held:
+        scores.topk(2)
+    assert held.gap == float("inf")
+
+
+def test_addends_and_queries_that_are_learned_are_no_matmul_weights():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.added, self.query, self.key = (
+                nn.Parameter(torch.randn(size)) for size in ((2, 3, 4), (2, 1, 4), (5, 3), (3, 5))
+            )
+
+        def forward(self, x):
+            return torch.baddbmm(self.added, x, self.heads), self.query @ self.key
+
+    assert matmul_weights(Model(), {"x": torch.randn(2, 6, 3)}) == {"heads": 24, "key": 15}

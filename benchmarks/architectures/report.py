@@ -96,7 +96,10 @@ def page(records: Sequence[Record]) -> str:
         "",
         "*Packed* is the share of parameters of matmul weights: those of `nn.Linear` and its kind, and what",
         "the dense model hands to a matmul (convolutions whose kernels do not overlap included). *Error* is",
-        "the largest difference of an output in its largest value; *=*: 0 with the reference kernels.",
+        "the largest difference of an output in its largest value; *=*: 0 with the reference kernels;",
+        "*selects*: of a model that goes on with the largest of many scores, which differences in the last",
+        "bits may order otherwise. The error is then that with the dense model's choice held, or what the",
+        "scores of both choices differ by, if that is more; the last column says what it is without.",
         "",
     ]
     kinds: dict[str, list[Record]] = {}
@@ -120,6 +123,10 @@ def _row(record: Record) -> str:
     said = [text for text in (*(record.get("errors") or {}).values(), record.get("message")) if text]
     if not said and record.get("unpacked"):
         said = [f"{record['unpacked_count']} unpacked: {record['unpacked'][0]}"]
+    selects = record.get("selects")
+    if selects:
+        error += " selects"
+        said = [*said, f"{selects['error']:.1e} with its own choice"]
     note = _plain((said or [""])[0])
     cells = (
         f"`{record['class']}`",

@@ -29,8 +29,8 @@ from kbitc.checkpoint.float32_names import float32_names
 from kbitc.checkpoint.names import first_names, stored_names
 from kbitc.errors import SourceError, UsageError, did_you_mean, first_line
 from kbitc.graph.context import Context
+from kbitc.graph.example_inputs import UnknownInputError, is_pretrained
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
-from kbitc.graph.example_inputs import is_pretrained
 from kbitc.graph.module_classes import ByClass, ModuleUse, uses_by_class
 from kbitc.graph.program import Program, Rest
 from kbitc.graph.trace_progress import told_of_modules
@@ -62,14 +62,19 @@ def capture(
 
     Returns:
         A program whose ``rest`` lists every stored tensor in the model's order, tied ones once; with
-        ``untraced``, and without a graph, where torch.export cannot trace the model.
+        ``untraced``, and without a graph, where torch.export cannot trace the model or an input of it is
+        of a kind that cannot be made.
 
     Raises:
         UsageError: inputs are needed and not given, or the model is already packed.
         SourceError: the model cannot be traced, and no module is of a class that tells of a weight.
     """
+    unknown: UnknownInputError | None = None
     if example_inputs is None:
-        example_inputs = make_example_inputs(model)
+        try:
+            example_inputs = make_example_inputs(model)
+        except UnknownInputError as error:
+            unknown, example_inputs = error, {}
     else:
         _check_fit(model, *_split(example_inputs))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -79,10 +84,13 @@ def capture(
     stored, by_class = StoredNames.of(traced), uses_by_class(traced)
     rest, context = stored.as_rest(traced), context or Context()
     try:
+        if unknown is not None:
+            raise _Untraceable(f"it takes '{unknown.name}', which cannot be made from its config")
         with told_of_modules(traced, context.on_progress):
             exported = _export(traced, args, kwargs)
     except _Untraceable as error:
-        _check_known(type(model).__name__, by_class, str(error))
+        if not _is_known(by_class):
+            raise unknown or _unknown_model(type(model).__name__, str(error)) from error
         return Program(_empty(), {}, rest=rest, context=context, by_class=by_class, untraced=str(error))
     graph, parameters = _tidy(exported, stored.first)
     return Program(graph, parameters, rest=rest, context=context, by_class=by_class)
@@ -210,14 +218,18 @@ def _failing(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _check_known(label: str, by_class: ByClass, error: str) -> None:
-    if not any(isinstance(use, ModuleUse) for uses in by_class.values() for use in uses):
-        raise SourceError(
-            f"{label}: torch.export cannot trace it ({error}), and no module of it is of a class that says "
-            "which weights it multiplies by (nn.Linear, nn.Embedding, transformers' Conv1D and experts). If "
-            "the inputs are to blame, pass example_inputs; if forward branches on tensor values, rewrite "
-            "that branch with torch.where or torch.cond"
-        )
+def _is_known(by_class: ByClass) -> bool:
+    """Whether modules' classes tell of a weight."""
+    return any(isinstance(use, ModuleUse) for uses in by_class.values() for use in uses)
+
+
+def _unknown_model(label: str, error: str) -> SourceError:
+    return SourceError(
+        f"{label}: torch.export cannot trace it ({error}), and no module of it is of a class that says "
+        "which weights it multiplies by (nn.Linear, nn.Embedding, transformers' Conv1D and experts). If "
+        "the inputs are to blame, pass example_inputs; if forward branches on tensor values, rewrite "
+        "that branch with torch.where or torch.cond"
+    )
 
 
 def _empty() -> fx.GraphModule:

@@ -6,6 +6,7 @@ view leaves out are zeros, and of the result the rows that it has are kept and p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def build_contraction(
     canonical = _canonical(x, form, weight, None if bias is None else new(bias))
     out = _Named(canonical, "", do)
     if form.groups is not None:
-        sizes = dict(zip(x.names, value_of(x.node).shape, strict=False))
+        sizes = dict(zip(x.names, _sizes(x), strict=False))
         shape = [*(sizes[name] for name in groups + rest), rows.total]
         out.node = do(aten.reshape.default, canonical, shape)
     if rows.length != rows.total:
@@ -140,11 +141,7 @@ def _canonical(x: _Named, form: Contraction, weight: fx.Node, bias: fx.Node | No
     else:
         if len(form.groups.names) == 0:
             x.node = x.do(aten.unsqueeze.default, x.node, 0)
-        count = form.groups.length
-        value = value_of(x.node)
-        tokens = value[..., 0].numel() // count
-        flat = x.do(aten.reshape.default, x.node, [count * tokens, value.shape[-1]])
-        offsets = _offsets(x, form, tokens)
+        flat, offsets = _grouped(x, form)
         out = graph.call_function(program.grouped_linear, (flat, weight, offsets), flags)
         x_value = value_of(flat)
         out.meta = {**like.meta, "val": x_value.new_empty(x_value.shape[0], form.rows.total)}
@@ -156,7 +153,32 @@ def _canonical(x: _Named, form: Contraction, weight: fx.Node, bias: fx.Node | No
     return out
 
 
-def _offsets(x: _Named, form: Contraction, tokens: Any) -> fx.Node:
+def _sizes(x: _Named) -> list[int | fx.Node]:
+    """Of the dimensions; a node for one that depends on data."""
+    return [
+        size if isinstance(size, int) else x.do(aten.sym_size.int, x.node, at)
+        for at, size in enumerate(value_of(x.node).shape)
+    ]
+
+
+def _grouped(x: _Named, form: Contraction) -> tuple[fx.Node, fx.Node]:
+    """Rows of all groups one after the other, and where each group ends."""
+    assert form.groups is not None
+    count, value = form.groups.length, value_of(x.node)
+    tokens = value[..., 0].numel() // count
+    if isinstance(tokens, int):
+        flat = x.do(aten.reshape.default, x.node, [count * tokens, value.shape[-1]])
+        return flat, _offsets(x, form, tokens)
+    flat = x.do(aten.reshape.default, x.node, [-1, value.shape[-1]])
+    start, total = form.groups.start, form.groups.total
+    options = {"dtype": torch.int32, "device": value.device}
+    ends = x.do(aten.arange.start, 1 - start, 1 - start + total, **options)
+    ends = x.do(aten.clamp.default, ends, 0, count)
+    rows = x.do(operator.floordiv, x.do(aten.sym_size.int, flat, 0), count)
+    return flat, x.do(aten.mul.Tensor, ends, rows)
+
+
+def _offsets(x: _Named, form: Contraction, tokens: int) -> fx.Node:
     """Where each group ends: those that the view does not have are empty."""
     assert form.groups is not None
     count, start, total = form.groups.length, form.groups.start, form.groups.total

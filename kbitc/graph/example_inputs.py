@@ -12,17 +12,39 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kbitc.errors import UsageError
+from kbitc.graph.documented_inputs import documented_inputs
 from kbitc.graph.input_shapes import SHAPES, Asked, Shape
-from kbitc.graph.media_tokens import TYPES, media_of, run_on_meta, special_ids, stand_ins, with_tokens
+from kbitc.graph.media_tokens import (
+    STOPPED,
+    TYPES,
+    media_of,
+    run_on_meta,
+    special_ids,
+    stand_ins,
+    with_tokens,
+)
 
 BATCH = 2
 TOKENS = 8
 INSTEAD = {"inputs": ("input_ids", "pixel_values")}  # names under which a main input may also come
+
+
+class UnknownInputError(UsageError):
+    """An input that a transformers model takes cannot be made; ``name`` is the input's."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        super().__init__(
+            f"{type(model).__name__} takes '{name}', which cannot be made from its config; pass "
+            "example_inputs={'name': tensor, ...} (kbitc compile --example-inputs FILE) with everything that "
+            "its forward needs"
+        )
+        self.name = name
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -41,7 +63,8 @@ def example_inputs(model: nn.Module, batch: int = BATCH, tokens: int = TOKENS) -
             for an image or a sound come before them.
 
     Raises:
-        UsageError: not a transformers model, or one whose inputs are of a kind that cannot be made.
+        UnknownInputError: an input of it cannot be made.
+        UsageError: not a transformers model.
     """
     made = Recipe.of(model, tokens, batch).draw(torch.Generator().manual_seed(0))
     dtype = getattr(model, "dtype", torch.float32)
@@ -66,7 +89,7 @@ class Recipe:
     def of(model: nn.Module, tokens: int, batch: int = 1) -> Recipe:
         """What a model is to be given; see :func:`example_inputs`."""
         asked = _asked(model, batch, tokens)
-        shapes, before = _fitting(asked, _names(asked)), []
+        shapes, before = _fitting(asked, *_names(asked)), []
         for media in media_of(asked):
             found = with_tokens(asked, media)
             if found is not None:  # without it the text alone is an input of the model, too
@@ -108,7 +131,7 @@ class Recipe:
             return torch.tensor(shape.fill, dtype=shape.dtype).expand(shape.sizes).clone()
         if shape.dtype.is_floating_point:
             return torch.randn(shape.sizes, generator=generator)
-        vocabulary = self.asked.model.config.get_text_config().vocab_size
+        vocabulary = self.asked.vocabulary
         ids = torch.randint(vocabulary, shape.sizes, generator=generator)
         return as_text(ids, special_ids(self.asked), vocabulary)
 
@@ -147,11 +170,13 @@ def _asked(model: nn.Module, batch: int, tokens: int) -> Asked:
     return Asked(model, frozenset(accepted), frozenset(required), batch, tokens)
 
 
-def _names(asked: Asked) -> list[str]:
+def _names(asked: Asked) -> tuple[list[str], dict[str, Shape]]:
     """What the model is to be given beside images and sounds among its tokens, in the order of the table.
 
+    The second value is what it can be given besides, as documented; it must be, where the first is empty.
+
     Raises:
-        UsageError: something among it cannot be made.
+        UnknownInputError: something among it cannot be made.
     """
     accepted, main = asked.accepted, _main(asked)
     wanted = {"input_ids", "pixel_values", main} & accepted | asked.required
@@ -164,14 +189,11 @@ def _names(asked: Asked) -> list[str]:
         wanted |= {"decoder_input_ids"} & accepted
     if "past_values" in wanted:
         wanted |= {name for name in SHAPES if name.startswith(("past_", "future_", "static_"))} & accepted
-    lacking = sorted(wanted - set(SHAPES))
+    documented = documented_inputs(asked)
+    lacking = sorted(wanted - set(SHAPES) - set(documented))
     if lacking or not wanted:
-        raise UsageError(
-            f"{type(asked.model).__name__} takes '{(lacking or [main])[0]}', which cannot be made from its "
-            "config; pass example_inputs={'name': tensor, ...} (kbitc compile --example-inputs FILE) with "
-            "everything that its forward needs"
-        )
-    return [name for name in SHAPES if name in wanted]
+        raise UnknownInputError(asked.model, (lacking or [main])[0])
+    return [name for name in SHAPES if name in wanted], dict(documented)
 
 
 def _main(asked: Asked) -> str:
@@ -179,14 +201,25 @@ def _main(asked: Asked) -> str:
     return next((other for other in INSTEAD.get(main, ()) if other in asked.accepted), main)
 
 
-def _fitting(asked: Asked, names: list[str]) -> dict[str, Shape]:
-    """The first shapes that the model runs on."""
+def _fitting(asked: Asked, names: list[str], documented: dict[str, Shape]) -> dict[str, Shape]:
+    """The first shapes that the model runs on, with what is documented where it runs on none without.
+
+    Of shapes that it does not run on, those come first that it only stops at for lack of values.
+    """
     choices = {name: list(SHAPES[name](asked)) for name in names}
     choices = {name: own for name, own in choices.items() if own}
-    combinations = [
-        dict(zip(choices, combination, strict=True)) for combination in itertools.product(*choices.values())
-    ]
+    products = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
+    least = {name: shape for name, shape in documented.items() if name in asked.required or not choices}
+    combinations = [each | more for more in (least, documented) for each in products]
+    if len(least) == len(documented):
+        combinations = combinations[: len(products)]
     if len(combinations) == 1:
         return combinations[0]
-    fitting = (shapes for shapes in combinations if run_on_meta(asked.model, shapes) is not None)
-    return next(fitting, combinations[0])
+    stopped = None
+    for shapes in combinations:
+        result = run_on_meta(asked.model, shapes)
+        if result is not None and result is not STOPPED:
+            return shapes
+        if result is STOPPED and stopped is None:
+            stopped = shapes
+    return stopped or combinations[0]

@@ -41,9 +41,11 @@ class Asked:
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these attributes that the config, or the part of it for one modality, has."""
         config = self.model.config
-        parts = [getattr(config, part, None) for part in MODALITIES]
+        inner = getattr(config, "encoder", None)
+        parts = [getattr(each, part, None) for each in (config, inner) for part in MODALITIES]
+        others = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
         for name in names:
-            for part in (*parts, config):
+            for part in (*parts, config, *others):
                 value = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
                 if value is not None:
                     return value
@@ -53,6 +55,18 @@ class Asked:
     def length(self) -> int:
         """Tokens, as many as the model takes."""
         return min(self.tokens, usable_positions(self.model) or self.tokens)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, by the config or by what looks them up; 0 for a model without."""
+        stated = getattr(self.model.config.get_text_config(), "vocab_size", None)
+        if isinstance(stated, int):
+            return stated
+        try:
+            weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        except NotImplementedError:
+            return 0
+        return weight.shape[0] if weight is not None else 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ def _images(asked: Asked) -> Iterator[Shape]:
         pieces = max(rows * columns // (height * width) for rows, columns in pinpoints)
         yield Shape((asked.batch, 1 + pieces, channels, height, width))
     yield Shape((asked.batch, 1, channels, height, width))
+    yield Shape((asked.batch, 2, channels, height, width))  # a pair to match
     patch = asked.get("patch_size")
     if isinstance(patch, int):
         yield Shape((asked.batch, height // patch * (width // patch), channels * patch * patch))
@@ -158,7 +173,9 @@ def _sounds(asked: Asked) -> Iterator[Shape]:
     longest, bins = asked.get("max_length"), asked.get("num_mel_bins")
     if bins is not None and longest is not None:
         yield Shape((asked.batch, longest, bins))
-    stride = math.prod(asked.get("conv_stride", "upsampling_ratios", default=(320,)))
+    stride = asked.get("samples_per_token") or math.prod(
+        asked.get("conv_stride", "upsampling_ratios", default=(320,))
+    )
     channels = asked.get("audio_channels")
     if channels is not None:
         yield Shape((asked.batch, channels, stride * FRAMES))

@@ -35,6 +35,7 @@ class Match:
         offsets: of a grouped matmul over a flat batch.
         is_left: the weight is the left operand: ``w @ x = linear(x.mT, w).mT``.
         is_batched: one matrix of ``x`` for each expert: flattened to groups of equal size.
+        row: of an embedding: the one that is looked up, and ``x`` is the call itself.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Match:
     offsets: fx.Node | None = None
     is_left: bool = False
     is_batched: bool = False
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ def match(read: WeightRead, is_parameter: Callable[[fx.Node], bool]) -> Match | 
     if isinstance(match, Match) and match.is_left and is_parameter(match.x):
         return Miss(f"left operand of {name} of two parameters", is_matmul=True)
     return match
+
+
+def one_row(read: WeightRead) -> Match | None:
+    """``W[i]`` of a matrix as a look-up, for what else is looked up in; None for other calls."""
+    node = read.node
+    if op_name(node) != "aten.select" or read.is_turned or value_of(read.view).dim() != 2:
+        return None
+    args = bound(node)
+    if args["dim"] != 0 or not isinstance(args["index"], int):
+        return None
+    row = range(value_of(read.view).shape[0])[args["index"]]
+    return Match("embedding", is_transposed=False, x=node, row=row)
 
 
 def count_of(node: fx.Node, operand: fx.Node) -> int:

@@ -55,6 +55,8 @@ MEDIA = (
 )
 TYPES = ("token_type_ids", "mm_token_type_ids")
 """Inputs that are 1 where a token stands for an image, of models that take images among their tokens."""
+STOPPED = object()
+"""Of a run without data that came to where a model asks for a value."""
 
 
 def media_of(asked: Asked) -> list[Media]:
@@ -102,16 +104,17 @@ def _inputs_of(asked: Asked, media: Media) -> Iterator[dict[str, Shape]]:
 
 
 def _token(asked: Asked, names: tuple[str, ...]) -> int | None:
-    vocabulary = asked.model.config.get_text_config().vocab_size
+    vocabulary = asked.vocabulary
     found = (getattr(asked.model.config, name, None) for name in names)
     return next((value for value in found if isinstance(value, int) and 0 <= value < vocabulary), None)
 
 
 def _counted(asked: Asked, media: Media, shapes: Mapping[str, Shape]) -> int | None:
     """Features of one image or sound, as many as the model makes of it."""
-    if not callable(getattr(asked.model, media.features, None)):
-        return None
-    features = run_on_meta(_Method(asked.model, media.features), shapes)
+    encoder = asked.model.get_encoder() if hasattr(asked.model, "get_encoder") else None
+    owners = (owner for owner in (asked.model, encoder) if callable(getattr(owner, media.features, None)))
+    found = (run_on_meta(_Method(owner, media.features), shapes) for owner in owners)
+    features = next((each for each in found if each is not None), None)
     rows = _rows(getattr(features, "pooler_output", features))
     return rows // asked.batch if rows and rows % asked.batch == 0 else None
 
@@ -157,9 +160,11 @@ class _Method(nn.Module):
 def run_on_meta(module: nn.Module, shapes: Mapping[str, Shape]) -> Any:
     """What a module returns for inputs of these shapes, computed without data; None if it cannot run.
 
+    `STOPPED` if it runs up to where it asks for the value of a tensor.
+
     Args:
         module: on any device; neither it nor the random state is changed.
-        shapes: by keyword; what has values of its own keeps them.
+        shapes: by keyword; sizes, which are rows of values, keep them.
     """
     stored = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     empty = {
@@ -170,12 +175,18 @@ def run_on_meta(module: nn.Module, shapes: Mapping[str, Shape]) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             return torch.func.functional_call(module, empty, (), inputs)
-        except Exception:  # noqa: BLE001  # whatever a model raises says the same: not with these inputs
-            return None
+        except Exception as error:  # noqa: BLE001  # whatever else it raises: not with these inputs
+            return STOPPED if _lacks_values(error) else None
+
+
+def _lacks_values(error: Exception) -> bool:
+    """Whether torch says that a meta tensor has no data."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("meta tensor" in said or "data-independent" in said)
 
 
 def _meta(shape: Shape, dtype: torch.dtype) -> Tensor:
-    if shape.fill is not None and not shape.dtype.is_floating_point:
+    if isinstance(shape.fill, tuple) and not shape.dtype.is_floating_point:
         return torch.tensor(shape.fill, dtype=shape.dtype).expand(shape.sizes).clone()
     return torch.empty(
         shape.sizes, dtype=dtype if shape.dtype.is_floating_point else shape.dtype, device="meta"

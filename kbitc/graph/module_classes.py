@@ -16,6 +16,7 @@ from typing import TypeAlias
 from torch import nn
 
 from kbitc.checkpoint.names import first_names
+from kbitc.graph.direct_reads import added_biases, read_directly
 from kbitc.graph.matching import KERNEL, Miss
 from kbitc.tensor.layers import is_patchwise
 
@@ -59,6 +60,8 @@ def uses_by_class(model: nn.Module) -> ByClass:
             name = f"{path}.{leaf}".lstrip(".")
             if module._parameters.get(leaf) is None:
                 continue
+            if isinstance(module, nn.Embedding) and read_directly(model, path):
+                outcome = Miss("of an embedding whose weight the model's code reads itself")  # noqa: PLW2901
             uses.setdefault(first[name], []).append(_placed(outcome, path, is_head=module is head))
     return {name: tuple(outcomes) for name, outcomes in uses.items()}
 
@@ -103,7 +106,7 @@ def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, Modu
     for classes, names, miss in _MISSES:
         if isinstance(module, classes):
             return {leaf: miss for leaf in module._parameters if leaf.startswith(names)}
-    return {}
+    return dict.fromkeys(added_biases(type(module)) & set(module._parameters), Miss("added to other values"))
 
 
 def _of_convolution(module: nn.modules.conv._ConvNd) -> ModuleUse | Miss:

@@ -54,7 +54,11 @@ def build(
     Returns:
         What has the old call's value, and the canonical node.
     """
-    x = new(match.x)
+    if match.row is None:
+        x = new(match.x)
+    else:
+        options = {"dtype": torch.int64, "device": value_of(old).device}
+        x = call(graph, old, aten.full.default, [], match.row, **options)
     if match.is_left:
         x = call(graph, old, aten.transpose.int, x, -2, -1)
     offsets = None if match.offsets is None else new(match.offsets)

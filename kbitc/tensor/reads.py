@@ -196,6 +196,17 @@ def _view(func: Any) -> Callable[..., Any]:
     return call
 
 
+def _select(weight: KbitTensor, dim: int, index: int) -> Any:
+    """One row of a matrix as a dense vector, looked up; of anything else a view."""
+    if not weight.is_plain or weight.dim() != 2 or dim not in (0, -2):
+        return _view(aten.select.int)(weight, dim, index)
+    with torch.inference_mode(weight.is_inference()):  # as for a view
+        if not has_kernels(weight.packed.planes):
+            return aten.select(weight.dequantize(), dim, index)
+        row = torch.tensor(range(weight.shape[0])[index], device=weight.device)
+        return kbit.embedding(row, *weight.operands(), weight.dtype)
+
+
 def _moved_factor(factor: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
     return Geometry(tuple(factor.shape), factor.stride()).moved(func, args, kwargs)
 
@@ -282,6 +293,7 @@ DENSE = (
 
 READS.update({func: _view(func) for func in VIEWS})
 READS.update({func: _on_dense(func) for func in DENSE})
+READS[aten.select.int] = _select
 READS[aten._reshape_alias.default] = lambda weight, size, _: aten.view(weight, size)
 PRODUCTS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,

@@ -134,6 +134,25 @@ def test_a_model_with_other_inputs_says_which():
         capture(model)
 
 
+def test_a_model_with_an_unknown_input_and_known_modules_has_no_graph_and_its_weights():
+    from transformers import LlamaConfig, LlamaModel
+
+    class Robot(LlamaModel):
+        main_input_name = "state"
+
+        def forward(self, state):
+            return super().forward(inputs_embeds=state)
+
+    sizes = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = Robot(LlamaConfig(vocab_size=31, **sizes))
+    program = capture(model)
+    assert program.untraced == "it takes 'state', which cannot be made from its config"
+    assert "layers.0.mlp.up_proj.weight" in Canonicalize().run(program).weights
+    with pytest.raises(UsageError, match=r"Robot takes 'state'"):
+        example_inputs(model)
+
+
 def test_keyword_inputs_constants_and_buffers():
     class Model(nn.Module):
         def __init__(self):

@@ -140,7 +140,31 @@ def voxtral():
     )
 
 
+def decision_transformer():
+    sizes = {"hidden_size": 32, "n_head": 2, "n_layer": 1, "n_inner": 48, "max_ep_len": 40}
+    return T.DecisionTransformerModel(T.DecisionTransformerConfig(state_dim=5, act_dim=3, **sizes))
+
+
+def lxmert():
+    layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 12}
+    return T.LxmertModel(T.LxmertConfig(**{**SIZES, "vocab_size": 101}, **layers))
+
+
+def lightglue():
+    detector = {"encoder_hidden_sizes": [8, 16], "decoder_hidden_size": 16, "keypoint_decoder_dim": 65}
+    sizes = {"descriptor_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = T.LightGlueConfig(
+        keypoint_detector_config=T.SuperPointConfig(**detector, descriptor_decoder_dim=16), **sizes
+    )
+    return T.LightGlueForKeypointMatching(config)
+
+
 MODELS = {
+    "decision_transformer": (
+        decision_transformer,
+        {"states": (2, 8, 5), "actions": (2, 8, 3), "returns_to_go": (2, 8, 1), "timesteps": (2, 8)},
+    ),
+    "lxmert": (lxmert, {"input_ids": (2, 8), "visual_feats": (2, 8, 12), "visual_pos": (2, 8, 4)}),
     "whisper": (whisper, {"input_features": (2, 16, 100), "decoder_input_ids": (2, 7)}),
     "speech_to_text": (speech_to_text, {"input_features": (2, 64, 16), "decoder_input_ids": (2, 7)}),
     "wav2vec2": (lambda: sound("Wav2Vec2"), {"input_values": (2, 20480)}),
@@ -188,6 +212,34 @@ def test_the_model_runs_on_them_and_every_linear_does(name):
         model(**inputs)
     # torch's own attention reads a linear's weight without calling it.
     assert {key for key in set(linears) - seen if "head.attention" not in key} == set()
+
+
+def test_a_model_that_matches_images_gets_pairs_though_no_run_without_data_ends():
+    with torch.device("meta"):
+        assert example_inputs(lightglue())["pixel_values"].shape == (2, 2, 3, 224, 224)
+
+
+def test_a_sound_is_of_whole_tokens():
+    sizes = {"num_hidden_layers": 2, "hidden_sizes": [8, 8], "patch_sizes": [6, 5], "depths": [1, 1]}
+    with torch.device("meta"):
+        model = T.MuseSparkAudioModel(T.MuseSparkAudioConfig(**sizes, out_hidden_size=16)).eval()
+    assert example_inputs(model)["input_values"].shape[1] % model.config.samples_per_token == 0
+
+
+def test_an_encoder_that_makes_the_features_of_images_counts_them():
+    text = {**TEXT, "head_dim": 16, "vocab_size": 101}
+    encoder = {
+        "text_config": text,
+        "vision_config": image(56),
+        "mm_tokens_per_image": 4,
+        "image_token_index": 7,
+    }
+    config = T.T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=7)
+    with torch.device("meta"):
+        model = T.T5Gemma2ForConditionalGeneration(config)
+    inputs = example_inputs(model)
+    assert inputs["pixel_values"].shape == (2, 3, 56, 56)
+    assert (inputs["input_ids"] == 7).sum() == 2 * 4
 
 
 def test_a_multimodal_model_is_traced_with_its_images():

@@ -44,6 +44,15 @@ class Form(nn.Module):
 X = torch.randn(2, 5, 32)
 IDS = torch.tensor([[1, 2, 9]])
 OFFSETS = torch.tensor([4, 4, 10], dtype=torch.int32)
+
+
+def experts_of_counted_rows(x, w):
+    """As many rows for each as the data says."""
+    counts = (x[:, 0] > 0).long().sum().repeat(2) * torch.tensor([1, -1]) + torch.tensor([0, len(x)])
+    parts = x.split(counts.tolist())
+    return torch.cat([F.linear(part, w[i]) for i, part in enumerate(parts)])
+
+
 FORMS = {
     "linear": (F.linear, X, (16, 32)),
     "linear with a bias": (F.linear, X, (16, 32), (16,)),
@@ -96,12 +105,14 @@ FORMS = {
     ),
     "experts one by one": (lambda x, w: x @ w[1] + x @ w[2], X, (3, 32, 16)),
     "experts unbound": (lambda x, w: sum(F.linear(x, part) for part in w.unbind()), X, (3, 16, 32)),
+    "experts of counted rows": (experts_of_counted_rows, X[0], (2, 16, 32)),
     "expanded": (lambda x, w: torch.bmm(x, w.unsqueeze(0).expand(2, -1, -1)), X, (32, 16)),
     "cast": (lambda x, w: F.linear(x.double(), w.to(torch.float64)).float(), X, (16, 32)),
     "times a number": (lambda x, w: F.linear(x, w * 0.25), X, (16, 32)),
     "times rows": (lambda x, w, g: F.linear(x, w * g[:, None]), X, (16, 32), (16,)),
     "over columns": (lambda x, w, g: x @ (w / (g[:, None] + 9))[:, 2:], X, (32, 16), (32,)),
     "tied to its transpose": (lambda x, w: F.linear(F.linear(x, w).relu(), w.T), X, (16, 32)),
+    "one row beside others": (lambda ids, w: F.embedding(ids, w).tanh() + w[-2, :], IDS, (10, 8)),
     "soft look-up": (lambda ids, w: (F.embedding(ids, w) @ w.T).softmax(-1) @ w, IDS, (10, 8)),
 }
 MODULES = {
