@@ -111,8 +111,9 @@ def _token(asked: Asked, names: tuple[str, ...]) -> int | None:
 
 def _counted(asked: Asked, media: Media, shapes: Mapping[str, Shape]) -> int | None:
     """Features of one image or sound, as many as the model makes of it."""
-    encoder = asked.model.get_encoder() if hasattr(asked.model, "get_encoder") else None
-    owners = (owner for owner in (asked.model, encoder) if callable(getattr(owner, media.features, None)))
+    encoder: Any = asked.model.get_encoder() if hasattr(asked.model, "get_encoder") else None
+    both: tuple[Any, Any] = (asked.model, encoder)
+    owners = (owner for owner in both if callable(getattr(owner, media.features, None)))
     found = (run_on_meta(_Method(owner, media.features), shapes) for owner in owners)
     features = next((each for each in found if each is not None), None)
     rows = _rows(getattr(features, "pooler_output", features))

@@ -106,7 +106,8 @@ def _of_module(module: nn.Module, parent: nn.Module | None) -> Mapping[str, Modu
     for classes, names, miss in _MISSES:
         if isinstance(module, classes):
             return {leaf: miss for leaf in module._parameters if leaf.startswith(names)}
-    return dict.fromkeys(added_biases(type(module)) & set(module._parameters), Miss("added to other values"))
+    owner: type = type(module)
+    return dict.fromkeys(added_biases(owner) & set(module._parameters), Miss("added to other values"))
 
 
 def _of_convolution(module: nn.modules.conv._ConvNd) -> ModuleUse | Miss:
