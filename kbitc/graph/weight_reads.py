@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ def value_of(node: fx.Node) -> Tensor:
     """The fake tensor that a node computes."""
     value: Tensor = node.meta["val"]
     return value
+
+
+def same_shape(one: Tensor, other: Tensor) -> bool:
+    """Whether two fake tensors have one shape; a size that depends on data is like no other."""
+    pairs = zip(one.shape, other.shape, strict=False)
+    return one.dim() == other.dim() and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def op_name(node: fx.Node) -> str:
@@ -154,7 +161,7 @@ def _turns(node: fx.Node, view: fx.Node) -> bool | None:
         return None
     short = op_name(node).rpartition(".")[2]
     if short in _SAME:
-        return False if before.shape == after.shape else None
+        return False if same_shape(before, after) else None
     last = (before.dim() - 2, before.dim() - 1)
     if before.dim() >= 2 and (short == "mT" or (before.dim() == 2 and short in ("t", "numpy_T"))):
         return True

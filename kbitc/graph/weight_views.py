@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kbitc.graph.weight_reads import CHECKS, MOVES, op_name, value_of
+from kbitc.graph.weight_reads import CHECKS, MOVES, op_name, same_shape, value_of
 from kbitc.tensor.geometry import Geometry
 
 aten = torch.ops.aten
@@ -99,7 +99,7 @@ def _through(user: fx.Node, at: ViewRead) -> Iterator[ViewRead]:
 
 def _is_cast(user: fx.Node, view: fx.Node) -> bool:
     before, after = value_of(view), user.meta.get("val")
-    if not isinstance(after, Tensor) or after.shape != before.shape or after.device != before.device:
+    if not isinstance(after, Tensor) or not same_shape(after, before) or after.device != before.device:
         return False
     return after.is_floating_point() == before.is_floating_point()
 
@@ -107,7 +107,7 @@ def _is_cast(user: fx.Node, view: fx.Node) -> bool:
 def _keeps_shape(user: fx.Node, view: fx.Node) -> bool:
     """Whether a multiplication scales a view and leaves it what it is."""
     before, after = value_of(view), user.meta.get("val")
-    if not isinstance(after, Tensor) or after.shape != before.shape or not before.is_floating_point():
+    if not isinstance(after, Tensor) or not same_shape(after, before) or not before.is_floating_point():
         return False
     if user.all_input_nodes.count(view) != 1 or user.kwargs:
         return False

@@ -279,3 +279,16 @@ def test_dead_code_goes_and_updates_in_place_stay(canonicalize):
     names = [op_name(node) for node in program.graph.graph.nodes if node.op == "call_function"]
     assert "aten.add_" in names
     assert "aten.relu" not in names
+
+
+def test_what_meets_rows_that_data_picks_is_looked_at():
+    class Picked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.linear = nn.Parameter(torch.randn(1, 64)), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.linear(x[x[:, 0] > 0] * self.scale)
+
+    program = Canonicalize().run(capture(Picked(), (torch.randn(5, 64),)))
+    assert list(program.weights) == ["linear.weight"]
