@@ -13,7 +13,13 @@ import accelerate
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 import kbitc
@@ -164,6 +170,40 @@ def test_what_never_gets_a_gradient_cannot_be_marked_trainable(compiled, train):
         train(compiled)
     assert not compiled.lm_head.weight.requires_grad
     compiled.requires_grad_(False)
+
+
+@pytest.fixture
+def alone():
+    """One process of torch.distributed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel_trains_adapters(compiled, alone):
+    """It sends the first process' values to all, which have them; another model's are refused."""
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    model = get_peft_model(copy.deepcopy(compiled), config)
+    DistributedDataParallel(model)(input_ids=IDS, labels=IDS).loss.backward()
+    adapters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(adapters) == 8
+    assert all(weight.grad.abs().sum() > 0 for name, weight in adapters.items() if "lora_B" in name)
+    head = model.lm_head.weight
+    values = head.dequantize()
+    head.detach().copy_(values)
+    with pytest.raises(NotImplementedError, match="frozen"):
+        head.detach().copy_(values + 1)
+
+
+def test_what_cuts_weights_says_what_to_do(compiled, alone):
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(NotImplementedError, match="take models whose weights are dense"):
+        fully_shard(copy.deepcopy(compiled), mesh=mesh)
+    with pytest.raises(NotImplementedError, match="take models whose weights are dense"):
+        parallelize_module(copy.deepcopy(compiled), mesh, {"lm_head": ColwiseParallel()})
+    dense = kbitc.dequantized(copy.deepcopy(compiled))
+    expected = logits(dense)
+    assert torch.equal(logits(fully_shard(dense, mesh=mesh)), expected)
 
 
 def test_dequantized(compiled):

@@ -344,6 +344,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> KbitTen
             "a packed weight cannot be copied into a dense tensor: .dequantize() it first. "
             f"To resize embeddings, {DENSE}"
         )
+    if not isinstance(source, KbitTensor) and _holds(target, source):
+        return target
     if not isinstance(source, KbitTensor) or source.spec != target.spec or source.shape != target.shape:
         raise NotImplementedError(
             f"only a packed weight of the same spec and shape can be copied into a packed weight; {CHANGED}"
@@ -353,6 +355,12 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> KbitTen
     for name, value in target.packed.tensors().items():
         value.copy_(getattr(source.packed, name), non_blocking)
     return target
+
+
+def _holds(weight: KbitTensor, values: Tensor) -> bool:
+    """Whether these are the values that it has: what DistributedDataParallel sends to every process."""
+    is_like = values.is_floating_point() and values.shape == weight.shape
+    return is_like and torch.equal(weight.dequantize(values.dtype), values)
 
 
 MOVES: dict[Any, Callable[..., Any]] = {

@@ -27,9 +27,8 @@ STORED = (
     "weights off a device, place whole modules on the CPU: packed weights cannot be left on a disk"
 )
 SHARDED = (
-    "a packed weight is not cut, gathered or broadcast as its bytes. Every process loads the model itself: "
-    "DistributedDataParallel then takes init_sync=False, and FSDP and tensor parallelism take models whose "
-    "weights are dense"
+    "a packed weight is not cut or gathered. FSDP and tensor parallelism take models whose weights are "
+    "dense; DistributedDataParallel takes packed ones: every process loads the same artifact"
 )
 ASKED_BY_SHARDING = {
     "split",
@@ -37,6 +36,7 @@ ASKED_BY_SHARDING = {
     "split_with_sizes",
     "new_zeros",
     "new_empty",
+    "empty_like",
     "as_strided",
     "view",
     "cat",
