@@ -10,7 +10,6 @@ exit code 1 if anything was half-written, lost, or of other bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.tables import Section, print_section
+from kbitc.system.checksums import digest_of_file
 
 COLUMNS = (
     ("name", "scenario", ""),
@@ -161,7 +161,7 @@ class Campaign:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the pages, which hold times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".html"]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+    return {str(p.relative_to(folder)): digest_of_file(p) for p in sorted(files)}
 
 
 def command(arguments: Sequence[str], log: Path) -> None:

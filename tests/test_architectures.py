@@ -14,10 +14,11 @@ from torch import nn
 from benchmarks.architectures import report
 from benchmarks.architectures.__main__ import line, main
 from benchmarks.architectures.classes import SPECIAL, TABLES, model_classes, spread
+from benchmarks.architectures.fields import HIDDEN, VOCABULARY
 from benchmarks.architectures.inputs import inputs_for
 from benchmarks.architectures.measure import difference, matmul_weights
 from benchmarks.architectures.selections import Selections
-from benchmarks.architectures.shrink import HIDDEN, VOCABULARY, shrink
+from benchmarks.architectures.shrink import shrink
 from benchmarks.processes import Job, run_jobs
 
 KINDS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -24,7 +23,7 @@ from kbitc.backends._decoding.decode_step import TracedStep, export_step
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, first_line
 from kbitc.graph import matching, rewriting, weight_reads
 from kbitc.pipeline import Pass
-from kbitc.system.checksums import digests_in
+from kbitc.system.checksums import digest, digest_of_file, digests_in
 from kbitc.system.json_file import read_json
 from kbitc.version import VERSION
 
@@ -81,7 +80,7 @@ def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: 
     sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     facts = {
         "versions": [VERSION, torch.__version__, transformers.__version__, sys.version],
-        "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*sources, Path(__file__))],
+        "sources": [digest_of_file(path) for path in (*sources, Path(__file__))],
         "ops": [str(torch.ops.kbit.linears.default._schema), str(torch.ops.kbit.linear.default._schema)],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()],
         "options": OPTIONS,
@@ -91,7 +90,7 @@ def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: 
         "places": places,
     }
     text = json.dumps(facts, sort_keys=True, default=str)
-    return f"{model.config.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    return f"{model.config.model_type}-{digest(text.encode())[:24]}"
 
 
 def _cpu_flags() -> str:

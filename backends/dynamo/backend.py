@@ -35,6 +35,7 @@ from kbitc.graph.capture import StoredNames, capture
 from kbitc.graph.context import Context
 from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.program import Program
+from kbitc.graph.transforms import other_transform
 from kbitc.passes.canonicalize import NEVER_READ
 
 Compiled = Callable[..., Any]
@@ -107,6 +108,11 @@ def kbit(
     label = type(root).__name__
     if root.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return _unquantized(settings, label, graph, inputs, "it is in training mode with gradients enabled")
+    if (transform := other_transform(graph)) is not None:
+        reason = (
+            f"it calls {transform}, of which no packed graph is made; call it outside of what is compiled"
+        )
+        return _unquantized(settings, label, graph, inputs, reason)
     try:
         traced = trace(graph, inputs)
     except Exception as error:  # noqa: BLE001  # whatever a model's operators raise

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.fx.traceback import preserve_node_meta
 
-from kbitc.backends.dynamo.transforms import without_transforms
+from kbitc.backends.dynamo.vmaps import without_vmaps
 from kbitc.graph.program import Program, Stage
 from kbitc.passes.fuse_dequantize import FACT
 from kbitc.passes.insert_dequantize import InsertDequantize
@@ -90,7 +90,7 @@ def trace(graph: fx.GraphModule, inputs: Sequence[Any]) -> AtenGraph:
     values = [_fake(value, context, mode) for value in inputs]
     # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
     with mode, torch.no_grad(), preserve_node_meta():
-        run = PropagateUnbackedSymInts(without_transforms(graph, values)).run
+        run = PropagateUnbackedSymInts(without_vmaps(graph, values)).run
         flat = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     return AtenGraph(graph, flat, values)
 

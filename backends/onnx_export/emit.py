@@ -6,7 +6,6 @@ at a time, so an export needs memory for the largest weight and not for all of t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from torch import Tensor
+
+from kbitc.system.checksums import digest
 
 MICROSOFT = "com.microsoft"
 
@@ -53,7 +54,7 @@ class Emitter:
         text = "x".join(map(str, array.shape)) or "scalar"
         name = f"kbit.constant.{array.dtype}.{text}.{array.tobytes().hex()}"
         if len(name) > 120:
-            name = f"kbit.constant.{array.dtype}.{text}.{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+            name = f"kbit.constant.{array.dtype}.{text}.{digest(array.tobytes())[:16]}"
         if name not in self.graph.initializers:
             self._register(name, ir.tensor(array, name=name))
         return self.graph.initializers[name]

@@ -6,20 +6,19 @@ file gives, which a target's digest says. Of a source nobody can know whether it
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.fuzz import corpus
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.errors import KbitcError
 
 IDS = tuple(range(4, 20))
@@ -64,15 +63,6 @@ class Refused(KbitcError):
     """A command ended with exit code 1 or 2, as an error does."""
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Of values, dtypes and shapes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def command(*arguments: str | Path) -> None:
     """Run the command line in this process.
 
@@ -95,9 +85,12 @@ def command(*arguments: str | Path) -> None:
 def _logits(model: torch.nn.Module) -> str:
     from kbitc.tensor.kbit_tensor import KbitTensor
 
-    weights = [value.dequantize() if isinstance(value, KbitTensor) else value for value in model.parameters()]
+    tensors = {
+        name: value.dequantize() if isinstance(value, KbitTensor) else value
+        for name, value in model.named_parameters()
+    }
     with torch.no_grad():
-        return digest([model(torch.tensor([IDS])).logits, *weights])
+        return digest_of_tensors({"logits": model(torch.tensor([IDS])).logits, **tensors})
 
 
 def _load(folder: Path, good: Path) -> str:
@@ -176,7 +169,7 @@ def _resume(folder: Path, good: Path) -> str:
 
 
 def _remember(folder: Path, good: Path) -> str:
-    return digest(corpus.remember(good / "source", folder).values())
+    return digest_of_tensors(corpus.remember(good / "source", folder))
 
 
 def _inspect(folder: Path, good: Path) -> str:
@@ -216,7 +209,7 @@ def _onnx(folder: Path, good: Path) -> str:
     del good
     from kbitc.backends.onnx_export.runtime import OnnxModel
 
-    return digest([OnnxModel(folder)(torch.tensor([IDS])).logits])
+    return digest_of_tensors({"logits": OnnxModel(folder)(torch.tensor([IDS])).logits})
 
 
 def targets() -> list[Target]:

@@ -39,13 +39,14 @@ def check_target(out: Path, *, is_forced: bool, marker: str = PLAN_FILE) -> None
     Raises:
         UsageError: the folder exists and is not an artifact to replace, or its parent is not writable.
     """
-    if files.exists(out) and not is_forced:
-        raise UsageError(f"{out}: exists already; pass --force to replace it, or choose another -o")
-    if files.exists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out}: is not a kbitc artifact (it holds no {marker}), so --force will not replace it; remove "
-            "it yourself or choose another -o"
-        )
+    if files.exists(out):
+        if not is_forced:
+            raise UsageError(f"{out}: exists already; pass --force to replace it, or choose another -o")
+        if not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(
+                f"{out}: is not a kbitc artifact (it holds no {marker}), so --force will not replace it; "
+                "remove it yourself or choose another -o"
+            )
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

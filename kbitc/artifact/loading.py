@@ -17,7 +17,7 @@ from kbitc.artifact import verifying
 from kbitc.artifact.folders import PLAN_FILE
 from kbitc.artifact.mixed_floats import run_in_one_dtype
 from kbitc.artifact.reader import ADVICE, Artifact
-from kbitc.artifact.transformers_quantizer import quantization_config, register
+from kbitc.artifact.transformers_quantizer import quantization_config, register_reader
 from kbitc.checkpoint.companions import CONFIG
 from kbitc.checkpoint.dense import compute_dtype, quiet_transformers
 from kbitc.checkpoint.skeletons import load_config, model_classes
@@ -46,7 +46,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool =
             "and use kbitc.load_into(module, folder)"
         )
     data = check_config(artifact)
-    register()
+    register_reader()
     if verify and verifying.is_wanted():
         artifact.verify()
     model_class = model_classes(load_config(artifact.folder, str(folder)), str(folder))[0]

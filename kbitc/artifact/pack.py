@@ -6,16 +6,16 @@ writing the last), so memory holds about three tensors, and the order of work ne
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from kbitc.artifact.stored import checksum, stored_tensors
+from kbitc.artifact.stored import stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint.finite import check_finite
+from kbitc.checkpoint.tensor_digests import digest_of_tensor
 from kbitc.formats.layout import shared_codebooks, stored_plain
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor
@@ -23,6 +23,7 @@ from kbitc.graph.program import Program, Rest, Weight
 from kbitc.graph.stored import CODEBOOKS
 from kbitc.quantizers import Evidence, choose_quantizer
 from kbitc.sensitivity.sampled_error import packed_error, relative_error
+from kbitc.system.checksums import digest
 
 
 def pack_to(program: Program, writer: Writer) -> None:
@@ -82,8 +83,8 @@ def _submit_read(
 
     def job() -> tuple[Tensor, str]:
         tensor = read(names[i])
-        digest = checksum(tensor)
-        return program.as_stored(read)(names[i]) if program.is_changed(names[i]) else tensor, digest
+        source = digest_of_tensor(tensor)
+        return program.as_stored(read)(names[i]) if program.is_changed(names[i]) else tensor, source
 
     return pool.submit(job) if i < len(names) else Future()
 
@@ -146,4 +147,4 @@ def _source_bytes(entry: Weight | Rest) -> int:
 def source_hash(done: Mapping[str, Mapping[str, object]]) -> str:
     """One SHA-256 over the source's tensors, from the writer's notes."""
     lines = sorted(f"{unit} {note['source']}" for unit, note in done.items() if "source" in note)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return digest("\n".join(lines).encode())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +42,3 @@ def assemble(
     in_features = matrix[-2] if is_transposed else matrix[-1]
     packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
     return packed_as(packed, dtype, shape, is_transposed=is_transposed)
-
-
-def checksum(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes in row-major order."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, on the CPU."""
-    raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(raw)

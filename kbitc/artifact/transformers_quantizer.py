@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 METHOD = "kbit"
 
 
-def register() -> None:
-    """Make transformers know the method ``kbit``. Calling it again does nothing."""
+def register_reader() -> None:
+    """Make transformers read the method ``kbit``, if it knows nothing of it yet."""
     from transformers.quantizers import auto
 
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:

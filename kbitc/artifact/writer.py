@@ -13,7 +13,6 @@ asks for (`kbitc.formats.packed.Packed`); codebooks that weights share stand onc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kbitc.artifact.folders import FORMAT, FolderClaim
-from kbitc.artifact.stored import tensor_bytes
 from kbitc.checkpoint.folder_checks import INDEX
 from kbitc.checkpoint.safetensors_file import DTYPES
+from kbitc.checkpoint.tensor_digests import tensor_bytes
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats.layout import Slot
 from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_part, digests_in, sealed
@@ -172,7 +171,7 @@ class Writer:
                 handle.seek(offset)
                 handle.write(data)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entry["tensors"][key] = [hashlib.sha256(data).hexdigest(), dtype]
+            entry["tensors"][key] = [digest(data), dtype]
         self._log.write(json.dumps(sealed(entry)) + "\n")
         self._log.flush()
         self._note(entry)

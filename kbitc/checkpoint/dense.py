@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.companions import vocabulary_names
 from kbitc.checkpoint.skeletons import CODE_IS_NOT_RUN
+from kbitc.checkpoint.vocabulary import vocabulary_size
 from kbitc.errors import SourceError, foreign
 from kbitc.system.json_file import AGAIN
 
@@ -97,10 +98,10 @@ def token_ids(tokenizer: Any, text: str, model: nn.Module | None = None) -> Tens
         # It would warn of texts longer than the model's context, which are cut by whoever asks.
         ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         largest = int(ids.max()) if len(ids) else 0
-    rows = None if model is None else _rows(model)
-    if rows is not None and largest >= rows:
+    count = None if model is None else vocabulary_size(model)
+    if count is not None and largest >= count:
         raise SourceError(
-            f"the tokenizer gives token {largest}, but the model has {rows}: they do not belong together; "
+            f"the tokenizer gives token {largest}, but the model has {count}: they do not belong together; "
             "copy the model's own tokenizer files into its folder"
         )
     return ids
@@ -115,15 +116,3 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     with foreign("its tokenizer cannot write text", f"its files may be damaged; {AGAIN}"):
         # Cleaning up would change what was shown before: "do n" to "don't".
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _rows(model: Any) -> int | None:
-    """Tokens that a model knows."""
-    try:
-        return int(model.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError):
-        pass
-    try:
-        return int(model.config.get_text_config().vocab_size)
-    except (AttributeError, TypeError, ValueError):  # none, or several
-        return None

@@ -192,8 +192,7 @@ def pickle_message(label: str, file: str, config: Mapping[str, Any] | None = Non
     first = named[0] if isinstance(named, list) and named else "AutoModelForCausalLM"
     return (
         f"{label}: its weights are pickled ({file}), and a pickle can run code when it is opened, "
-        "so kbitc does "
-        'not. Where you trust the file, convert it once: python -c "from transformers import '
+        'so kbitc does not. Where you trust the file, convert it once: python -c "from transformers import '
         f"{first} as M; M.from_pretrained('FOLDER').save_pretrained('FOLDER-safetensors')\", "
         "and give the new folder (copy the tokenizer files into it)"
     )

@@ -73,8 +73,7 @@ class GgufFile(Checkpoint):
             self._ignored = list(processed.unused)
         if ROPE_FREQS in self._ignored:
             _log.warning(
-                "%s: has scaled rotary frequencies (%s), which transformers does not take from "
-                "GGUF "
+                "%s: has scaled rotary frequencies (%s), which transformers does not take from GGUF "
                 "files; long contexts may differ from llama.cpp's",
                 self.label,
                 ROPE_FREQS,
@@ -120,8 +119,7 @@ class GgufFile(Checkpoint):
             )
         except Exception as error:  # noqa: BLE001  # a model without a tokenizer is still worth having
             _log.warning(
-                "%s: transformers cannot convert its tokenizer (%s); copy the tokenizer files of "
-                "the "
+                "%s: transformers cannot convert its tokenizer (%s); copy the tokenizer files of the "
                 "original model into %s",
                 self.label,
                 first_line(error),

@@ -67,8 +67,7 @@ class HfFolder(Checkpoint):
             raise failures[0]
         tried = ", ".join(model_class.__name__ for model_class in classes)
         raise SourceError(
-            f"{self.label}: config.json does not say of which class the model is, and the weights "
-            "fit "
+            f"{self.label}: config.json does not say of which class the model is, and the weights fit "
             f'none of those it may be (tried: {tried}); add its class as "architectures": ["..."]'
         ) from failures[-1]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kbitc.checkpoint.safetensors_file import header_bytes, read_header
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.errors import SourceError
 from kbitc.system.json_file import MALFORMED, parse
 
@@ -23,7 +22,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    save_file(dict(tensors), path, {_KEY: _checksum(tensors)})
+    save_file(dict(tensors), path, {_KEY: digest_of_tensors(tensors)})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -37,15 +36,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         wanted = parse(header_bytes(path)[0][8:], str(path))["__metadata__"][_KEY]
     except MALFORMED as error:
         raise SourceError(f"{path}: has no checksum") from error
-    if wanted != _checksum(tensors):
+    if wanted != digest_of_tensors(tensors):
         raise SourceError(f"{path}: does not match its checksum")
     return tensors
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(memoryview(raw.numpy()))  # type: ignore[arg-type]
-    return total.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from kbitc.checkpoint import companions
 from kbitc.checkpoint.base import Checkpoint, TensorInfo
 from kbitc.checkpoint.names import stored_names, tensor_of
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.errors import SourceError, UsageError
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -54,13 +54,7 @@ class InMemory(Checkpoint):
 
     def fingerprint(self) -> str:
         """See `Checkpoint`; a hash of all data, since nothing else tells two modules apart."""
-        digest = hashlib.sha256()
-        for name in self._tensors:
-            tensor = self.read(name)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            raw: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(raw)
-        return digest.hexdigest()
+        return digest_of_tensors(self._tensors)
 
     def save_companions(self, folder: Path) -> None:
         """See `Checkpoint`; a module without a transformers config has none."""

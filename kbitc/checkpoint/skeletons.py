@@ -68,8 +68,7 @@ def model_classes(config: Any, label: str) -> list[Any]:
     if not names:
         raise SourceError(
             f"{label}: the config does not say of which class the model is, and transformers has none for "
-            "the "
-            f'model_type \'{config.model_type}\' alone; add its class as "architectures": ["..."]'
+            f'the model_type \'{config.model_type}\' alone; add its class as "architectures": ["..."]'
         )
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SourceError(f"{label}: 'architectures' in config.json is no list of names of classes: {names}")

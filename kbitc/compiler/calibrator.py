@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +23,18 @@ from kbitc.cache import cache_folder, check_private, make_private
 from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import token_ids, tokenizer_of
 from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.compiler.sampling import SEED, sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, out_of_memory
 from kbitc.graph.context import Progress, silent
-from kbitc.graph.example_inputs import Recipe, is_pretrained, tokens_before, tokens_of_media
+from kbitc.graph.example_inputs import InputMaker, is_pretrained, tokens_before, tokens_of_media
 from kbitc.graph.given_inputs import drawn_like, named_inputs
 from kbitc.graph.input_shapes import Shape
 from kbitc.graph.media_tokens import run_on_meta
 from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
+from kbitc.system.checksums import digest
 from kbitc.version import VERSION
 
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
@@ -97,11 +98,11 @@ class Calibrator:
         if self.inputs is not None:
             return [drawn_like(self.inputs, generator) for _ in range(COUNT)]
         if not self.is_text:
-            recipe = Recipe.of(model, window_length(model))
-            return [recipe.draw(generator) for _ in range(COUNT)]
+            maker = InputMaker.of(model, window_length(model))
+            return [maker.draw(generator) for _ in range(COUNT)]
         windows = self.windows()
-        recipe = Recipe.of(model, windows.shape[1])
-        return [recipe.draw(generator, window[None]) for window in windows]
+        maker = InputMaker.of(model, windows.shape[1])
+        return [maker.draw(generator, window[None]) for window in windows]
 
     def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of; see `kbitc.sensitivity.losses`."""
@@ -180,17 +181,17 @@ class Calibrator:
 
     def _key(self, options: str) -> str:
         if isinstance(self.source, Tensor):
-            text = hashlib.sha256(self.source.contiguous().numpy().tobytes()).hexdigest()
+            text = digest_of_tensors({"ids": self.source})
         elif self.source in {SELF, RANDOM}:
             text = f"{self.source} {SEED}"
-            text += "" if self.inputs is None else _digest(self.inputs)
+            text += "" if self.inputs is None else _digest_of_inputs(self.inputs)
         else:
-            text = hashlib.sha256(_read(Path(self.source)).encode()).hexdigest()
+            text = digest(_read(Path(self.source)).encode())
         parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
         # Sums of float32 differ in their last bits between machines and counts of threads.
         machine = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
         parts += [str(FORMAT), VERSION, torch.__version__, machine]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        return digest("\0".join(parts).encode())[:24]
 
 
 def make_calibrator(
@@ -244,14 +245,11 @@ def make_calibrator(
     return Calibrator(checkpoint, calibrate, on_progress)
 
 
-def _digest(inputs: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name, value in inputs.items():
-        digest.update(f"{name} {getattr(value, 'shape', value)} {getattr(value, 'dtype', '')}\n".encode())
-        if isinstance(value, Tensor) and not value.is_meta:
-            raw: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(raw)
-    return digest.hexdigest()
+def _digest_of_inputs(inputs: Mapping[str, Any]) -> str:
+    """In their order, in which noise is drawn for them."""
+    forms = [f"{name} {getattr(v, 'shape', v)} {getattr(v, 'dtype', '')}" for name, v in inputs.items()]
+    held = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and not v.is_meta}
+    return digest("\n".join([*forms, digest_of_tensors(held)]).encode())
 
 
 def _read(path: Path) -> str:

@@ -21,9 +21,10 @@ from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.pack import pack_to, source_hash
 from kbitc.artifact.plan_file import LeftAlone, PassEntry, PlanFile, Prediction, WeightEntry
 from kbitc.artifact.reader import Artifact
-from kbitc.artifact.stored import checksum, stored_tensors
+from kbitc.artifact.stored import stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint import Checkpoint, open_checkpoint
+from kbitc.checkpoint.tensor_digests import digest_of_tensor
 from kbitc.compiler.checks import by_class_alone, check_request, skipped_passes, warn_untraced
 from kbitc.compiler.documents import documents
 from kbitc.compiler.lowering import lower
@@ -202,7 +203,7 @@ def _writer(
         "calibration": program.get(CALIBRATION),
         "changed": sorted(name for changes in program.changes for name in changes),
         "packed": {
-            name: [checksum(tensor) for tensor in stored_tensors(packed).values()]
+            name: [digest_of_tensor(tensor) for tensor in stored_tensors(packed).values()]
             for name, packed in program.packed.items()
         },
     }

@@ -30,8 +30,8 @@ else:
 OF_A_REQUEST = ("bits", "spec", "plan", "calibrate", "agree", "quantizer")
 
 
-def register() -> None:
-    """Make transformers know the method ``kbit``; importing this file does it."""
+def register_client() -> None:
+    """Make transformers read, compile and write the method ``kbit``; importing this file does it."""
     from transformers.quantizers import auto
 
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -258,4 +258,4 @@ def as_loaded(model: nn.Module) -> nn.Module:
     return model
 
 
-register()
+register_client()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbitc.checkpoint.vocabulary import vocabulary_size
 from kbitc.errors import KbitcError, UsageError, first_line
 
 KEPT, LENGTH = 3, 8
@@ -47,8 +48,8 @@ def _why_not(model: Any) -> str | None:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "reads one text and writes another"
-    vocabulary = _vocabulary(config)
-    if vocabulary is None:
+    vocabulary = vocabulary_size(model)
+    if not vocabulary:
         return "has no vocabulary"
     first = (vocabulary // 2 + torch.arange(LENGTH)) % vocabulary
     second = torch.cat([first[:KEPT], (first[KEPT:] + vocabulary // 3 + 1) % vocabulary])
@@ -69,11 +70,3 @@ def _why_not(model: Any) -> str | None:
     largest = float(outcomes[0].abs().max())
     is_same = difference <= NOISE.get(outcomes[0].dtype, 0.0) * largest
     return None if is_same else "reads the tokens after a place too, as masked language models do"
-
-
-def _vocabulary(config: Any) -> int | None:
-    try:
-        size = config.get_text_config().vocab_size
-    except (AttributeError, ValueError):  # none, or several
-        return None
-    return size if isinstance(size, int) and size > 0 else None

@@ -34,6 +34,7 @@ from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.module_classes import ByClass, ModuleUse, uses_by_class
 from kbitc.graph.program import Program, Rest
 from kbitc.graph.trace_progress import told_of_modules
+from kbitc.graph.transforms import other_transform
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -182,13 +183,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
         with torch.no_grad():
-            return torch.export.export(model, args, kwargs, strict=False)
+            exported = torch.export.export(model, args, kwargs, strict=False)
     except _Untraceable:
         raise
     except Exception as error:
         raise _Untraceable.of(error) from error
     finally:
         _torch_log.removeFilter(_is_of_use)
+    if (transform := other_transform(exported.graph_module)) is not None:
+        raise _Untraceable(
+            f"it calls {transform}, and kbitc follows no transform of functions but torch.vmap"
+        )
+    return exported
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

@@ -66,13 +66,13 @@ def example_inputs(model: nn.Module, batch: int = BATCH, tokens: int = TOKENS) -
         UnknownInputError: an input of it cannot be made.
         UsageError: not a transformers model.
     """
-    made = Recipe.of(model, tokens, batch).draw(torch.Generator().manual_seed(0))
+    made = InputMaker.of(model, tokens, batch).draw(torch.Generator().manual_seed(0))
     dtype = getattr(model, "dtype", torch.float32)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class InputMaker:
     """Keyword inputs of a model, to be drawn any number of times.
 
     Attributes:
@@ -86,7 +86,7 @@ class Recipe:
     before: Sequence[int] = ()
 
     @staticmethod
-    def of(model: nn.Module, tokens: int, batch: int = 1) -> Recipe:
+    def of(model: nn.Module, tokens: int, batch: int = 1) -> InputMaker:
         """What a model is to be given; see :func:`example_inputs`."""
         asked = _asked(model, batch, tokens)
         shapes, before = _fitting(asked, *_names(asked)), []
@@ -95,7 +95,7 @@ class Recipe:
             if found is not None:  # without it the text alone is an input of the model, too
                 shapes |= found[0]
                 before += found[1]
-        return Recipe(asked, shapes, before)
+        return InputMaker(asked, shapes, before)
 
     def draw(self, generator: torch.Generator, text: Tensor | None = None) -> dict[str, Tensor]:
         """Inputs: token ids drawn evenly from the vocabulary, floats in float32 from a normal law.
@@ -146,7 +146,7 @@ def as_text(ids: Tensor, special: Sequence[int], vocabulary: int) -> Tensor:
 
 def tokens_before(model: nn.Module) -> int:
     """How many tokens of example inputs stand for an image or a sound, before the text."""
-    return len(Recipe.of(model, TOKENS).before)
+    return len(InputMaker.of(model, TOKENS).before)
 
 
 def tokens_of_media(model: nn.Module) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from kbitc.checkpoint.vocabulary import vocabulary_size
 from kbitc.graph.positions import usable_positions
 
 IMAGE_SIZE = 224  # of vision models that take any size, and so have none in their config
@@ -58,15 +59,8 @@ class Asked:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are, by the config or by what looks them up; 0 for a model without."""
-        stated = getattr(self.model.config.get_text_config(), "vocab_size", None)
-        if isinstance(stated, int):
-            return stated
-        try:
-            weight = getattr(self.model.get_input_embeddings(), "weight", None)
-        except NotImplementedError:
-            return 0
-        return weight.shape[0] if weight is not None else 0
+        """How many tokens there are; 0 for a model without."""
+        return vocabulary_size(self.model) or 0
 
 
 @dataclass(frozen=True)

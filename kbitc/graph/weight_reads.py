@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from kbitc.graph.transforms import CLOSES_VMAP, OPENS_VMAP
+
 
 @dataclass(frozen=True)
 class WeightRead:
@@ -52,11 +54,6 @@ def op_name(node: fx.Node) -> str:
 # What tracing leaves behind to check itself; it computes nothing.
 CHECKS = ("aten._assert_tensor_metadata",)
 
-VMAPS = (
-    "_vmap_increment_nesting",
-    "_vmap_decrement_nesting",
-)  # of torch, which no schema says to have effects
-
 _SAME = (
     *("alias", "detach", "contiguous", "lift_fresh", "to", "_to_copy"),
     *("view", "reshape", "clone"),
@@ -78,7 +75,8 @@ def is_move(node: fx.Node) -> bool:
 
 def has_effect(node: fx.Node) -> bool:
     """True for a call that stays although nothing reads it: it writes, or begins or ends a ``torch.vmap``."""
-    return node.is_impure() or op_name(node) in VMAPS
+    # No schema says it of what torch.vmap leaves.
+    return node.is_impure() or op_name(node) in (OPENS_VMAP, CLOSES_VMAP)
 
 
 def stored_values(graph: fx.Graph, parameters: Mapping[str, str]) -> set[fx.Node]:

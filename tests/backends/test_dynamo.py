@@ -248,6 +248,29 @@ def test_transforms_of_functions(inner):
     assert error(model(X), wanted) > 1e-2
 
 
+OTHERS = {
+    "torch.func.grad or vjp": lambda x: torch.func.grad(lambda v: v.sin().sum())(x),
+    "torch.func.grad or vjp, after its region": lambda x: torch.func.vjp(torch.sin, x)[1](x)[0],
+    "torch.func.jvp": lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_transforms_are_left_to_torch(name, has_gradients):
+    """Traced without gradients they would come out as zeros, or as tensors without data."""
+
+    class Other(Block):
+        def forward(self, x):
+            return super().forward(x) + OTHERS[name](x)
+
+    model = block(Other)
+    with torch.set_grad_enabled(has_gradients):
+        with pytest.warns(RuntimeWarning, match=f"unquantized: it calls {name.partition(',')[0]}, of which"):
+            got = torch.compile(model, backend=kbit, options=SPEC, fullgraph=True)(X)
+        assert error(got, model(X)) <= 1e-6
+
+
 def test_a_transposed_weight():
     from transformers.pytorch_utils import Conv1D
 

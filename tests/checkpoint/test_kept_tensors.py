@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.errors import SourceError
 
 TENSORS = {"a|0.rows": torch.randn(3, 4), "b": torch.tensor(0.5, dtype=torch.float64), "c": torch.ones(0)}
@@ -39,6 +42,21 @@ def test_every_changed_byte_is_found(file):
     file.write_bytes(raw[:-1])
     with pytest.raises(SourceError):
         read_tensors(file)
+
+
+def test_a_header_in_another_order_holds_the_same(file):
+    raw = file.read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    header = json.dumps(dict(reversed(json.loads(raw[8:size]).items()))).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[size:])
+    back = read_tensors(file)
+    assert list(back) != list(read_tensors_of(raw, file))
+    assert digest_of_tensors(back) == digest_of_tensors(TENSORS)
+
+
+def read_tensors_of(raw, file):
+    file.with_name("other.safetensors").write_bytes(raw)
+    return read_tensors(file.with_name("other.safetensors"))
 
 
 def test_a_file_of_somebody_else_has_no_checksum(file):

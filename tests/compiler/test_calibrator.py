@@ -126,6 +126,15 @@ def test_measured_again_where_sums_could_differ(tiny_model, cache, monkeypatch):
         assert [measured(), measured()] == [True, False]
 
 
+def test_measured_again_for_windows_of_another_shape(tiny_model, cache):
+    ids = torch.arange(20)
+    with open_checkpoint(tiny_model("llama")) as checkpoint:
+        for shape in ((2, 10), (4, 5)):
+            given = Calibrator(checkpoint, ids.reshape(shape))
+            kept = given.remembered(lambda shape=shape: {"windows": torch.tensor(shape[0])})
+            assert kept["windows"] == shape[0]
+
+
 def test_a_uniform_spec_with_and_without_text(tiny_model):
     """Calibrated scales have a smaller price, plain ones a smaller absolute maximum of nothing."""
     model = tiny_model("llama")

@@ -12,7 +12,7 @@ from kbitc.compiler.calibrator import Calibrator
 from kbitc.compiler.sampling import sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
 from kbitc.errors import MemoryShortage, SourceError, UsageError, out_of_memory
-from kbitc.graph.example_inputs import Recipe
+from kbitc.graph.example_inputs import InputMaker
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -166,8 +166,8 @@ def test_no_token_that_stands_for_an_image_is_sampled():
     model = T.LlavaForConditionalGeneration(config).eval()
     ids = sample_windows(model, 48, 8)
     assert set(ids.unique().tolist()) == set(range(16)) - {7}
-    feed = Recipe.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])
+    feed = InputMaker.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])
     assert (feed["input_ids"] == 7).sum() == 4
     ids[0, 5] = 7
     with pytest.raises(UsageError, match="the text holds token 7, which stands for a piece of an image"):
-        Recipe.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])
+        InputMaker.of(model, 48).draw(torch.Generator().manual_seed(0), ids[:1])

@@ -220,3 +220,27 @@ def test_the_reader_is_kept(tiny_model):
         raise AssertionError(name)
 
     assert capture(tiny_model("llama", is_meta=True), context=Context(read)).read is read
+
+
+def test_of_transforms_of_functions_a_graph_has_vmap_alone():
+    """Gradients are traced to plain calls; `torch.func.jvp` would leave levels that no pass knows."""
+
+    class Transformed(nn.Linear):
+        transform = torch.vmap(torch.sin)
+
+        def forward(self, x):
+            return super().forward(x) + type(self).transform(x)
+
+    class Graded(Transformed):
+        transform = torch.func.grad(lambda x: x.sin().sum())
+
+    class Pushed(Transformed):
+        transform = lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1]  # noqa: E731
+
+    x = torch.randn(3, 4)
+    for owner in (Transformed, Graded):
+        program = capture(owner(4, 4), (x,))
+        assert program.untraced == ""
+    program = capture(nn.Sequential(nn.Linear(4, 4), Pushed(4, 4)), (x,))
+    assert program.untraced.startswith("it calls torch.func.jvp, ")
+    assert Canonicalize().run(program).weights.keys() == {"0.weight", "1.weight"}

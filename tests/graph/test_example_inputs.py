@@ -9,7 +9,7 @@ from torch import nn
 
 from kbitc.errors import UsageError
 from kbitc.graph.capture import capture
-from kbitc.graph.example_inputs import Recipe, example_inputs, tokens_of_media
+from kbitc.graph.example_inputs import InputMaker, example_inputs, tokens_of_media
 from kbitc.graph.given_inputs import drawn_like, named_inputs, read_inputs
 from kbitc.passes.canonicalize import Canonicalize
 
@@ -255,13 +255,13 @@ def test_drawn_text_holds_no_image_token_and_a_given_one_comes_after_them():
     with torch.device("meta"):
         model = llava().eval()
     assert tokens_of_media(model) == [7]
-    recipe = Recipe.of(model, 400)
-    drawn = recipe.draw(torch.Generator().manual_seed(0))["input_ids"]
+    maker = InputMaker.of(model, 400)
+    drawn = maker.draw(torch.Generator().manual_seed(0))["input_ids"]
     assert drawn.shape == (1, 404)
     assert drawn[0, :4].tolist() == [7] * 4
     assert 7 not in drawn[0, 4:]
     text = torch.arange(10, 20)[None]
-    assert Recipe.of(model, 10).draw(torch.Generator(), text)["input_ids"].tolist() == [
+    assert InputMaker.of(model, 10).draw(torch.Generator(), text)["input_ids"].tolist() == [
         [7] * 4 + [*range(10, 20)]
     ]
 

@@ -1,10 +1,10 @@
-"""Regions of ``torch.func``'s transforms in a graph of Dynamo, as plain aten calls.
+"""Regions of `torch.vmap` in a graph of Dynamo, as plain aten calls.
 
 before:  _vmap_increment_nesting(n); a = _add_batch_dim(x); _remove_batch_dim(f(a)); _vmap_decrement_nesting()
 after:   aten calls of the batched f
 
 The one thing to know: tracing before dispatch sees a batched tensor where the transform has not been applied
-yet, and would take it for a constant. A region is therefore traced below the transforms, by itself; the rest
+yet, and would take it for a constant. A region is therefore traced below the transform, by itself; the rest
 of the graph keeps its linears whole.
 """
 
@@ -18,11 +18,10 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 
-ENTERS = "_increment_nesting"
-LEAVES = "_decrement_nesting"
+from kbitc.graph.transforms import CLOSES_VMAP, OPENS_VMAP
 
 
-def without_transforms(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def without_vmaps(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """The graph itself where it has no such regions, or a copy without them.
 
     Args:
@@ -60,14 +59,14 @@ class _Values(PropagateUnbackedSymInts):
 
 
 def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The outermost regions, each with what enters and leaves it."""
+    """The outermost regions, each with what opens and closes it."""
     depth, region = 0, []
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
-        depth += name.endswith(ENTERS)
+        depth += name == OPENS_VMAP
         if depth:
             region.append(node)
-        depth -= name.endswith(LEAVES)
+        depth -= name == CLOSES_VMAP
         if region and not depth:
             yield region
             region = []
