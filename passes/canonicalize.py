@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
+from kbitc.graph.computed_weights import computed_of, with_tables_looked_up
 from kbitc.graph.contraction import Contraction, contraction
 from kbitc.graph.contraction_nodes import build_contraction
 from kbitc.graph.layers import written_as_matmuls
-from kbitc.graph.matching import KERNEL, MATMULS, Match, Miss, match, one_row
+from kbitc.graph.matching import KERNEL, Match, Miss, match, one_row
 from kbitc.graph.module_classes import ModuleUse
-from kbitc.graph.program import CANONICAL, Program, Rest, Stage, Use, Weight
+from kbitc.graph.program import Program, Rest, Stage, Use, Weight
 from kbitc.graph.rewriting import build
 from kbitc.graph.weight_reads import (
     CHECKS,
@@ -57,7 +58,7 @@ class Canonicalize:
 
     def run(self, program: Program) -> Program:
         """The same computation in canonical form, its tensors in ``weights`` and ``rest``."""
-        program = written_as_matmuls(program)
+        program = with_tables_looked_up(written_as_matmuls(program))
         reads_by = _decide(program)
         misses = {name: _why_left(program, name, reads_by.get(name, [])) for name in program.rest}
         chosen = {
@@ -87,7 +88,7 @@ class Canonicalize:
                     is_summed=_is_summed(outcomes),
                 )
         module = fx.GraphModule(program.graph, graph)
-        hidden = _behind_products(graph, program.parameters, rest, stored)
+        hidden = _behind_products(rest, computed_of(graph, program.parameters, stored))
         rest |= {
             name: replace(rest[name], reason=reason, is_matmul=True, is_summed=True)
             for name, reason in hidden.items()
@@ -208,38 +209,14 @@ def _is_summed(outcomes: Outcomes) -> bool:
     )
 
 
-def _behind_products(
-    graph: fx.Graph, parameters: Mapping[str, str], rest: Mapping[str, Rest], stored: set[fx.Node]
-) -> dict[str, str]:
+def _behind_products(rest: Mapping[str, Rest], matmul_of: Mapping[str, str]) -> dict[str, str]:
     """Parameters that a matmul's weight is computed of, and how: they are weights of it all the same."""
-    reasons: dict[str, str] = {}
-    for node in graph.nodes:
-        for operand in _weights_of(node, stored):
-            seen, stack = {operand}, [operand]
-            while stack:
-                source = stack.pop()
-                tensor = rest.get(parameters.get(source.name, ""))
-                if tensor is not None and tensor.is_parameter and sum(n > 1 for n in tensor.shape) > 1:
-                    if not tensor.is_matmul:
-                        reasons.setdefault(tensor.name, f"the weight of {op_name(node)} is computed of it")
-                    continue
-                if op_name(source) in MATMULS or source.target in CANONICAL:
-                    continue
-                fresh = [n for n in source.all_input_nodes if n not in seen]
-                seen.update(fresh)
-                stack.extend(fresh)
-    return reasons
-
-
-def _weights_of(node: fx.Node, stored: set[fx.Node]) -> list[fx.Node]:
-    """The operand of a matmul that does not depend on the model's inputs, while the other does."""
-    if op_name(node) not in MATMULS:
-        return []
-    operands = node.all_input_nodes
-    if op_name(node) in ("aten.linear", "aten.addmm", "aten.baddbmm"):
-        operands = operands[1:2] if op_name(node) == "aten.linear" else operands[1:]
-    fixed = [operand for operand in operands if operand in stored]
-    return fixed if len(fixed) < len(operands) or op_name(node) == "aten.linear" else []
+    return {
+        name: f"the weight of {matmul} is computed of it"
+        for name, matmul in matmul_of.items()
+        if name in rest and not rest[name].is_matmul
+        if rest[name].is_parameter and sum(size > 1 for size in rest[name].shape) > 1
+    }
 
 
 def _rewrite(

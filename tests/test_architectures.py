@@ -287,3 +287,24 @@ def test_addends_and_queries_that_are_learned_are_no_matmul_weights():
             return torch.baddbmm(self.added, x, self.heads), self.query @ self.key
 
     assert matmul_weights(Model(), {"x": torch.randn(2, 6, 3)}) == {"heads": 24, "key": 15}
+
+
+def test_weights_that_are_computed_of_parameters_alone_are_matmul_weights():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"positions": (9, 4), "looked_up": (9, 4), "scaled": (4, 6), "scale": (1, 6)}
+            for name, size in sizes.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(size)))
+            self.register_buffer("places", torch.arange(6))
+
+        def forward(self, x, ids):
+            places = self.places[:, None] - self.places + 4
+            biases = torch.einsum("bqc,qkc->bqk", x, self.positions[places.clamp(0, 8)])
+            chosen = x @ self.looked_up[ids].mT
+            mask = torch.zeros(6, 6)
+            mask[0] = x[0, 0, 0]  # no longer a constant
+            return biases + chosen + mask, x @ (self.scaled * self.scale)
+
+    inputs = {"x": torch.randn(1, 6, 4), "ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}
+    assert matmul_weights(Model(), inputs) == {"positions": 36, "scaled": 24}

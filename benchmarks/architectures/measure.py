@@ -1,7 +1,8 @@
 """One class from its config to the outputs of its loaded artifact; runs in a process of its own.
 
 The one thing to know: which weights are matmul weights is found here without kbitc: parameters of
-``nn.Linear`` and its kind, and whatever the dense model's forward hands to a matmul, as a view or not.
+``nn.Linear`` and its kind, and whatever the dense model's forward hands to a matmul: as it is, as a view, or
+as what it computes of parameters and constants alone (rows of a table that no input chooses).
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ def _flat(value: Any) -> Iterator[Tensor]:
 
 
 class _Matmuls(TorchDispatchMode):
-    """Notes the storages that matmuls read as factors; of two parameters the one on the right.
+    """Notes the storages that matmuls read as factors; of two that no input changes the one on the right.
 
     An addend is no factor, and what meets the weight of a linear, or is on the left of another parameter, is
     an input, learned or not. Convolutions count where they are a matmul: kernels of one place, or that do not
-    overlap.
+    overlap. A factor that is computed of parameters counts for those, up to another matmul.
     """
 
     names = (
@@ -162,19 +163,47 @@ class _Matmuls(TorchDispatchMode):
         super().__init__()
         self.linears = linears
         self.read: set[int] = set()
-        self.stored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.stored = {_place(parameter) for parameter in model.parameters()}
+        vectors = {_place(p) for p in model.parameters() if sum(size > 1 for size in p.shape) < 2}
+        self.made_of = {place: {place} - vectors for place in self.stored}
+        self.made_of |= {_place(buffer): set() for buffer in model.buffers()}
+        self.held: list[Any] = []  # so that no other tensor comes to lie where they do
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self.names or (name == "convolution" and _is_matmul(args)):
-            factors = list(_flat(list(args)))
-            if name in ("addmm", "baddbmm", "addmv"):
-                factors = factors[1:]
-            read = [tensor.untyped_storage().data_ptr() for tensor in factors]
-            is_query = name in ("mm", "addmm", "bmm", "baddbmm") and set(read) <= self.stored
-            operands = set(read[1:] if is_query else read)
-            self.read |= operands & self.linears or operands
-        return func(*args, **(kwargs or {}))
+        is_matmul = name in self.names or (name == "convolution" and _is_matmul(args))
+        if is_matmul:
+            self._note(name, list(_flat(list(args))))
+        out = func(*args, **(kwargs or {}))
+        given = [self.made_of.get(_place(tensor)) for tensor in _flat([*args, *(kwargs or {}).values()])]
+        self._follow(given, list(_flat(out)), is_matmul=is_matmul)
+        return out
+
+    def _note(self, name: str, factors: list[Tensor]) -> None:
+        if name in ("addmm", "baddbmm", "addmv"):
+            factors = factors[1:]
+        read = [_place(factor) for factor in factors]
+        is_query = name in ("mm", "addmm", "bmm", "baddbmm") and self.made_of.keys() >= set(read)
+        operands = {place for place in (read[1:] if is_query else read) if place in self.stored}
+        if not is_query:
+            operands = operands.union(*(self.made_of.get(place, ()) for place in read))
+        self.read |= operands & self.linears or operands
+
+    def _follow(self, given: list[set[int] | None], results: list[Tensor], *, is_matmul: bool) -> None:
+        """Note what is computed of stored tensors and constants alone, and of which."""
+        for result in results:
+            place = _place(result)
+            if any(made_of is None for made_of in given):
+                self.made_of.pop(place, None)  # written in place
+            elif place not in self.stored:
+                of = set() if is_matmul else set().union(*(each or () for each in given))
+                self.made_of[place] = of | self.made_of.get(place, set())
+                self.held.append(result.untyped_storage())
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's storage lies."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_matmul(args: Any) -> bool:
@@ -189,7 +218,7 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
     from transformers.pytorch_utils import Conv1D
 
     by_class = {
-        parameter.untyped_storage().data_ptr()
+        _place(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, (nn.Linear, Conv1D, nn.MultiheadAttention, nn.LSTM, nn.GRU))
@@ -202,9 +231,7 @@ def matmul_weights(model: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, in
     return {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.ndim > 1
-        and parameter.is_floating_point()
-        and parameter.untyped_storage().data_ptr() in by_class | mode.read
+        if parameter.ndim > 1 and parameter.is_floating_point() and _place(parameter) in by_class | mode.read
     }
 
 
@@ -268,7 +295,8 @@ def _compare(
     for name, stored in state.items():
         if name in tensors:
             value = stored.dequantize(torch.float32) if isinstance(stored, KbitTensor) else stored
-            tensors[name].data.copy_(value)
+            # In memory of its own: in a mapped file it lies at any address, and BLAS's order of sums differs.
+            tensors[name].data = torch.empty_like(tensors[name]).copy_(value)
     with Selections() as chosen:
         expected = run(dense, feed)
     model = kbitc.load(out)

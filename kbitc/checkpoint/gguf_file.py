@@ -89,7 +89,7 @@ class GgufFile(Checkpoint):
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """See `Checkpoint`."""
-        return self._linked.infos()
+        return self._linked.infos
 
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`."""

@@ -80,7 +80,7 @@ class HfFolder(Checkpoint):
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """See `Checkpoint`."""
-        return self._linked.infos()
+        return self._linked.infos
 
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`."""

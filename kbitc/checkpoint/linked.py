@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ class Linked:
     ignored: tuple[str, ...]
     read_source: ReadSource
 
-    def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor of the model, in its order."""
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the model, in its order; kept, since each read of calibration asks for it."""
         own = {n: TensorInfo.of(tuple(t.shape), t.dtype) for n, t in self.defaults.items()}
         made = {name: recipe.info for name, recipe in self.recipes.items()} | own
         return {name: made[name] for name in stored_names(self.model)}

@@ -27,6 +27,7 @@ from kbitc.graph.media_tokens import (
     run_on_meta,
     special_ids,
     stand_ins,
+    towers,
     with_tokens,
 )
 
@@ -179,7 +180,7 @@ def _names(asked: Asked) -> tuple[list[str], dict[str, Shape]]:
         UnknownInputError: something among it cannot be made.
     """
     accepted, main = asked.accepted, _main(asked)
-    wanted = {"input_ids", "pixel_values", main} & accepted | asked.required
+    wanted = {"input_ids", "pixel_values", main} & accepted | asked.required | towers(asked)
     if "pixel_values" in wanted:
         wanted -= {"inputs"}
     wanted -= {media.values for media in media_of(asked)}

@@ -108,6 +108,7 @@ def _images(asked: Asked) -> Iterator[Shape]:
         grid, patch = _grid(asked), asked.get("patch_size", default=14)
         depth = channels * asked.get("temporal_patch_size", default=1) * patch * patch
         yield Shape((asked.batch * math.prod(grid), depth))
+        yield Shape((asked.batch * math.prod(grid), channels, patch, patch))
         return
     frames = asked.get("num_frames", "frames_per_clip")
     if frames is not None:

@@ -6,6 +6,7 @@ the meta device, where it costs nothing, and each feature needs one token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,17 @@ def media_of(asked: Asked) -> list[Media]:
         for media in MEDIA
         if {media.values, "input_ids"} <= asked.accepted and _token(asked, media.token) is not None
     ]
+
+
+def towers(asked: Asked) -> set[str]:
+    """Inputs whose features the model makes beside those of text, not among its tokens: CLIP's and CLAP's."""
+    config = asked.model.config
+    return {
+        media.values
+        for media in MEDIA
+        if callable(getattr(asked.model, media.features, None))
+        and all(getattr(config, name, None) is None for name in media.token)
+    } & asked.accepted
 
 
 def special_ids(asked: Asked) -> list[int]:
@@ -181,9 +193,10 @@ def run_on_meta(module: nn.Module, shapes: Mapping[str, Shape]) -> Any:
 
 
 def _lacks_values(error: Exception) -> bool:
-    """Whether torch says that a meta tensor has no data."""
+    """Whether torch says that a meta tensor has no data, or does not go with one that has."""
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("meta tensor" in said or "data-independent" in said)
+    is_of_meta = re.search(r"\bmeta\b", said) is not None
+    return isinstance(error, RuntimeError) and (is_of_meta or "data-independent" in said)
 
 
 def _meta(shape: Shape, dtype: torch.dtype) -> Tensor:

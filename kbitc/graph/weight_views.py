@@ -42,6 +42,7 @@ class ViewRead:
         parameter: that it is of.
         geometry: where its elements lie in the parameter.
         steps: the calls of the chain from the first one that multiplies on, each with the view that it takes.
+        chain: all its nodes, of which the last is the view.
     """
 
     node: fx.Node
@@ -49,6 +50,7 @@ class ViewRead:
     parameter: fx.Node
     geometry: Geometry
     steps: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    chain: tuple[fx.Node, ...] = ()
 
 
 def view_reads(parameter: fx.Node) -> list[ViewRead]:
@@ -73,10 +75,10 @@ def _through(user: fx.Node, at: ViewRead) -> Iterator[ViewRead]:
     if user.op != "call_function":
         return
     name = op_name(user)
-    short = name.rpartition(".")[2]
+    short, chain = name.rpartition(".")[2], (*at.chain, user)
     if name in _SCALES:
         if _keeps_shape(user, at.view):
-            yield replace(at, view=user, steps=(*at.steps, (user, at.view)))
+            yield replace(at, view=user, steps=(*at.steps, (user, at.view)), chain=chain)
         return
     is_first = bool(user.args) and user.args[0] is at.view and user.all_input_nodes.count(at.view) == 1
     if short not in (*MOVES, *_CASTS) or not is_first or short == "getitem":
@@ -84,17 +86,18 @@ def _through(user: fx.Node, at: ViewRead) -> Iterator[ViewRead]:
     steps = (*at.steps, (user, at.view)) if at.steps else ()
     if short in _CASTS:
         if _is_cast(user, at.view):
-            yield replace(at, view=user, steps=steps)
+            yield replace(at, view=user, steps=steps, chain=chain)
         return
     if len(user.all_input_nodes) > 1:
         return
     moved = at.geometry.moved(user.target, user.args[1:], user.kwargs)  # type: ignore[arg-type]
     if isinstance(moved, Geometry):
-        yield replace(at, view=user, geometry=moved, steps=steps)
+        yield replace(at, view=user, geometry=moved, steps=steps, chain=chain)
     elif moved is not None and all(part.target is operator.getitem for part in user.users):
         for part in user.users:
             index: Any = part.args[1]
-            yield replace(at, view=part, geometry=moved[index], steps=(*steps, (part, user)) if steps else ())
+            steps_to = (*steps, (part, user)) if steps else ()
+            yield replace(at, view=part, geometry=moved[index], steps=steps_to, chain=(*chain, part))
 
 
 def _is_cast(user: fx.Node, view: fx.Node) -> bool:
@@ -164,5 +167,14 @@ def _factor(step: fx.Node, view: fx.Node, call: Callable[..., Any], new: Callabl
     other: Any = step.args[step.args[0] is view]
     is_divided = name == "aten.div"
     if isinstance(other, fx.Node):
-        return call(aten.reciprocal.default, new(other)) if is_divided else new(other)
+        return call(aten.reciprocal.default, _core(other, call, new)) if is_divided else new(other)
     return 1 / other if is_divided else float(other)
+
+
+def _core(factor: fx.Node, call: Callable[..., Any], new: Callable[[fx.Node], Any]) -> Any:
+    """A factor without what it repeats, which arithmetic would write out."""
+    core, value = new(factor), value_of(factor)
+    for dim in range(value.dim()):
+        if value.stride(dim) == 0:
+            core = call(aten.slice.Tensor, core, dim, 0, 1)
+    return core

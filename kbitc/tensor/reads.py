@@ -286,6 +286,7 @@ DENSE = (
     *(aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.cat.default),
     *(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.convolution.default),
     aten.sum.dim_IntList,  # the gradient of a factor
+    aten.pow.Tensor_Scalar,  # distances to the rows of a codebook
     aten.grid_sampler_2d.default,
     *(getattr(packet, overload) for packet in RESIZED for overload in ("default", "vec")),
 )

@@ -33,6 +33,7 @@ def check_equal(folder, dtype="auto"):
         {id(t): n for n, t in reversed(list(model.named_parameters(remove_duplicate=False)))}.values()
     )
     assert set(firsts) <= set(infos)
+    assert checkpoint.tensors() is infos  # made once: calibration asks at each read
     assert len({id(t) for t in state.values()}) == len(infos)
     assert list(skeleton.state_dict()) == list(state)
     for name, info in infos.items():

@@ -140,6 +140,19 @@ def voxtral():
     )
 
 
+def clap():
+    """Two towers: neither text nor sound stands among the other."""
+    sizes = {
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "num_attention_heads": [1, 2],
+        "depths": [1, 1],
+    }
+    audio = {**sizes, "spec_size": 64, "num_mel_bins": 16, "window_size": 4, "projection_dim": 16}
+    text = {**TEXT, "max_position_embeddings": 24, "projection_dim": 16}
+    return T.ClapModel(T.ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+
+
 def decision_transformer():
     sizes = {"hidden_size": 32, "n_head": 2, "n_layer": 1, "n_inner": 48, "max_ep_len": 40}
     return T.DecisionTransformerModel(T.DecisionTransformerConfig(state_dim=5, act_dim=3, **sizes))
@@ -191,6 +204,7 @@ MODELS = {
         qwen2_vl,
         {"input_ids": (2, 1 + 4 + 1 + 8), "pixel_values": (32, 1176), "image_grid_thw": (2, 3)},
     ),
+    "clap": (clap, {"input_ids": (2, 8), "input_features": (2, 1, 64, 16)}),
     "voxtral": (voxtral, {"input_ids": (2, 8 + 8), "input_features": (2, 16, 64)}),
 }
 
@@ -301,3 +315,14 @@ def test_a_file_that_holds_no_inputs_says_so(tmp_path):
     for name in ("x.safetensors", "absent.safetensors"):
         with pytest.raises(UsageError, match="cannot be read as a safetensors file"):
             read_inputs(tmp_path / name)
+
+
+def test_patches_of_a_grid_may_come_as_small_images():
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = T.Kimi_K25VisionConfig(**sizes, hidden_size=32, patch_size=4, pos_emb_height=8, pos_emb_width=8)
+    model = T.Kimi_K25VisionModel(vision).eval()
+    inputs = example_inputs(model)
+    assert inputs["pixel_values"].shape == (32, 3, 4, 4)
+    assert inputs["grid_thw"].tolist() == [[1, 4, 4]] * 2
+    with torch.no_grad():
+        model(**inputs)

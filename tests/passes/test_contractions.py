@@ -53,6 +53,19 @@ def experts_of_counted_rows(x, w):
     return torch.cat([F.linear(part, w[i]) for i, part in enumerate(parts)])
 
 
+def relative_positions(x, w):
+    """SAM's: a table fitted to another size, of which each pair of places reads a row."""
+    table = F.interpolate(w[None].mT, size=x.shape[1] * 2 - 1, mode="linear")[0].mT
+    places = torch.arange(x.shape[1])
+    return torch.einsum("bqc,qkc->bqk", x, table[places[:, None] - places + x.shape[1] - 1])
+
+
+def distances_to_codebook(x, w):
+    """Of DAC, by rows of length one."""
+    rows = F.normalize(w)
+    return x @ rows.t() - rows.pow(2).sum(1)
+
+
 FORMS = {
     "linear": (F.linear, X, (16, 32)),
     "linear with a bias": (F.linear, X, (16, 32), (16,)),
@@ -113,6 +126,10 @@ FORMS = {
     "over columns": (lambda x, w, g: x @ (w / (g[:, None] + 9))[:, 2:], X, (32, 16), (32,)),
     "tied to its transpose": (lambda x, w: F.linear(F.linear(x, w).relu(), w.T), X, (16, 32)),
     "one row beside others": (lambda ids, w: F.embedding(ids, w).tanh() + w[-2, :], IDS, (10, 8)),
+    "a concatenation": (lambda x, w, v: F.linear(x, torch.cat([w, v])), X, (16, 32), (16, 32)),
+    "picked rows": (lambda x, w: F.linear(x, w[torch.tensor([3, 1])]), X, (16, 32)),
+    "relative positions": (relative_positions, X, (9, 32)),
+    "distances to a codebook": (distances_to_codebook, X, (12, 32)),
     "soft look-up": (lambda ids, w: (F.embedding(ids, w) @ w.T).softmax(-1) @ w, IDS, (10, 8)),
 }
 MODULES = {
@@ -241,10 +258,8 @@ def test_an_artifact_holds_it(name, tmp_path):
 UNPACKED = {
     "a sum": (lambda x, w, v: F.linear(x, w + v), X, (16, 32), (16, 32)),
     "a product": (lambda x, w, v: F.linear(x, w * v), X, (16, 32), (16, 32)),
-    "a concatenation": (lambda x, w, v: F.linear(x, torch.cat([w, v])), X, (16, 32), (16, 32)),
     "a softmax": (lambda x, w: x @ w.softmax(0), X, (32, 16)),
     "of low rank": (lambda x, w, v: F.linear(x, w @ v), X, (16, 4), (4, 32)),
-    "picked rows": (lambda x, w: F.linear(x, w[torch.tensor([3, 1])]), X, (16, 32)),
 }
 
 
