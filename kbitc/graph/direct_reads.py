@@ -1,4 +1,4 @@
-"""Which weights the code of a model reads itself, past the forward of the module that has them.
+"""What a model's code says of its weights: which it reads past their module, only adds, or never multiplies.
 
 before:  x + self.positions.weight[:n]    in a method of a module that has ``positions``
 after:   {"weight"} of "positions"
@@ -19,7 +19,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 
 from torch import nn
 
@@ -27,6 +27,11 @@ _OF_A_TENSOR = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "req
 _MAKERS = {"__init__", "_init_weights", "_tie_weights", "tie_weights"}
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _PREFIXES = ("EXTENDED_ARG", "CACHE")  # of a step, no steps
+_PRODUCTS = {
+    *("matmul", "mm", "bmm", "mv", "dot", "inner", "addmm", "addmv", "addbmm", "baddbmm", "einsum"),
+    *("tensordot", "multi_dot", "chain_matmul", "grouped_mm", "_grouped_mm", "linear", "bilinear", "cdist"),
+    *("conv1d", "conv2d", "conv3d", "scaled_dot_product_attention", "multi_head_attention_forward"),
+}
 _BASES = ("torch.", "transformers.modeling_utils", "transformers.generation")
 
 
@@ -53,6 +58,66 @@ def added_biases(owner: type) -> frozenset[str]:
     return frozenset(name for name in added - otherwise if "bias" in name)
 
 
+def never_multiplied(model: nn.Module, path: str) -> set[str]:
+    """Parameters of the module at ``path`` that no code takes for a product of matrices.
+
+    Its class' methods, the functions that they name and the modules below hold none, and no module above
+    reads the parameter.
+    """
+    module = model.get_submodule(path)
+    names = set(module._parameters)
+    below = {type(each) for each in module.modules() if _is_own(type(each))}
+    if not names or type(module) not in below or any(_multiplies(each) for each in below):
+        return set()
+    while path:
+        path = path.rpartition(".")[0]
+        names -= _attributes_read(type(model.get_submodule(path)))
+    return names
+
+
+@functools.cache
+def _multiplies(owner: type) -> bool:
+    layers = [base for base in owner.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+    if layers != [nn.Module]:
+        return True  # for all that this class' own code says
+    seen: set[CodeType] = set()
+    stack = [f for each in owner.__mro__ if _is_own(each) for f in _functions(each)]
+    while stack:
+        function = stack.pop()
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        for step in (step for code in _nested(function.__code__) for step in _steps(code)):
+            if _is_product(step):
+                return True
+            if step.opname == "LOAD_GLOBAL":
+                named = inspect.unwrap(function.__globals__.get(step.argval, len))
+                if isinstance(named, FunctionType) and not named.__module__.startswith("torch."):
+                    stack.append(named)
+    return False
+
+
+def _is_product(step: dis.Instruction) -> bool:
+    if step.opname == "BINARY_OP":
+        return step.argrepr in ("@", "@=")
+    return step.opname in (*_ATTRIBUTES, "LOAD_GLOBAL") and step.argval in _PRODUCTS
+
+
+@functools.cache
+def _attributes_read(owner: type) -> frozenset[str]:
+    outer = (code for each in owner.__mro__ if _is_own(each) for code in _codes(each))
+    codes = (code for each in outer for code in _nested(each))
+    return frozenset(step.argval for code in codes for step in _steps(code) if step.opname in _ATTRIBUTES)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """A code, and those of its lambdas and inner functions."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _nested(inner)
+
+
 @functools.cache
 def _weights_read(owner: type) -> frozenset[str]:
     """Names of modules whose weights the methods of one class take."""
@@ -66,10 +131,13 @@ def _is_own(owner: type) -> bool:
     return issubclass(owner, nn.Module) and not owner.__module__.startswith(_BASES)
 
 
+def _functions(owner: type) -> list[FunctionType]:
+    methods = [method for name, method in vars(owner).items() if name not in _MAKERS and callable(method)]
+    return [each for each in map(inspect.unwrap, methods) if isinstance(each, FunctionType)]
+
+
 def _codes(owner: type) -> list[CodeType]:
-    methods = (method for name, method in vars(owner).items() if name not in _MAKERS)
-    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in methods if callable(each))
-    return [code for code in codes if code is not None]
+    return [function.__code__ for function in _functions(owner)]
 
 
 def _steps(code: CodeType) -> list[dis.Instruction]:
@@ -77,10 +145,8 @@ def _steps(code: CodeType) -> list[dis.Instruction]:
 
 
 def _in_code(code: CodeType) -> Iterator[str]:
-    names = [step.argval if step.opname in _ATTRIBUTES else None for step in _steps(code)]
-    for module, weight, of_it in zip(names, names[1:], [*names[2:], None], strict=False):
-        if weight == "weight" and module is not None and of_it not in _OF_A_TENSOR:
-            yield module
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _in_code(inner)
+    for each in _nested(code):
+        names = [step.argval if step.opname in _ATTRIBUTES else None for step in _steps(each)]
+        for module, weight, of_it in zip(names, names[1:], [*names[2:], None], strict=False):
+            if weight == "weight" and module is not None and of_it not in _OF_A_TENSOR:
+                yield module

@@ -16,9 +16,11 @@ from typing import TypeAlias
 from torch import nn
 
 from kbitc.checkpoint.names import first_names
-from kbitc.graph.direct_reads import added_biases, read_directly
+from kbitc.graph.direct_reads import added_biases, never_multiplied, read_directly
 from kbitc.graph.matching import KERNEL, Miss
 from kbitc.tensor.layers import is_patchwise
+
+NO_FACTOR = Miss("of a class whose code multiplies no matrices")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def uses_by_class(model: nn.Module) -> ByClass:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0]) if path else None
-        for leaf, outcome in _of_module(module, parent).items():
+        outcomes = _of_module(module, parent)
+        unknown = never_multiplied(model, path) - set(outcomes)
+        for leaf, outcome in {**outcomes, **dict.fromkeys(unknown, NO_FACTOR)}.items():
             name = f"{path}.{leaf}".lstrip(".")
             if module._parameters.get(leaf) is None:
                 continue

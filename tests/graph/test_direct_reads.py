@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from kbitc.graph.direct_reads import added_biases, read_directly
+from kbitc.graph.direct_reads import added_biases, never_multiplied, read_directly
 
 BODIES = {
     "self.table.weight[:2] + x": True,
@@ -42,3 +44,76 @@ def test_biases_that_code_only_adds(before):
     assert added_biases(type(made("x + self.bias_u", before))) == {"bias_u"}
     assert added_biases(type(made("(x + self.bias_u) @ (x * self.bias_u.t())", before))) == set()
     assert added_biases(type(made("x + self.weight_u", before))) == set()
+
+
+class Positions(nn.Module):
+    """As Kimi's: rows of a table, mixed by constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4, 3))
+
+    def forward(self, x):
+        return x + mixed(self.table, x)
+
+
+class Scores(Positions):
+    def forward(self, x):
+        return scores(self.table, x)
+
+
+class Operator(Positions):
+    def forward(self, x):
+        return [x @ row for row in self.table]
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Taker(Holder):
+    def forward(self, x):
+        return x @ self.inner.table
+
+
+class Giver(Positions):
+    """Hands its table to a module that multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.operator = Operator()
+
+    def forward(self, x):
+        return self.operator(self.table)
+
+
+def mixed(table, x):
+    return F.embedding_bag(x, table, mode="sum")
+
+
+def scores(table, x):
+    return products(x, table)
+
+
+def products(x, table):
+    return torch.einsum("ij,kj->ik", x, table)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_safe"),
+    [
+        (Holder(Positions()), True),
+        (Holder(Scores()), False),
+        (Holder(Operator()), False),
+        (Taker(Positions()), False),
+        (Holder(Giver()), False),
+        (Holder(nn.Bilinear(2, 3, 4)), False),
+    ],
+)
+def test_parameters_that_no_code_multiplies(model, is_safe):
+    assert never_multiplied(model, "inner") == ({"table"} if is_safe else set())
