@@ -66,12 +66,14 @@ def never_multiplied(model: nn.Module, path: str) -> set[str]:
     """
     module = model.get_submodule(path)
     names = set(module._parameters)
-    below = {type(each) for each in module.modules() if _is_own(type(each))}
-    if not names or type(module) not in below or any(_multiplies(each) for each in below):
+    owner: type = type(module)
+    below: list[type] = [type(each) for each in module.modules()]
+    if not names or not _is_own(owner) or any(_multiplies(each) for each in below if _is_own(each)):
         return set()
     while path:
         path = path.rpartition(".")[0]
-        names -= _attributes_read(type(model.get_submodule(path)))
+        above: type = type(model.get_submodule(path))
+        names -= _attributes_read(above)
     return names
 
 
