@@ -106,6 +106,11 @@ class Packed:
         """Every tensor that is present, by field name."""
         return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
 
+    def scaled_tensors(self) -> list[Tensor]:
+        """Those of which each value of the weight is a multiple, or a sum of multiples."""
+        scales = (self.scales,) if self.scale_absmax is None else (self.scale_absmax, self.scale_mean)
+        return [t for t in (*scales, self.zeros, self.outlier_values) if t is not None]
+
     def nbytes(self) -> int:
         """Bytes of this weight alone: all tensors but the codebooks that a data type shares."""
         shared = {"scale_codebook"}

@@ -8,6 +8,8 @@ With it a compiled Hugging Face model is still that model.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -363,12 +365,26 @@ def _holds(weight: KbitTensor, values: Tensor) -> bool:
     return is_like and torch.equal(weight.dequantize(values.dtype), values)
 
 
+def _scaled(weight: KbitTensor, by: float | Tensor, *, is_divided: bool) -> KbitTensor:
+    """Every value times a power of two, in place: exact in what is stored. RWKV does so before it infers."""
+    factor = 1 / float(by) if is_divided else float(by)
+    stored = weight.packed.scaled_tensors()
+    is_exact = abs(math.frexp(factor)[0]) == 0.5 and all(torch.equal(t * factor / factor, t) for t in stored)
+    if not is_exact or factor < 0 or weight.geometry is not None or weight.factor is not None:
+        raise NotImplementedError(f"{CHANGED}. Only a power of two that no scale is too small for is exact")
+    for tensor in stored:
+        tensor.mul_(factor)
+    return weight
+
+
 MOVES: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda weight: weight._like(weight.packed),
     aten.alias.default: lambda weight: weight._like(weight.packed),
     aten.clone.default: lambda weight, **_: weight._like(weight.packed.map(torch.clone)),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
+    aten.mul_.Tensor: functools.partial(_scaled, is_divided=False),
+    aten.div_.Tensor: functools.partial(_scaled, is_divided=True),
 }
 
 

@@ -41,6 +41,23 @@ def test_it_looks_like_the_dense_weight(weight, turned):
     assert weight.dequantize(torch.float16).dtype == torch.float16
 
 
+@pytest.mark.parametrize("spec", ["nf4:16", "nf4:16+dq", "int4:16+zp", "int5:8+out10%"])
+def test_powers_of_two_scale_it_in_place(spec):
+    """As RWKV divides the outputs of later layers before it infers."""
+    weight = quantize(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), spec)
+    before = weight.dequantize()
+    assert weight.div_(2**3) is not None
+    assert torch.equal(weight.dequantize(), before / 8)
+    weight.mul_(torch.tensor(16.0))
+    assert torch.equal(weight.dequantize(), before * 2)
+    for refused in (3, 0, -2, 2.0**-170):
+        with pytest.raises(NotImplementedError, match="power of two"):
+            weight.mul_(refused)
+    with pytest.raises(NotImplementedError, match="power of two"):
+        weight[:7].mul_(2)
+    assert torch.equal(weight.dequantize(), before * 2)
+
+
 def test_blocks_of_a_transposed_weight_run_along_the_input():
     dense = torch.ones(64, 2)
     dense[:, 1] = 100.0
