@@ -18,12 +18,11 @@ from kbitc.tensor.refusals import check_frozen, no_storage
 
 # A handler answers NotImplemented where it has no form: `kbitc.tensor.reads` then serves its parts.
 
+# Each handler asks by itself whether there are kernels: without them addmm and bmm are the model's own calls,
+# while linear and grouped_mm go to the op, which reads by rows or experts, unless the model stores the weight
+# turned and so adds in another order. One wrapper for all would also cost every F.linear a call.
+
 # Functions: what a model does with a weight.
-
-
-def _is_laid_otherwise(weight: KbitTensor) -> bool:
-    """Whether the reference kernels, which multiply by rows, would add in another order than the model."""
-    return weight.is_stored_turned and not has_kernels(weight.packed.planes)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
@@ -31,7 +30,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
         return NotImplemented
     if weight.packed.planes.dim() != 2 or not weight.is_plain:  # weight.dim() would cost a microsecond
         return NotImplemented
-    if weight.is_stored_turned and _is_laid_otherwise(weight):
+    if weight.is_stored_turned and not has_kernels(weight.packed.planes):
         return F.linear(input, weight.laid_out(input.dtype), bias)
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
     out: Tensor = op(input, *weight.operands(), bias)
@@ -50,8 +49,6 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: 
         return product if product is NotImplemented or dims[1] == 1 else product.mT
     if not _is_matrix(other):
         return NotImplemented
-    if other.dim() == 2 and _is_laid_otherwise(other):
-        return torch.matmul(input, other.laid_out(input.dtype))
     if other.dim() == 3:
         return _bmm(input, other) if input.dim() == 3 and other.is_transposed else NotImplemented
     return _linear(input, other.mT)
@@ -129,7 +126,7 @@ def grouped_mm(
     is_matrix = _is_matrix(mat2) and mat2.dim() == 3
     if not isinstance(mat2, KbitTensor) or not is_matrix or not mat2.is_transposed or offs is None:
         raise NotImplementedError("grouped_mm needs a packed (experts, in_features, rows) weight and offs")
-    if _is_laid_otherwise(mat2):
+    if mat2.is_stored_turned and not has_kernels(mat2.packed.planes):
         out = input.new_zeros(len(input), mat2.shape[-1])
         for expert, rows in groups(offs):
             out[rows] = input[rows] @ _expert(mat2, expert, input)

@@ -52,6 +52,11 @@ def packed(data, *, is_transposed=False):
 TRANSPOSED = {
     "addmm": lambda w: torch.addmm(torch.ones(80), X, w[0]),
     "matmul": lambda w: X @ w[1],
+    "matmul of a vector": lambda w: X[0] @ w[1],
+    "matmul of a batch": lambda w: BATCH @ w[1],
+    "matmul of the transpose": lambda w: X[:5, :80] @ w[1].T,
+    "matmul from the left": lambda w: w[1] @ X[:5, :80].T,
+    "matmul of the transpose from the left": lambda w: w[1].T @ X.T,
     "linear of the transpose": lambda w: F.linear(X, w[1].T, torch.ones(80)),
     "grouped_mm": lambda w: F.grouped_mm(X, w, offs=OFFSETS),
     "bmm": lambda w: torch.bmm(BATCH, w),
