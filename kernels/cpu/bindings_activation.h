@@ -21,12 +21,12 @@ struct Spike {
 // x prepared for a weight; weights that agree on all of this share it.
 struct Prepared {
   Activation x{};
-  int bits = 0;
+  int bits = 0, most = 0;
   int64_t block = 0;
   std::vector<Spike> spikes;
 
   bool fits(const Weight& w, Mode mode) const {
-    return x.rows > 0 && bits == w.bits && block == w.block && x.mode == mode && w.outliers == 0 &&
+    return x.rows > 0 && bits == w.bits && most == w.most && block == w.block && x.mode == mode && w.outliers == 0 &&
            x.outliers == nullptr;
   }
 };
@@ -90,11 +90,12 @@ Prepared prepare(const Weight& w, const Table& table, const float* x, int64_t ro
   const int64_t chunks = (w.cols + CHUNK - 1) / CHUNK;
   Prepared out;
   out.bits = w.bits;
+  out.most = w.most;
   out.block = w.block;
   Activation& a = out.x;
   a.rows = rows;
   a.mode = mode_of(w, table, rows);
-  a.granule = w.block % 64 == 0 ? 64 : 32;
+  a.granule = granule_of(w);
   a.segments = chunks * (CHUNK / a.granule);
   const int64_t room = rows == 1 ? 1 : (rows + X_ROWS - 1) / X_ROWS * X_ROWS;
   a.values = arena.take<int16_t>(room * chunks * CHUNK * (a.mode == Mode::half ? 2 : 1));

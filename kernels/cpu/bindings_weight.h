@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <optional>
 
@@ -96,6 +97,46 @@ const ByteLevels& byte_levels(const float* levels, int count) {
   if (const auto found = known.find(key); found != known.end()) return found->second;
   if (known.size() >= MOST) known.clear();
   return known[key] = fit_bytes(levels, count);
+}
+
+// What the largest level becomes as an integer, where all levels are rounded to integers. The larger, the less levels
+// lose; the smaller, the larger may the integers of x be that they are multiplied with. And some fit the levels:
+// every integer fits those of int4.
+int fit_most(const float* levels, int count, float largest, int64_t granule) {
+  // Root mean squares of errors, over those of what is rounded: of Gaussian x, for each unit of `most`, and at least.
+  const double of_x = granule == 64 ? 6.0e-9 : 3.5e-9, least_of_x = 2.0e-5;
+  double size = 0.0;
+  for (int i = 0; i < count; ++i) size += double{levels[i]} * levels[i] / (double{largest} * largest);
+  int best = static_cast<int>(TABLE_MAX);
+  double least = std::numeric_limits<double>::infinity();
+  for (int most = 1; most <= TABLE_MAX; ++most) {
+    double lost = 0.0;
+    for (int i = 0; i < count; ++i) {
+      const double level = double{levels[i]} / largest * most;
+      const double off = (level - std::nearbyint(level)) / most;
+      lost += off * off;
+    }
+    const double lost_of_x = std::max(of_x * most, least_of_x);
+    const double error = lost / size + lost_of_x * lost_of_x;
+    if (error < least) {
+      least = error;
+      best = most;
+    }
+  }
+  return best;
+}
+
+// The same, remembered. Of more than 32 levels the best is not looked for: that would take long, and gain little.
+int most_of(const float* levels, int count, float largest, int64_t granule) {
+  constexpr size_t MOST = 4096;  // codebooks
+  constexpr int LEVELS = 32, USUAL = 11585;
+  if (count > LEVELS || largest == 0.0f) return USUAL;
+  std::array<uint32_t, LEVELS + 2> key = {static_cast<uint32_t>(count), static_cast<uint32_t>(granule)};
+  std::memcpy(&key[2], levels, sizeof(float) * static_cast<size_t>(count));
+  thread_local std::map<std::array<uint32_t, LEVELS + 2>, int> known;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() >= MOST) known.clear();
+  return known[key] = fit_most(levels, count, largest, granule);
 }
 
 // A checked weight of any number of dimensions, seen as one matrix after another.
@@ -191,13 +232,17 @@ class Packed {
     }
     base_.codebook = levels_;
     Table& t = table_;
-    t.unit = largest / static_cast<float>(TABLE_MAX);
     t.first = levels[0];
     t.step = base_.levels > 1 ? (levels[base_.levels - 1] - levels[0]) / static_cast<float>(base_.levels - 1) : 0.0f;
     t.is_affine = t.step > 0.0f;
     for (int i = 0; i < base_.levels; ++i) {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
+    // Evenly spaced levels are integers in steps of two: 0 may be among them, or in the middle between two.
+    const bool is_even = t.is_affine && base_.levels > 32;
+    base_.most = is_even ? static_cast<int>(std::lrint(2 * largest / t.step))
+                         : most_of(levels_, base_.levels, largest, granule_of(base_));
+    t.unit = largest / static_cast<float>(base_.most);
     t.has_bytes = t.is_affine;
     for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);
     if (!t.is_affine && base_.bits == 2) {

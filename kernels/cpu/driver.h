@@ -17,7 +17,7 @@
 //
 // and after one of the headers matmul_*.h, which has `gemm` and says in what order several rows of x lie:
 //
-//   largest_of_many(x, n, peak)      the largest integer that one of n floats may become
+//   largest_of_many(w, x, n, peak)   the largest integer that one of n floats may become
 //   put_values(q, from, m, c, ...)   integers of row m, chunk c to their places; from[i]: what a row by itself
 //                                    has at place i
 //
@@ -97,8 +97,8 @@ template <int K>
 void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
   const int64_t chunks = chunk_count(w);
   const auto largest_of = [&](const float* floats, float peak) {
-    if (out.rows > 1) return largest_of_many(floats, out.granule, peak);
-    return out.mode == Mode::affine ? AFFINE_MAX : static_cast<float>(TABLE_MAX);
+    if (out.rows > 1) return largest_of_many(w, floats, out.granule, peak);
+    return out.mode == Mode::affine ? AFFINE_MAX : largest_of_eight(w);
   };
   uint8_t from[CHUNK];  // kernel order to natural order
   for (int s = 0; s < STEPS; ++s) {

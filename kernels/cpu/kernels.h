@@ -13,7 +13,8 @@ constexpr int64_t AHEAD = 6144;  // bytes by which packed rows are fetched into 
 constexpr int64_t X_ROWS = 8;  // rows of x that may lie interleaved
 constexpr int MIDDLE = 127;  // the 8-bit code of level 0 of `int8`
 constexpr int64_t BYTES_MOST = 133000;  // features that int32 can sum: 127 * 127 * BYTES_MOST < 2^31
-constexpr int64_t TABLE_MAX = 16383;  // largest 16-bit table value: 8 products of two fit in 31 bits
+constexpr int64_t TABLE_MAX = 16383;  // largest level of a codebook as an integer, `Weight::most`
+constexpr int64_t VALUE_MAX = 32767;  // largest value of x as an integer
 
 // How one row of x meets the codes. Several rows take `table`.
 enum class Mode : int {
@@ -38,9 +39,13 @@ struct Weight {
   int64_t first_scale;  // position of scale (0, 0) in the whole tensor: double quantization counts from there
   int64_t block;
   int bits, levels;
+  int most;  // what the largest level is as an integer, at most TABLE_MAX
   Type scale_type, zero_type, outlier_type;
   float scale_mean;
 };
+
+// Weights and values of x that share a scale inside integer dot products.
+inline int64_t granule_of(const Weight& w) { return w.block % 64 == 0 ? 64 : 32; }
 
 // How a weight's codes become numbers inside integer dot products.
 struct Table {

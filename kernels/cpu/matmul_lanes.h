@@ -23,11 +23,11 @@ constexpr int64_t PANEL_BYTES = 512 << 10;  // of x, which stays in the L2 cache
 
 // A 32-bit lane sums the products of a whole granule: what it holds over the largest level bounds the sum of
 // their sizes (128: each may be rounded up, and `peak / total` as well).
-INLINE float largest_of_many(const float* x, int64_t count, float peak) {
-  constexpr float MOST = static_cast<float>((int64_t{1} << 31) / TABLE_MAX - 128);
+INLINE float largest_of_many(const Weight& w, const float* x, int64_t count, float peak) {
+  const float most = static_cast<float>((int64_t{1} << 31) / w.most - 128);
   const float total = sum_sizes(x, count);
-  const float largest = total > 0.0f ? MOST * (peak / total) : 1.0f;
-  return largest < 32767.0f ? largest : 32767.0f;
+  const float largest = total > 0.0f ? most * (peak / total) : 1.0f;
+  return largest < VALUE_MAX ? largest : VALUE_MAX;
 }
 
 inline void put_values(const int32_t* q, const uint8_t*, int64_t m, int64_t chunk, int64_t chunks, int16_t* values) {

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t PANEL = 32;  // rows of x for which the weight is decoded once
 
-INLINE float largest_of_many(const float*, int64_t, float) { return static_cast<float>(TABLE_MAX); }
+INLINE float largest_of_many(const Weight& w, const float*, int64_t, float) { return largest_of_eight(w); }
 
 inline void put_values(const int32_t* q, const uint8_t* from, int64_t m, int64_t chunk, int64_t chunks,
                        int16_t* values) {

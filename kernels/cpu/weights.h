@@ -33,7 +33,11 @@ inline int64_t chunk_count(const Weight& w) { return (w.cols + CHUNK - 1) / CHUN
 
 inline bool is_fast_weight(const Weight& w) { return w.block % 32 == 0; }
 
-inline int64_t granule_of(const Weight& w) { return w.block % 64 == 0 ? 64 : 32; }
+// The largest integer of x of which 8 products with levels fit in 31 bits.
+inline float largest_of_eight(const Weight& w) {
+  return static_cast<float>(std::min((int64_t{1} << 31) / 8 / w.most, VALUE_MAX));
+}
+
 
 // Scales ---------------------------------------------------------------------------------------
 
