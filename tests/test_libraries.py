@@ -66,6 +66,13 @@ def test_save_pretrained_writes_an_artifact(artifact, compiled, tmp_path):
         loaded.save_pretrained(tmp_path, push_to_hub=True)
 
 
+def test_weights_that_are_loaded_share_their_codebook(artifact):
+    """Defect: each had a copy, and a decode step of a loaded model was another than that of a compiled one."""
+    weights = [w for w in kbitc.load(artifact).parameters() if isinstance(w, KbitTensor)]
+    assert len(weights) == 16
+    assert len({weight.packed.codebook.data_ptr() for weight in weights}) == 1
+
+
 @pytest.mark.parametrize("again", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
 def test_a_copy_is_a_model_of_its_own(artifact, tmp_path, again):
     model = kbitc.load(artifact)

@@ -218,7 +218,8 @@ def test_a_second_process_does_not_compile(tiny_model, cached, tmp_path):
     model = packed(tiny_model)
     model.config.architectures = ["LlamaForCausalLM"]
     kbitc.save(model, tmp_path / "out")
-    make_decoder(kbitc.load(tmp_path / "out"), "cpu")
+    loaded = make_decoder(kbitc.load(tmp_path / "out"), "cpu")
+    assert loaded.package == make_decoder(model, "cpu").package  # the same step as before it was saved
     done = subprocess.run(
         [sys.executable, "-c", SECOND, tmp_path / "out"],
         capture_output=True,
