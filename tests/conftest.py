@@ -183,11 +183,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few tokens say what a model of random weights has to say."""
-    monkeypatch.setattr("kbitc.compiler.calibrator.COUNT", 2)
-    monkeypatch.setattr("kbitc.compiler.calibrator.LENGTH", 16)
+@pytest.fixture(scope="session", autouse=True)
+def _short_calibration() -> Iterator[None]:
+    """A few tokens say what a model of random weights has to say, also in what files and sessions share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kbitc.compiler.calibrator.COUNT", 2)
+        patch.setattr("kbitc.compiler.calibrator.LENGTH", 16)
+        yield
 
 
 @pytest.fixture

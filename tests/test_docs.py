@@ -64,14 +64,13 @@ def test_readme_is_for_a_newcomer():
 RUN = [page for page in PAGES if blocks(page, "python")]
 
 
-@pytest.mark.parametrize("pages", [RUN[:1], RUN[1:]], ids=["README", "docs"])
-def test_python_runs(pages, tmp_path):
+def test_python_runs(tmp_path):
     """The blocks of a page, one after another, as one program in a folder of its own.
 
-    The pages of docs share a process, since most of their time is that of the imports.
+    The pages share a process, since much of their time is that of the imports.
     """
     programs = []
-    for page in pages:
+    for page in RUN:
         program = tmp_path / name_of(page) / "page.py"
         program.parent.mkdir(parents=True)
         program.write_text("\n\n".join(blocks(page, "python")), "utf-8")

@@ -19,15 +19,31 @@ def run(*arguments):
     return done.stdout
 
 
-def test_demo():
-    out = run(EXAMPLES / "demo.py")
-    assert "16-bit" in out
-    assert "compiled" in out
-    assert "continues" in out
+# Several programs in one process: much of their time is that of the imports. A short calibration and a short
+# text say what they have to say.
+SEVERAL = """
+import runpy, sys
+
+from kbitc.compiler import calibrator
+from kbitc.evaluation import perplexity
+
+calibrator.COUNT, calibrator.LENGTH = 2, 16
+whole = perplexity.read_text
+perplexity.read_text = lambda path: whole(path)[:20_000]
+programs, sys.argv = sys.argv[1:], ["example"]
+for program in programs:
+    print("program")
+    runpy.run_path(program, run_name="__main__")
+"""
 
 
-def test_custom_pass():
-    out = run(EXAMPLES / "custom_pass.py").splitlines()
+def test_demo_and_custom_pass():
+    printed = run("-c", SEVERAL, EXAMPLES / "demo.py", EXAMPLES / "custom_pass.py")
+    _, demo, custom_pass = printed.split("program\n")
+    assert "16-bit" in demo
+    assert "compiled" in demo
+    assert "continues" in demo
+    out = custom_pass.splitlines()
     assert [line.split()[0] for line in out[:4]] == [
         "canonicalize",
         "score_sensitivity",

@@ -72,6 +72,13 @@ def test_save_pretrained_writes_an_artifact(artifact, compiled, tmp_path):
         loaded.save_pretrained(tmp_path, push_to_hub=True)
 
 
+def test_weights_that_are_loaded_share_their_codebook(artifact):
+    """Defect: each had a copy, and a decode step of a loaded model was another than that of a compiled one."""
+    weights = [w for w in kbitc.load(artifact).parameters() if isinstance(w, KbitTensor)]
+    assert len(weights) == 16
+    assert len({weight.packed.codebook.data_ptr() for weight in weights}) == 1
+
+
 @pytest.mark.parametrize("again", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
 def test_a_copy_is_a_model_of_its_own(artifact, tmp_path, again):
     model = kbitc.load(artifact)
@@ -266,15 +273,17 @@ def test_a_base_model_with_the_kernel_of_a_convolution(tmp_path):
     "first",
     ["import transformers.quantizers.auto", "import transformers.quantizers.auto, kbitc", "import kbitc"],
 )
-def test_whatever_is_imported_first(first, installed, tmp_path):
+def test_whatever_is_imported_first(first, artifact, installed, tmp_path):
     """Defect: transformers' quantizers import torch, which then found them half loaded."""
     code = f"""{first}
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-assert "kbit" in AUTO_QUANTIZER_MAPPING"""
+assert "kbit" in AUTO_QUANTIZER_MAPPING
+model = AutoModelForCausalLM.from_pretrained({str(artifact)!r})
+print(type(model.lm_head.weight).__name__)"""
     env = {**os.environ, "PYTHONPATH": installed}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "KbitTensor", done.stderr
 
 
 def test_transformers_finds_artifacts_without_an_import(artifact, tmp_path, installed):

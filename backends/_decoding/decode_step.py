@@ -32,6 +32,7 @@ from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import UsageError
 from kbitc.graph.positions import usable_positions
 from kbitc.graph.program import Program, Stage
+from kbitc.graph.tracing import export_program
 from kbitc.pipeline import Pass
 from kbitc.pipeline.defaults import lowering_pipeline
 from kbitc.pipeline.manager import PassManager
@@ -155,8 +156,8 @@ def export_step(
     step = TracedStep(model)
     inputs = (torch.zeros(1, 1, dtype=torch.int64), rows)
     shapes: Any = ({}, [{0: length} for _ in rows])
-    with step.hidden(), torch.no_grad():
-        exported = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
+    with step.hidden():
+        exported = export_program(step, inputs, dynamic_shapes=shapes)
     lifted = {
         spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target is not None
     }

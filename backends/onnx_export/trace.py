@@ -30,6 +30,7 @@ from kbitc.backends._decoding.decoder import layer_count, why_not
 from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats.packed import Operands
+from kbitc.graph.tracing import export_program, without_stacks
 from kbitc.tensor.functions import grouped_mm
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor
 
@@ -218,10 +219,8 @@ def trace(model: nn.Module, signature: Signature) -> MarkedGraph:
         dict.fromkeys(signature.dynamic[name], torch.export.Dim.DYNAMIC) for name in signature.inputs
     )
     try:
-        with lifted.hidden(), torch.no_grad(), _quiet():
-            exported = torch.export.export(
-                lifted, tuple(signature.inputs.values()), dynamic_shapes=(shapes,), strict=False
-            )
+        with lifted.hidden(), torch.no_grad(), without_stacks(), _quiet():
+            exported = export_program(lifted, tuple(signature.inputs.values()), dynamic_shapes=(shapes,))
             program = torch.onnx.export(
                 exported,
                 input_names=list(signature.inputs),

@@ -92,6 +92,10 @@ def quantizer_classes() -> tuple[type, type]:
         def __init__(self, hf_quantizer: KbitQuantizer) -> None:
             self.hf_quantizer = hf_quantizer
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> KbitDeserialize:
+            # transformers copies it for each weight: with the quantizer, every codebook and all specs.
+            return KbitDeserialize(memo.get(id(self.hf_quantizer), self.hf_quantizer))
+
         def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, Any]:
             full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
             parts = {pattern.rpartition(".")[2]: tensors[0] for pattern, tensors in input_dict.items()}

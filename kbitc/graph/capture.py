@@ -34,6 +34,7 @@ from kbitc.graph.example_inputs import example_inputs as make_example_inputs
 from kbitc.graph.module_classes import ByClass, ModuleUse, uses_by_class
 from kbitc.graph.program import Program, Rest
 from kbitc.graph.trace_progress import told_of_modules
+from kbitc.graph.tracing import export_program
 from kbitc.graph.transforms import other_transform
 
 if TYPE_CHECKING:
@@ -181,9 +182,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     model.forward = _failing(model.forward)  # our own copy
     _torch_log.addFilter(_is_of_use)
     try:
-        # Without no_grad each @torch.no_grad function of the model becomes an opaque sub-graph.
-        with torch.no_grad():
-            exported = torch.export.export(model, args, kwargs, strict=False)
+        exported = export_program(model, args, kwargs)
     except _Untraceable:
         raise
     except Exception as error:

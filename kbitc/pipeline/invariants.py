@@ -33,13 +33,14 @@ def first_fault(before: Program, after: Program, *, is_checked: bool = False) ->
     return next((fault for check in checks if (fault := check(before, after)) is not None), None)
 
 
-def broken_graph(_: Program, after: Program) -> str | None:
+def broken_graph(before: Program, after: Program) -> str | None:
     """The graph is well formed. Leaves it recompiled."""
     try:
         after.graph.graph.lint()
     except RuntimeError as error:
         return f"left a broken graph: {error}"
-    after.graph.recompile()
+    if after.graph is not before.graph:
+        after.graph.recompile()
     return None
 
 

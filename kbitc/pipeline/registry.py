@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import re
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
 
 from kbitc.errors import KbitcError, PassError, UsageError, did_you_mean
@@ -41,10 +41,15 @@ class Registry:
 
     def names(self) -> list[str]:
         """All of them, sorted."""
+        return sorted({*self._files(), *self._elsewhere()})
+
+    def _files(self) -> list[str]:
         folder = importlib.import_module(self.folder)
         files = [module.name for module in pkgutil.iter_modules(folder.__path__)]
-        own = [name for name in files if not name.startswith("_")]
-        return sorted({*own, *(point.name for point in entry_points(group=self.folder))})
+        return [name for name in files if not name.startswith("_")]
+
+    def _elsewhere(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.folder)}
 
     def load(self, name: str) -> Any:
         """The thing of that name; one of another package wins over ours.
@@ -53,11 +58,11 @@ class Registry:
             UsageError: there is none.
             KbitcError: as ``broken`` says, it cannot be loaded.
         """
-        if name not in self.names():
-            raise UsageError(did_you_mean(self.kind, name, self.names()))
-        elsewhere = {point.name: point for point in entry_points(group=self.folder)}
+        elsewhere = self._elsewhere()
         if name in elsewhere:
             return load_point(self.kind, elsewhere[name], self.broken)
+        if name not in self._files():
+            raise UsageError(did_you_mean(self.kind, name, self.names()))
         path = f"{self.folder}.{name}.{self.inner}" if self.inner else f"{self.folder}.{name}"
         try:
             module = importlib.import_module(path)

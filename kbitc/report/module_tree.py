@@ -6,6 +6,7 @@ the room of one.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class _Call:
     shape: str = ""
     spec: str = ""
 
+    @property
     def signature(self) -> object:
         return self.label, self.value, self.shape
 
@@ -62,10 +64,11 @@ class _Module:
             self.items.append(self.children[name])
         return self.children[name]
 
+    @functools.cached_property
     def signature(self) -> object:
-        """Equal for modules that draw the same, but for names and specs."""
+        """Equal for modules that draw the same, but for names and specs. The items are there by then."""
         name = "#" if self.name.isdigit() else self.name
-        return name, tuple(item.signature() for item in self.items)
+        return name, tuple(item.signature for item in self.items)
 
 
 def _tree(program: Program) -> _Module:
@@ -160,9 +163,9 @@ def _run_length(items: Sequence[_Call | _Module], start: int) -> int:
     first = items[start]
     if not isinstance(first, _Module) or not first.name.isdigit():
         return 1
-    signature = first.signature()
+    signature = first.signature
     end = start + 1
-    while end < len(items) and items[end].signature() == signature:
+    while end < len(items) and items[end].signature == signature:
         end += 1
     return end - start
 

@@ -33,9 +33,13 @@ def packed(tiny_model, family="llama", spec="nf4:32"):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """One cache folder for all tests, so that a step is compiled once."""
+    """One cache folder for all tests, those of other workers too, so that a step is compiled once."""
     load()  # the kernels, from their usual folder
-    return tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of the whole run
+    (folder / "cache-of-steps").mkdir(mode=0o700, exist_ok=True)
+    return folder / "cache-of-steps"
 
 
 @pytest.fixture
@@ -214,7 +218,8 @@ def test_a_second_process_does_not_compile(tiny_model, cached, tmp_path):
     model = packed(tiny_model)
     model.config.architectures = ["LlamaForCausalLM"]
     kbitc.save(model, tmp_path / "out")
-    make_decoder(kbitc.load(tmp_path / "out"), "cpu")
+    loaded = make_decoder(kbitc.load(tmp_path / "out"), "cpu")
+    assert loaded.package == make_decoder(model, "cpu").package  # the same step as before it was saved
     done = subprocess.run(
         [sys.executable, "-c", SECOND, tmp_path / "out"],
         capture_output=True,

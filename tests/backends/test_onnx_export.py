@@ -169,8 +169,8 @@ def packed_model(tiny_model, family, spec):
 @pytest.mark.parametrize(
     ("family", "spec"),
     [
-        ("llama", "int4:32"),
         ("t5", "bof4:32"),
+        pytest.param("llama", "int4:32", marks=pytest.mark.slow),  # as the demo model below
         pytest.param("gpt2", "nf3:32+dq", marks=pytest.mark.slow),
         pytest.param("opt", "int3:20+zp", marks=pytest.mark.slow),
         pytest.param("gpt_neox", "int4:32+out3%", marks=pytest.mark.slow),

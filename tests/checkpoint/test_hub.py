@@ -14,6 +14,7 @@ import pytest
 
 COMMIT = "c" * 40
 NOWHERE = "http://127.0.0.1:9"
+NOT_THERE = "not in the download cache, and the hub cannot be reached"
 
 OPEN = """
 import json, sys
@@ -94,7 +95,13 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tiny_model, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.root, server.seen = tmp_path / "served", []
-    for name, shard in (("tiny", "1GB"), ("sharded", "20KB"), ("awq", "1GB"), ("pickled", "1GB")):
+    for name, shard in (
+        ("tiny", "1GB"),
+        ("named", "1GB"),
+        ("sharded", "20KB"),
+        ("awq", "1GB"),
+        ("pickled", "1GB"),
+    ):
         tiny_model("llama").save_pretrained(server.root / "org" / name, max_shard_size=shard)
         (server.root / "org" / name / "pytorch_model.bin").write_bytes(b"never fetched")
         (server.root / "org" / name / "modeling.py").write_bytes(b"never fetched")
@@ -128,44 +135,41 @@ def opened(hub, tmp_path):
     return run
 
 
-def test_download_then_cache(opened, hub, tmp_path):
-    (answer,) = opened("org/tiny")
-    label, count, folder = answer
-    assert (label, count) == ("org/tiny", 21)
-    assert folder.endswith(f"snapshots/{COMMIT}")
-    fetched = {path.rpartition("/")[2] for path in hub.seen if "/resolve/" in path}
-    assert fetched == {"config.json", "generation_config.json", "model.safetensors"}
-    assert opened("org/tiny", HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1") == [answer]
-
-
-def test_what_the_tokenizer_names_is_fetched(opened, hub):
-    folder = hub.root / "org" / "tiny"
+def test_download_then_cache(opened, hub):
+    """Also what the files of a tokenizer name, shards, and revisions; later, all of it without a network."""
+    folder = hub.root / "org" / "named"
     (folder / "tokenizer_config.json").write_text(
         '{"vocab_file": "words.lst", "weights": "pytorch_model.bin"}'
     )
     for name in ("words.lst", "spm.model", "dict.txt", "notes.txt"):
         (folder / name).write_text(name)  # equal contents would be fetched once
-    assert opened("org/tiny")[0][1] == 21
-    fetched = {path.rpartition("/")[2] for path in hub.seen if "/resolve/" in path}
-    assert {"words.lst", "spm.model", "dict.txt"} <= fetched
-    assert not {"notes.txt", "pytorch_model.bin", "modeling.py"} & fetched
-
-
-def test_shards_and_revisions(opened):
-    first, second, third = opened("org/sharded@v1", "org/sharded|v1", "org/sharded@v2")
+    sources = ("org/tiny", "org/named", "org/sharded@v1", "org/sharded|v1")
+    *answers, unknown = opened(*sources, "org/sharded@v2")
+    answer, named, first, second = answers
+    label, count, folder = answer
+    assert (label, count) == ("org/tiny", 21)
+    assert folder.endswith(f"snapshots/{COMMIT}")
+    assert fetched(hub, "org/tiny") == {"config.json", "generation_config.json", "model.safetensors"}
+    assert named[1] == 21
+    assert {"words.lst", "spm.model", "dict.txt"} <= fetched(hub, "org/named")
+    assert not {"notes.txt", "pytorch_model.bin", "modeling.py"} & fetched(hub, "org/named")
     assert first[:2] == ["org/sharded@v1", 21]
     assert second[:2] == ["org/sharded", 21]
-    assert "no revision 'v2'" in third
+    assert "no revision 'v2'" in unknown
+    *again, text = opened(*sources, "org/never", HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="1")
+    assert again == answers
+    assert NOT_THERE in text
 
 
-def test_refused_before_the_weights_are_fetched(opened, hub):
-    assert "quantized already, by 'awq'" in opened("org/awq")[0]
-    assert not any("model.safetensors" in path for path in hub.seen)
+def fetched(hub, name):
+    """Files of a model that were asked for."""
+    return {path.rpartition("/")[2] for path in hub.seen if path.startswith(f"/{name}/resolve/")}
 
 
-def test_what_is_wrong_is_said_in_one_paragraph(opened, tmp_path):
+def test_what_is_wrong_is_said_in_one_paragraph(opened, hub, tmp_path):
     (tmp_path / "org" / "nine").mkdir(parents=True)
     wanted = {
+        "org/awq": "quantized already, by 'awq'",
         "org/none": "neither a local path nor a model of the hub",
         "org/nin": "did you mean 'org/nine'?",
         "org/gated": "accept its terms on its hub page",
@@ -177,9 +181,9 @@ def test_what_is_wrong_is_said_in_one_paragraph(opened, tmp_path):
         assert message in text
         assert text.startswith(name)
         assert "\n" not in text
+    assert not any("model.safetensors" in path for path in hub.seen), "refused before weights are fetched"
 
 
 def test_no_network_and_nothing_cached(opened):
-    for settings in ({"HF_HUB_OFFLINE": "1"}, {}):
-        (text,) = opened("org/tiny", HF_ENDPOINT=NOWHERE, **settings)
-        assert "not in the download cache, and the hub cannot be reached" in text
+    (text,) = opened("org/tiny", HF_ENDPOINT=NOWHERE)
+    assert NOT_THERE in text

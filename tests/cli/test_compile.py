@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import resource
+import signal
 
 
 def test_compile_json_keeps_the_budget(compiled):
@@ -44,15 +44,16 @@ def test_plan_with_an_unknown_weight(kbitc, compiled, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(kbitc, tmp_path):
     """A file system with no room: /dev/full does not take folders, so a size limit stands in."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"sys.argv = ['kbitc', 'compile', 'demo', '--spec', 'nf4:64', '-o', {str(tmp_path / 'out')!r}]\n"
-        "from kbitc.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        done = kbitc("compile", "demo", "--spec", "nf4:64", "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -65,11 +65,16 @@ def in_memory(model, name, tokens=TOKENS):
     ("family", "name"),
     [
         ("llama", "model.layers.0.mlp.down_proj.weight"),
-        ("llama", "model.layers.1.self_attn.q_proj.weight"),
         ("gpt2", "transformer.h.0.mlp.c_fc.weight"),
-        ("opt", "model.decoder.layers.1.fc2.weight"),
-        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight"),
-        ("bloom", "transformer.h.1.mlp.dense_4h_to_h.weight"),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                ("llama", "model.layers.1.self_attn.q_proj.weight"),
+                ("opt", "model.decoder.layers.1.fc2.weight"),
+                ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight"),
+                ("bloom", "transformer.h.1.mlp.dense_4h_to_h.weight"),
+            )
+        ),
     ],
 )
 def test_equals_the_model_in_memory(family, name, tiny_model):
@@ -81,8 +86,14 @@ def test_equals_the_model_in_memory(family, name, tiny_model):
     torch.testing.assert_close(factor.columns.double(), columns, rtol=1e-3, atol=1e-7)
 
 
-def test_every_weight_of_a_mixture_of_experts(tiny_model):
-    program = measured(tiny_model("mixtral"))
+@pytest.fixture(scope="module")
+def mixture(tiny_model):
+    """A mixture of experts with its moments."""
+    return measured(tiny_model("mixtral"))
+
+
+def test_every_weight_of_a_mixture_of_experts(mixture):
+    program = mixture
     moments = program.facts[MOMENTS]
     assert set(moments) == set(program.weights)
     for name, weight in program.weights.items():
@@ -185,8 +196,8 @@ def test_random_inputs_predict_the_change_of_an_output(tiny_model):
     assert predicted == pytest.approx(change, rel=0.35)
 
 
-def test_flat_form_is_exact(tiny_model):
-    moments = measured(tiny_model("mixtral")).facts[MOMENTS]
+def test_flat_form_is_exact(mixture):
+    moments = mixture.facts[MOMENTS]
     flat = to_tensors(moments)
     again = to_tensors(from_tensors(flat))
     assert flat.keys() == again.keys()
