@@ -18,8 +18,9 @@ import dis
 import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 
 from torch import nn
 
@@ -32,6 +33,7 @@ _PRODUCTS = {
     *("tensordot", "multi_dot", "chain_matmul", "grouped_mm", "_grouped_mm", "linear", "bilinear", "cdist"),
     *("conv1d", "conv2d", "conv3d", "scaled_dot_product_attention", "multi_head_attention_forward"),
 }
+_SILENT = (ModuleType, BuiltinFunctionType, type, str, int, float, tuple, type(None), logging.Logger)
 _BASES = ("torch.", "transformers.modeling_utils", "transformers.generation")
 
 
@@ -67,14 +69,19 @@ def never_multiplied(model: nn.Module, path: str) -> set[str]:
     module = model.get_submodule(path)
     names = set(module._parameters)
     owner: type = type(module)
-    below: list[type] = [type(each) for each in module.modules()]
-    if not names or not _is_own(owner) or any(_multiplies(each) for each in below if _is_own(each)):
+    if not names or not _is_own(owner) or any(_may_multiply(each) for each in module.modules()):
         return set()
     while path:
         path = path.rpartition(".")[0]
         above: type = type(model.get_submodule(path))
         names -= _attributes_read(above)
     return names
+
+
+def _may_multiply(module: nn.Module) -> bool:
+    """Whether a module of the model's has code that multiplies, or functions of its own that nobody knows."""
+    owner: type = type(module)
+    return _is_own(owner) and (any(map(callable, vars(module).values())) or _multiplies(owner))
 
 
 @functools.cache
@@ -94,7 +101,10 @@ def _multiplies(owner: type) -> bool:
                 return True
             if step.opname == "LOAD_GLOBAL":
                 named = inspect.unwrap(function.__globals__.get(step.argval, len))
-                if isinstance(named, FunctionType) and not named.__module__.startswith("torch."):
+                if not isinstance(named, FunctionType):
+                    if not isinstance(named, _SILENT):
+                        return True  # it may hold functions, as transformers' table of attentions does
+                elif not named.__module__.startswith("torch."):
                     stack.append(named)
     return False
 

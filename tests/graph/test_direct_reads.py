@@ -92,6 +92,25 @@ class Giver(Positions):
         return self.operator(self.table)
 
 
+class Asker(Positions):
+    """What its function does, its code does not say."""
+
+    def __init__(self):
+        super().__init__()
+        self.function = torch.matmul
+
+    def forward(self, x):
+        return self.function(x, self.table)
+
+
+class Chooser(Positions):
+    def forward(self, x):
+        return TABLE["product"](x, self.table)
+
+
+TABLE = {"product": torch.matmul}
+
+
 def mixed(table, x):
     return F.embedding_bag(x, table, mode="sum")
 
@@ -112,6 +131,8 @@ def products(x, table):
         (Holder(Operator()), False),
         (Taker(Positions()), False),
         (Holder(Giver()), False),
+        (Holder(Asker()), False),
+        (Holder(Chooser()), False),
         (Holder(nn.Bilinear(2, 3, 4)), False),
     ],
 )
