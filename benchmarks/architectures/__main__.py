@@ -77,7 +77,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="classes at one time [1]")
     parser.add_argument("--timeout", type=float, default=180, metavar="S", help="seconds of a class [180]")
     parser.add_argument("--memory", type=float, default=6, metavar="GB", help="of a class [6]")
-    parser.add_argument("--spec", default="int4:32", help="format of the comparison [int4:32]")
+    parser.add_argument("--spec", default="int8:32", help="format of the comparison [int8:32]")
     parser.add_argument(
         "--bits", type=float, default=4, help="budget of the calibrated compile; 0 for none [4]"
     )
