@@ -206,7 +206,7 @@ def test_bars_and_page():
     assert not report.summary([*good, record(error=1e-3)])[1]
     assert not report.summary(good[:100])[1]
     unknown = {"class": "B", "model_type": "b", "kind": "causal", "stage": "build", "message": "no inputs"}
-    page = report.page([*good, loose, unknown])
+    page = report.page([*good, loose, unknown], "nf4:32")
     assert "`A7` | tokens | 100.0 % | yes | 1.0e-04 = | yes |" in page
     assert "why \\| not" in page
     assert "`B`" in page.partition("## Not tried")[2]

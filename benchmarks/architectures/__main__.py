@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     text, is_met = summary(records)
     print(f"\n{text}")
     if options.markdown:
-        options.markdown.write_text(page(records), encoding="utf-8")
+        options.markdown.write_text(page(records, options.spec), encoding="utf-8")
     return 0 if is_met else 1
 
 

@@ -282,6 +282,7 @@ def _compare(
     from kbitc.tensor.kbit_tensor import KbitTensor
 
     dense = getattr(transformers, each.name).from_pretrained(source, dtype=torch.float32).eval()
+    dense.requires_grad_(False)  # as packed weights are: torch multiplies by others in another order (matmul)
     artifact = Artifact.open(out)
     state = artifact.state()
     for names in (artifact.plan.weights, artifact.plan.left_alone):

@@ -72,8 +72,8 @@ def summary(records: Sequence[Record]) -> tuple[str, bool]:
     return "\n".join(lines), all(is_met for *_, is_met in bars(records))
 
 
-def page(records: Sequence[Record]) -> str:
-    """The page of the documentation."""
+def page(records: Sequence[Record], spec: str) -> str:
+    """The page of the documentation; ``spec``: of the weights whose outputs were compared."""
     import torch
     import transformers
 
@@ -83,7 +83,7 @@ def page(records: Sequence[Record]) -> str:
         "# Architectures",
         "",
         "Tiny models with random weights of the model classes of transformers, each compiled from a folder,",
-        "loaded, and compared with the dense model that has its dequantized weights.",
+        f"loaded, and compared at {spec} with the dense model that has its dequantized weights.",
         f"`python -m benchmarks.architectures` wrote this page with kbitc {VERSION}, transformers",
         f"{transformers.__version__} and torch {torch.__version__}.",
         "",
