@@ -118,7 +118,8 @@ class Campaign:
         if process.exitcode is None:
             os.kill(process.pid, number)
         process.join()
-        if process.exitcode not in (0, CODES[number]):
+        # Before kbitc listens the signal itself ends a process, which a shell calls 130 and 143 as well.
+        if process.exitcode not in (0, CODES[number], -number):
             self.faults.append(f"exit code {process.exitcode}: {' '.join(arguments)}: {self.said(process)}")
         return process.exitcode != 0
 
