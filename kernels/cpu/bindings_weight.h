@@ -100,8 +100,8 @@ const ByteLevels& byte_levels(const float* levels, int count) {
 }
 
 // What the largest level becomes as an integer, where all levels are rounded to integers. The larger, the less levels
-// lose; the smaller, the larger may the integers of x be that they are multiplied with. And some fit the levels:
-// every integer fits those of int4.
+// lose; the smaller, the larger may the integers of x be that they are multiplied with. And some fit: levels of int4
+// are integers already.
 int fit_most(const float* levels, int count, float largest, int64_t granule) {
   // Root mean squares of errors, over those of what is rounded: of Gaussian x, for each unit of `most`, and at least.
   const double of_x = granule == 64 ? 6.0e-9 : 3.5e-9, least_of_x = 2.0e-5;
@@ -126,11 +126,17 @@ int fit_most(const float* levels, int count, float largest, int64_t granule) {
   return best;
 }
 
-// The same, remembered. Of more than 32 levels the best is not looked for: that would take long, and gain little.
-int most_of(const float* levels, int count, float largest, int64_t granule) {
+// The same, remembered. Of more than 32 levels the best is not looked for: that would take long, and gain little,
+// but where they are a `step` apart (or 0) and 0 is one of them or halfway between two: then they are integers.
+int most_of(const float* levels, int count, float largest, float step, int64_t granule) {
   constexpr size_t MOST = 4096;  // codebooks
   constexpr int LEVELS = 32, USUAL = 11585;
-  if (count > LEVELS || largest == 0.0f) return USUAL;
+  if (largest == 0.0f) return USUAL;
+  if (count > LEVELS) {
+    const float halves = step > 0.0f ? 2 * levels[0] / step : 0.5f;
+    const bool is_whole = std::abs(halves - std::nearbyint(halves)) < 1e-2f && 2 * largest / step < TABLE_MAX;
+    return is_whole ? static_cast<int>(std::lrint(2 * largest / step)) : USUAL;
+  }
   std::array<uint32_t, LEVELS + 2> key = {static_cast<uint32_t>(count), static_cast<uint32_t>(granule)};
   std::memcpy(&key[2], levels, sizeof(float) * static_cast<size_t>(count));
   thread_local std::map<std::array<uint32_t, LEVELS + 2>, int> known;
@@ -238,10 +244,7 @@ class Packed {
     for (int i = 0; i < base_.levels; ++i) {
       t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
     }
-    // Evenly spaced levels are integers in steps of two: 0 may be among them, or in the middle between two.
-    const bool is_even = t.is_affine && base_.levels > 32;
-    base_.most = is_even ? static_cast<int>(std::lrint(2 * largest / t.step))
-                         : most_of(levels_, base_.levels, largest, granule_of(base_));
+    base_.most = most_of(levels_, base_.levels, largest, t.is_affine ? t.step : 0.0f, granule_of(base_));
     t.unit = largest / static_cast<float>(base_.most);
     t.has_bytes = t.is_affine;
     for (int i = 0; i < 8; ++i) t.byte[i] = static_cast<uint8_t>(i);

@@ -38,7 +38,6 @@ inline float largest_of_eight(const Weight& w) {
   return static_cast<float>(std::min((int64_t{1} << 31) / 8 / w.most, VALUE_MAX));
 }
 
-
 // Scales ---------------------------------------------------------------------------------------
 
 // Scales of consecutive rows as floats. Several rows at a time, so that what is written has left the

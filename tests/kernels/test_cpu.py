@@ -207,16 +207,6 @@ def test_tiny_and_huge_inputs(kernel_set):
     assert linear(torch.full((1, 256), 1e-40), weight).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "spec", ["int3:64", "int4:32", "int6:64", "int8:64", "int8:32+zp", "fp4:64", "nf2:64"]
-)
-def test_levels_that_are_multiples_of_one_are_not_rounded(kernel_set, spec):
-    """What is lost is what rounding x to 15 bits loses."""
-    weight = packed(40, 576, spec)
-    x = torch.randn(9, 576, generator=torch.Generator().manual_seed(1))
-    assert_product(linear(x, weight), x, truth(weight), bound=8e-6)
-
-
 def test_massive_activation_keeps_the_others(kernel_set):
     """One feature a thousand times larger than the rest disturbs its own block only."""
     weight = packed(32, 1024, "nf4:64")
