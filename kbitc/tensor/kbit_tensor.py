@@ -365,13 +365,18 @@ def _holds(weight: KbitTensor, values: Tensor) -> bool:
     return is_like and torch.equal(weight.dequantize(values.dtype), values)
 
 
-def _scaled(weight: KbitTensor, by: float | Tensor, *, is_divided: bool) -> KbitTensor:
+def _scaled(weight: Tensor, by: float | Tensor, *, is_divided: bool) -> Any:
     """Every value times a power of two, in place: exact in what is stored. RWKV does so before it infers."""
+    if not isinstance(weight, KbitTensor):
+        return NotImplemented
+    refused = f"{CHANGED}. Only a power of two that no scale is too small for is exact"
+    if (isinstance(by, Tensor) and by.numel() != 1) or math.frexp(float(by))[0] != 0.5:
+        raise NotImplementedError(refused)
     factor = 1 / float(by) if is_divided else float(by)
     stored = weight.packed.scaled_tensors()
-    is_exact = abs(math.frexp(factor)[0]) == 0.5 and all(torch.equal(t * factor / factor, t) for t in stored)
-    if not is_exact or factor < 0 or weight.geometry is not None or weight.factor is not None:
-        raise NotImplementedError(f"{CHANGED}. Only a power of two that no scale is too small for is exact")
+    is_exact = all(torch.equal(t * factor / factor, t) for t in stored)
+    if not is_exact or weight.geometry is not None or weight.factor is not None:
+        raise NotImplementedError(refused)
     for tensor in stored:
         tensor.mul_(factor)
     return weight

@@ -53,8 +53,13 @@ def test_powers_of_two_scale_it_in_place(spec):
     for refused in (3, 0, -2, 2.0**-170):
         with pytest.raises(NotImplementedError, match="power of two"):
             weight.mul_(refused)
+    for refused in (0, 3, torch.full((40,), 2.0)):
+        with pytest.raises(NotImplementedError, match="power of two"):
+            weight.div_(refused)
     with pytest.raises(NotImplementedError, match="power of two"):
         weight[:7].mul_(2)
+    with pytest.raises(NotImplementedError, match="not defined on a packed weight"):
+        torch.ones(24, 40).mul_(weight)
     assert torch.equal(weight.dequantize(), before * 2)
 
 
