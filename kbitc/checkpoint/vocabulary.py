@@ -17,8 +17,8 @@ def vocabulary_size(model: Any) -> int | None:
     Args:
         model: of transformers, or with as much of one as it has.
     """
-    stated, rows = _stated(getattr(model, "config", None)), _rows(model)
-    return rows if stated is None else stated if rows is None else min(stated, rows)
+    counts = (_stated(getattr(model, "config", None)), _rows(model))
+    return min((count for count in counts if count is not None), default=None)
 
 
 def _stated(config: Any) -> int | None:

@@ -24,14 +24,15 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 
 from torch import nn
 
+from kbitc.graph.matching import MATMULS
+
 _OF_A_TENSOR = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"}
 _MAKERS = {"__init__", "_init_weights", "_tie_weights", "tie_weights"}
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _PREFIXES = ("EXTENDED_ARG", "CACHE")  # of a step, no steps
-_PRODUCTS = {
-    *("matmul", "mm", "bmm", "mv", "dot", "inner", "addmm", "addmv", "addbmm", "baddbmm", "einsum"),
-    *("tensordot", "multi_dot", "chain_matmul", "grouped_mm", "_grouped_mm", "linear", "bilinear", "cdist"),
-    *("conv1d", "conv2d", "conv3d", "scaled_dot_product_attention", "multi_head_attention_forward"),
+_PRODUCTS = {name.rpartition(".")[2] for name in MATMULS} | {
+    *("multi_dot", "einsum", "grouped_mm", "cdist", "conv1d", "conv2d", "conv3d"),
+    *("scaled_dot_product_attention", "multi_head_attention_forward"),
 }
 _SILENT = (ModuleType, BuiltinFunctionType, type, str, int, float, tuple, type(None), logging.Logger)
 _BASES = ("torch.", "transformers.modeling_utils", "transformers.generation")

@@ -58,9 +58,8 @@ def uses_by_class(model: nn.Module) -> ByClass:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0]) if path else None
-        outcomes = _of_module(module, parent)
-        unknown = never_multiplied(model, path) - set(outcomes)
-        for leaf, outcome in {**outcomes, **dict.fromkeys(unknown, NO_FACTOR)}.items():
+        unread = dict.fromkeys(never_multiplied(model, path), NO_FACTOR)
+        for leaf, outcome in {**unread, **_of_module(module, parent)}.items():
             name = f"{path}.{leaf}".lstrip(".")
             if module._parameters.get(leaf) is None:
                 continue
