@@ -88,19 +88,23 @@ class Calibrator:
         """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
         return isinstance(self.source, Tensor) or self.source != RANDOM
 
-    def feeds(self) -> list[dict[str, Any]]:
+    def feeds(self, count: int | None = None) -> list[dict[str, Any]]:
         """Keyword inputs, all of the same shapes; of batch 1 unless the user gave them.
+
+        Args:
+            count: of them at most; ``COUNT`` by default.
 
         Raises:
             UsageError: see :meth:`windows`, or a model whose inputs cannot be made.
         """
         model, generator = self.checkpoint.skeleton(), torch.Generator().manual_seed(SEED)
+        count = COUNT if count is None else count
         if self.inputs is not None:
-            return [drawn_like(self.inputs, generator) for _ in range(COUNT)]
+            return [drawn_like(self.inputs, generator) for _ in range(count)]
         if not self.is_text:
             maker = InputMaker.of(model, window_length(model))
-            return [maker.draw(generator) for _ in range(COUNT)]
-        windows = self.windows()
+            return [maker.draw(generator) for _ in range(count)]
+        windows = self.windows(count)
         maker = InputMaker.of(model, windows.shape[1])
         return [maker.draw(generator, window[None]) for window in windows]
 
@@ -114,12 +118,13 @@ class Calibrator:
             classes = getattr(model.config.get_text_config(), "vocab_size", None)
         return drawn_loss(outputs, classes, torch.Generator().manual_seed(seed))
 
-    def windows(self) -> Tensor:
-        """``(count, length)`` int64 token ids.
+    def windows(self, count: int | None = None) -> Tensor:
+        """``(count, length)`` int64 token ids; of a short text, or given, there may be fewer.
 
         Raises:
             UsageError: the text cannot be read, is too short, or there is no tokenizer for it.
         """
+        count = COUNT if count is None else count
         if isinstance(self.source, Tensor):
             return self.source
         length = window_length(self.checkpoint.skeleton())
@@ -127,7 +132,7 @@ class Calibrator:
             with out_of_memory("sampling text from the model", SPARING):
                 model = stored_model(self.checkpoint, self.on_progress)
                 with widened(model):
-                    return sample_windows(model, length, COUNT, on_progress=self.on_progress)
+                    return sample_windows(model, length, count, on_progress=self.on_progress)
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:
             raise UsageError(
@@ -135,7 +140,7 @@ class Calibrator:
                 "(kbitc.compile(..., calibrate=ids)), or calibrate with 'self'"
             )
         text, model = _read(Path(self.source)), self.checkpoint.skeleton()
-        return text_windows(tokenizer, text, length, COUNT, label=str(self.source), model=model)
+        return text_windows(tokenizer, text, length, count, label=str(self.source), model=model)
 
     def skeleton(self) -> nn.Module:
         """See `kbitc.graph.context.Calibration`."""

@@ -38,8 +38,8 @@ class Calibration(Protocol):
         """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
         ...
 
-    def feeds(self) -> list[dict[str, Any]]:
-        """Keyword inputs, all of the same shapes."""
+    def feeds(self, count: int | None = None) -> list[dict[str, Any]]:
+        """Keyword inputs, all of the same shapes: ``count`` at most, or as many as measuring takes."""
         ...
 
     def skeleton(self) -> nn.Module:
