@@ -49,6 +49,7 @@ __all__ = [
     "parse_spec",
     "quantize",
     "save",
+    "tune",
 ]
 
 _HOME = {
@@ -192,6 +193,48 @@ def export_onnx(
         force=force,
     )
     return report
+
+
+def tune(
+    artifact: str | Path,
+    source: str | Path | nn.Module | None = None,
+    *,
+    out: str | Path | None = None,
+    calibrate: str | Path | Tensor = "auto",
+    windows: int | None = None,
+    steps: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Make a compiled model better at the same size: tune its scales, zero points, codebooks and norms.
+
+    They are moved towards the outputs of the model that it was compiled from. Windows that are held out judge
+    it: where they say that nothing was gained, the artifact stays as it is.
+
+    Args:
+        artifact: folder of the compiled model.
+        source: what it was compiled from; by default what the artifact recorded, if it is to be found.
+        out: folder to write; by default the artifact's own.
+        calibrate: what to tune on: "auto" ("self" for a causal language model, else "random"), "self",
+            "random", a UTF-8 text file, or int64 token ids of shape (windows, length).
+        windows: to learn from; eight more are held out.
+        steps: of the optimiser, of two windows each.
+        force: replace an existing ``out``.
+
+    Returns:
+        What ``kbitc tune --json`` prints: divergences before and after, in nats, and what was tuned.
+
+    Raises:
+        kbitc.errors.KbitcError: see ``kbitc.training.tuning.tune_to``.
+    """
+    from pathlib import Path as LocalPath
+
+    from kbitc.training.distilling import recipe
+    from kbitc.training.tuning import tune_to
+
+    target = None if out is None else LocalPath(out)
+    asked = recipe(windows=windows, steps=steps)
+    result = tune_to(artifact, source, out=target, calibrate=calibrate, recipe=asked, is_forced=force)
+    return result.to_json()
 
 
 register_when_imported()

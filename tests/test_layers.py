@@ -32,6 +32,7 @@ ROOMS = [
     "kbitc.compiler",
     "kbitc.backends",
     "kbitc.evaluation",
+    "kbitc.training",
     "kbitc.cli",
 ]
 ABOVE = {"kbitc", "kbitc.__main__", "kbitc.transformers_hook"}  # what is imported first, and loads by name

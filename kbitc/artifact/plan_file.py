@@ -161,6 +161,54 @@ class PassEntry:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What was tuned after packing (`kbitc tune`), and what came of it.
+
+    Attributes:
+        calibration: how reports call what was tuned on.
+        before: divergence from the 16-bit model on held-out windows as packed, nats per position.
+        after: the same as tuned.
+        windows: that gradients were taken of.
+        steps: that were taken.
+        tuned: numbers of values by what they are, see `kbitc.training.tunable`.
+        flips: codes that were changed.
+    """
+
+    calibration: str
+    before: float
+    after: float
+    windows: int = 0
+    steps: int = 0
+    tuned: Mapping[str, int] = field(default_factory=dict)
+    flips: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "calibration": self.calibration,
+            "held_out_before": self.before,
+            "held_out_after": self.after,
+            "windows": self.windows,
+            "steps": self.steps,
+            "tuned": dict(self.tuned),
+            "flips": self.flips,
+        }
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Tuning:
+        """The inverse of :meth:`to_json`."""
+        return Tuning(
+            str(entry["calibration"]),
+            float(entry["held_out_before"]),
+            float(entry["held_out_after"]),
+            int(entry["windows"]),
+            int(entry["steps"]),
+            {str(name): int(count) for name, count in mapping(entry["tuned"], "tuned").items()},
+            int(entry["flips"]),
+        )
+
+
+@dataclass(frozen=True)
 class PlanFile:
     """All of it.
 
@@ -181,6 +229,7 @@ class PlanFile:
         passes: between capture and pack, in order.
         fusions: what fusion and clean-up passes did and left, by the pass.
         untraced: why the weights were found by module class, without a graph; "" where there was one.
+        tuning: after packing; None where nothing was tuned.
         kbitc: version that wrote it.
         format: of the artifact.
     """
@@ -200,6 +249,7 @@ class PlanFile:
     passes: Sequence[PassEntry] = ()
     fusions: Mapping[str, Fired] = field(default_factory=dict)
     untraced: str = ""
+    tuning: Tuning | None = None
     kbitc: str = VERSION
     format: int = FORMAT
 
@@ -225,6 +275,7 @@ class PlanFile:
             "predicted": None if self.predicted is None else self.predicted.to_json(),
             "passes": [entry.to_json() for entry in self.passes],
             **untraced,
+            **({} if self.tuning is None else {"tuning": self.tuning.to_json()}),
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "source_bytes": self.source_bytes,
@@ -255,6 +306,7 @@ class PlanFile:
                     f"but this kbitc reads up to {FORMAT}; upgrade kbitc"
                 )
             predicted, calibration, files = data.get("predicted"), data.get("calibration"), data.get("files")
+            tuning = data.get("tuning")
             return PlanFile(
                 source=str(data["source"]["name"]),
                 source_hash=data["source"]["sha256"],
@@ -271,6 +323,7 @@ class PlanFile:
                 passes=tuple(PassEntry.from_json(entry) for entry in data.get("passes", ())),
                 fusions={name: Fired.from_json(record) for name, record in data.get("fusions", {}).items()},
                 untraced=str(data.get("untraced", "")),
+                tuning=None if tuning is None else Tuning.from_json(mapping(tuning, "tuning")),
                 kbitc=str(data.get("kbitc", "?")),
                 format=version,
             )

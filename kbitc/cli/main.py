@@ -14,6 +14,7 @@ from kbitc.system.stopping import Stopped, stoppable
 
 COMMANDS = (
     "compile",
+    "tune",
     "plan",
     "inspect",
     "passes",

@@ -6,7 +6,7 @@ pass reads it again. Memory is that of the activations, not of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,25 @@ class _Stored:
     """A tensor of the checkpoint, not read yet."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class WeightCall:
+    """One use of a weight in a canonical graph.
+
+    Attributes:
+        kind: "linear", "embedding" or "grouped_linear".
+        name: of the weight.
+        matrix: what its shape is a view of, see `kbitc.graph.program.as_matrix`.
+        is_transposed: whether that matrix is ``(..., in, rows)``.
+        is_turned: it multiplies along the weight's rows, see `TURNED`.
+    """
+
+    kind: str
+    name: str
+    matrix: tuple[int, ...] | None = None
+    is_transposed: bool = False
+    is_turned: bool = False
 
 
 class Streamed(fx.Interpreter):
@@ -95,22 +114,34 @@ class Streamed(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         name = args[1].name
         x, *rest = [self.load(a.name) if isinstance(a, _Stored) else a for a in (args[0], *args[2:])]
-        form = {"matrix": kwargs.get("matrix"), "is_transposed": kwargs.get("is_transposed", False)}
-        if kind == "embedding":
-            y = F.embedding(x, self.load(name))
-        elif kind == "linear":
-            y = apply(LinearOnLoad, x, lambda: as_matrix(self.load(name), **form), *rest)
-        else:
-            y = apply(_GroupedLinear, x, lambda: as_matrix(self.load(name), **form), *rest)
+        is_transposed = bool(kwargs.get("is_transposed", False))
+        is_turned = is_transposed != self.weights[name].is_transposed
+        y = self.use(WeightCall(kind, name, kwargs.get("matrix"), is_transposed, is_turned), x, rest)
+        if kind == "grouped_linear":
             x = (x, *rest)
         if self.is_writing and kind != "embedding":
             x = (x[0].clone(), *x[1:]) if isinstance(x, tuple) else x.clone()
         if torch.is_grad_enabled() and not y.requires_grad:
             # Nothing before it has a gradient. A copy, as no model may write into a leaf of the gradient.
             y = y.requires_grad_().clone()
-        is_turned = form["is_transposed"] != self.weights[name].is_transposed
         self.seen(name, TURNED + kind if is_turned else kind, x, y)
         return y
+
+    def use(self, call: WeightCall, x: Tensor, rest: Sequence[Any]) -> Tensor:
+        """What one use of a weight gives; who has other weights than the checkpoint's says so here.
+
+        Args:
+            call: of which weight, and how.
+            x: the input; of an embedding, the ids.
+            rest: the bias, if any; of a grouped linear, the offsets.
+        """
+
+        def matrix() -> Tensor:
+            return as_matrix(self.load(call.name), call.matrix, is_transposed=call.is_transposed)
+
+        if call.kind == "embedding":
+            return F.embedding(x, self.load(call.name))
+        return apply(LinearOnLoad if call.kind == "linear" else _GroupedLinear, x, matrix, *rest)
 
 
 def apply(function: Any, *args: Any) -> Tensor:

@@ -1,0 +1,124 @@
+"""The optimisation loop: what minimises the divergence from the teacher, judged by held-out windows.
+
+The one thing to know: the result is the best that held-out windows have seen, the start among them, so that
+it is never worse there than what was packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.graph.context import Progress, silent
+from kbitc.training.adam import Adam, cosine
+from kbitc.training.classroom import Classroom, Key, Lesson, Tuned
+from kbitc.training.tunable import BLOCKS, CODEBOOK, OUTLIERS, ROWS, SCALES, VALUE, ZEROS
+
+SEED = 0
+RATES = {
+    ROWS: 2e-3,
+    BLOCKS: 2e-3,
+    SCALES: 2e-3,
+    ZEROS: 2e-3,
+    CODEBOOK: 2e-3,
+    OUTLIERS: 2e-3,
+    VALUE: 2e-3,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to tune.
+
+    Attributes:
+        windows: to learn from.
+        steps: of the optimiser.
+        batch: windows a step.
+        rates: of each kind of value (`kbitc.training.tunable`), at its highest; what has none is not tuned.
+        looks: at the held-out windows, evenly spread over the steps.
+        patience: looks without a gain after which it ends.
+    """
+
+    windows: int = 64
+    steps: int = 128
+    batch: int = 2
+    rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
+    looks: int = 6
+    patience: int = 2
+
+
+def recipe(**asked: Any) -> Recipe:
+    """The usual recipe, with what was asked for instead; None is not asked for."""
+    return Recipe(**{name: value for name, value in asked.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning found.
+
+    Attributes:
+        tuned: the best values.
+        loss: their divergence on held-out windows, in nats.
+        steps: that were taken.
+    """
+
+    tuned: Tuned
+    loss: float
+    steps: int
+
+
+def held_out(room: Classroom, tuned: Tuned, lessons: Sequence[Lesson]) -> float:
+    """The mean divergence of held-out windows, in nats."""
+    return sum(room.losses(room.stored(tuned), lessons)) / len(lessons)
+
+
+def distill(
+    room: Classroom,
+    how: Recipe,
+    lessons: Sequence[Lesson],
+    held: Sequence[Lesson],
+    start: Outcome,
+    on_progress: Progress = silent,
+) -> Outcome:
+    """Tune.
+
+    Args:
+        room: of the student.
+        how: the how.
+        lessons: windows to learn from.
+        held: windows to judge by.
+        start: what is known so far.
+        on_progress: told of each step, and of the best divergence so far.
+    """
+    tuned: Mapping[Key, Tensor] = {key: value for key, value in start.tuned.items() if key[1] in how.rates}
+    fixed = {key: value for key, value in start.tuned.items() if key not in tuned}
+    adam, best, late, step = Adam(), start, 0, 0
+    order = _order(len(lessons), how.steps * how.batch)
+    looks = {-(-how.steps * (i + 1) // how.looks) for i in range(how.looks)}
+    for step in range(1, how.steps + 1):
+        picked = [lessons[i] for i in order[(step - 1) * how.batch : step * how.batch]]
+        _, gradients = room.gradients(room.stored({**fixed, **tuned}), tuned, picked)
+        share = cosine(step - 1, how.steps, how.steps // 20)
+        rates = {what: rate * share for what, rate in how.rates.items()}
+        tuned = room.alone(adam.step, tuned, gradients, rates)
+        if step in looks:
+            loss = held_out(room, {**fixed, **tuned}, held)
+            late = 0 if loss < best.loss else late + 1
+            best = Outcome({**fixed, **tuned}, loss, start.steps + step) if loss < best.loss else best
+        on_progress(f"tuning, held-out divergence {best.loss:.4g}", step, how.steps)
+        if late >= how.patience:
+            break
+    return Outcome(best.tuned, best.loss, start.steps + step)
+
+
+def _order(count: int, total: int) -> list[int]:
+    """Windows in a random order, each as often as any other."""
+    generator = torch.Generator().manual_seed(SEED)
+    order: list[int] = []
+    while len(order) < total:
+        order += torch.randperm(count, generator=generator).tolist()
+    return order

@@ -1,0 +1,176 @@
+"""The compiled model as a graph that is run on tuned weights, forward and backward, one in memory at a time.
+
+The one thing to know: a dense weight lives as long as the one product that reads it, and its gradient as long
+as one tile of it: what a backward pass leaves are the sums that `kbitc.training.tunable` asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbitc.formats.packed import Packed
+from kbitc.graph.context import ReadTensor
+from kbitc.graph.program import Program
+from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, expert_slices
+from kbitc.training.tunable import BlockSums
+
+
+@dataclass
+class Sink:
+    """What backward passes leave.
+
+    Attributes:
+        sums: of packed weights, by name.
+        whole: gradients of tensors that are not packed, by name.
+    """
+
+    sums: dict[str, BlockSums] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Student(Streamed):
+    """Runs a model's graph on packed weights.
+
+    Args:
+        program: canonical, captured in float32 at the shapes that it will run on.
+        read: any other tensor of the artifact, by name.
+        packed: packed weights by name.
+        plain: tensors by name, in place of those that ``read`` gives, whose gradients are wanted.
+        sink: where gradients go; None for none.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        read: ReadTensor,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+        sink: Sink | None = None,
+    ) -> None:
+        super().__init__(program, read)
+        self.packed = packed
+        self.sink = sink
+        # Every use has a gradient, also one of an input that has none.
+        self.anchor = torch.zeros((), requires_grad=sink is not None)
+        self.plain = {
+            name: tensor.detach().float().requires_grad_(sink is not None) for name, tensor in plain.items()
+        }
+
+    def load(self, name: str) -> Tensor:
+        """A tensor that is not packed, floats in float32."""
+        return self.plain[name] if name in self.plain else super().load(name)
+
+    def use(self, call: WeightCall, x: Tensor, rest: Sequence[Any]) -> Tensor:
+        """The same as of the checkpoint's weight, of the packed one."""
+        if call.name not in self.packed:
+            return super().use(call, x, rest)
+        packed = self.packed[call.name]
+        sums = None
+        if self.sink is not None:
+            sums = self.sink.sums.setdefault(call.name, BlockSums(packed))
+        weight = _Used(packed, sums, call.is_turned)
+        if call.kind == "embedding":
+            return apply(_Embedding, x, self.anchor, weight)
+        kept = x.detach().clone() if self.is_writing else x.detach()
+        function = _Linear if call.kind == "linear" else _GroupedLinear
+        return apply(function, x, self.anchor, weight, kept, *rest)
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradients of a loss in the sink."""
+        assert self.sink is not None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+        for name, tensor in self.plain.items():
+            if tensor.grad is not None:
+                self.sink.whole[name] = tensor.grad
+
+
+@dataclass(frozen=True)
+class _Used:
+    """One use of a packed weight."""
+
+    packed: Packed
+    sums: BlockSums | None
+    is_turned: bool
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """``(*lead, out, in)`` as the use multiplies with it."""
+        dense: Tensor = torch.ops.kbit.dequantize(*self.packed.operands(), dtype)
+        return dense.mT if self.is_turned else dense
+
+    def note(self, grad: Tensor, x: Tensor, expert: int = 0) -> None:
+        """Add the gradient ``grad.T @ x``; grad ``(tokens, out)``, x ``(tokens, in)``."""
+        assert self.sums is not None
+        left, right = (x, grad) if self.is_turned else (grad, x)
+        self.sums.add_product(left.float(), right.float(), expert * left.shape[1])
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` on a packed weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        del anchor
+        ctx.weight, ctx.kept, ctx.has_bias = weight, kept, bias is not None
+        y = F.linear(x, weight.matrix(x.dtype), bias)
+        # Torch lets nobody write into a view that comes out of here; this is the same memory, and none.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        ctx.weight.note(rows, ctx.kept.reshape(len(rows), -1))
+        bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
+        back = grad @ ctx.weight.matrix(grad.dtype) if ctx.needs_input_grad[0] else None
+        return (back, None, None, None, bias)[: len(ctx.needs_input_grad)]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Rows of x, sorted by expert, times their expert's weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Tensor, offsets: Tensor) -> Tensor:
+        del anchor
+        ctx.weight, ctx.kept, ctx.offsets = weight, kept, offsets
+        return _each_expert(x, weight.matrix(x.dtype), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for expert, tokens in expert_slices(ctx.offsets):
+            if tokens.stop > tokens.start:
+                ctx.weight.note(grad[tokens], ctx.kept[tokens], expert)
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = _each_expert(grad, ctx.weight.matrix(grad.dtype).mT, ctx.offsets)
+        return back, None, None, None, None
+
+
+def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, tokens in expert_slices(offsets):
+        out[tokens] = x[tokens] @ weight[expert].mT
+    return out
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a packed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, anchor: Tensor, weight: _Used) -> Tensor:
+        del anchor
+        ctx.weight, ctx.ids = weight, ids
+        out: Tensor = torch.ops.kbit.embedding(ids, *weight.packed.operands(), torch.float32)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.weight.sums is not None
+        ctx.weight.sums.add_rows(ctx.ids.flatten(), grad.reshape(ctx.ids.numel(), -1).float())
+        return None, None, None
