@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kbitc.cli import console
 from kbitc.cli.app import Agree, Json, Model, app, examples
+from kbitc.cli.tune import print_tuning
 
 if TYPE_CHECKING:
     from kbitc.compiler.driver import Result
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         "kbitc compile demo --bits 4",
         "kbitc compile ./SmolLM2-135M --bits 3.5 -o smol-3.5bit",
         "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
+        "kbitc compile ./SmolLM2-135M --bits 3 --tune",
         "kbitc compile ./SmolLM2-135M --bits 4 --agree input",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --bits 4 --quantizer absmax",
@@ -54,6 +56,9 @@ def compile(  # noqa: A001  # the command's name, and its options
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Then tune it to the 16-bit model's outputs, see 'kbitc tune'.")
+    ] = False,
     calibrate: Annotated[
         str,
         typer.Option(
@@ -135,25 +140,29 @@ def compile(  # noqa: A001  # the command's name, and its options
         print_diff=print_diff,
         write=partial(console.err.print, markup=False, highlight=False, soft_wrap=True),
     )
-    target = out or Path(_default_out(model, request))
+    target, tuned = out or Path(_default_out(model, request)), None
     with console.progress("compiling") as update:
-        result = compile_to(
-            model,
-            target,
-            request,
-            is_forced=force,
-            is_resumed=resume,
-            is_dry=dry_run,
-            example_inputs=None if example_inputs is None else read_inputs(example_inputs),
-            on_progress=update,
-            manage=manage,
-        )
+        options: dict[str, Any] = {
+            "is_forced": force,
+            "is_resumed": resume,
+            "example_inputs": None if example_inputs is None else read_inputs(example_inputs),
+            "on_progress": update,
+            "manage": manage,
+        }
+        if tune and not dry_run:
+            from kbitc.training.compiling import compile_tuned_to
+
+            result, tuned = compile_tuned_to(model, target, request, **options)
+        else:
+            result = compile_to(model, target, request, is_dry=dry_run, **options)
     if page is not None and passes_html is not None:
         console.write_file(passes_html, page.html(result.program))
     if as_json:
-        console.print_json(result.to_json())
+        console.print_json(result.to_json() | ({"tuning": tuned.to_json()} if tuned else {}))
     else:
         _print_result(result)
+        if tuned is not None:
+            print_tuning(tuned)
 
 
 def _default_out(model: str, request: Request) -> str:

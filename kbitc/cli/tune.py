@@ -40,6 +40,13 @@ def tune(
             "random inputs (for other models), or a UTF-8 file.",
         ),
     ] = "auto",
+    example_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors",
+            help="Inputs to trace and run the model on, where they cannot be made from its config.",
+        ),
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="To learn from; eight more are held out.")
     ] = None,
@@ -48,6 +55,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Tune scales, zero points, codebooks and norms of OUT to the 16-bit model's outputs."""
+    from kbitc.graph.given_inputs import read_inputs
     from kbitc.training.distilling import recipe
     from kbitc.training.tuning import tune_to
 
@@ -58,16 +66,18 @@ def tune(
             out=out,
             calibrate=calibrate,
             recipe=recipe(windows=windows, steps=steps),
+            example_inputs=None if example_inputs is None else read_inputs(example_inputs),
             is_forced=force,
             on_progress=update,
         )
     if as_json:
         console.print_json(result.to_json())
     else:
-        _print(result)
+        print_tuning(result)
 
 
-def _print(result: Result) -> None:
+def print_tuning(result: Result) -> None:
+    """What tuning did, for people."""
     tuning = result.tuning
     console.out.print(
         f"divergence from the 16-bit model on held-out {tuning.calibration}: "

@@ -7,6 +7,7 @@ artifact that is written, and where they say that nothing was gained, nothing is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -72,7 +73,9 @@ def tune_to(
     out: Path | None = None,
     calibrate: Calibrate = AUTO,
     recipe: Recipe | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     is_forced: bool = False,
+    claim: FolderClaim | None = None,
     on_progress: Progress = silent,
 ) -> Result:
     """Tune an artifact, in its place or into another folder.
@@ -84,7 +87,9 @@ def tune_to(
         calibrate: what to tune on, as in compiling; "auto" is "self" for a language model and "random" for
             another of transformers.
         recipe: how.
+        example_inputs: to trace and run the model on, where they are more than text.
         is_forced: replace an existing ``out``.
+        claim: on ``out``, by a caller who holds it already.
         on_progress: told of long work.
 
     Raises:
@@ -97,12 +102,16 @@ def tune_to(
     target = Path(artifact) if out is None else out
     opened = Artifact.open(Path(artifact))
     with (
-        FolderClaim(target, is_forced=is_forced or out is None) as claim,
+        nullcontext(claim)
+        if claim is not None
+        else FolderClaim(target, is_forced=is_forced or out is None) as held,
         open_checkpoint(recorded_source(opened) if source is None else source) as checkpoint,
         WorkerPool(max(1, min(torch.get_num_threads(), recipe.batch)), initializer=work_alone) as pool,
     ):
         check_source(opened, checkpoint)
-        calibrator = make_calibrator(checkpoint, calibrate, on_progress, is_wanted=True)
+        calibrator = make_calibrator(
+            checkpoint, calibrate, on_progress, is_wanted=True, example_inputs=example_inputs
+        )
         if calibrator is None:
             raise UsageError("--calibrate none: tuning needs something to run on: self, random or a text")
         feeds = calibrator.feeds(recipe.windows + HELD)
@@ -133,7 +142,7 @@ def tune_to(
         )
         if out is not None or outcome.loss < before:
             changed = changes(room, room.stored(outcome.tuned))
-            write_replaced(opened, changed, tuning, claim, on_progress)
+            write_replaced(opened, changed, tuning, held, on_progress)
     return Result(target, tuning, perf_counter() - started)
 
 
