@@ -203,6 +203,7 @@ def tune(
     calibrate: str | Path | Tensor = "auto",
     windows: int | None = None,
     steps: int | None = None,
+    flips: bool | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Make a compiled model better at the same size: tune its scales, zero points, codebooks and norms.
@@ -218,6 +219,7 @@ def tune(
             "random", a UTF-8 text file, or int64 token ids of shape (windows, length).
         windows: to learn from; eight more are held out.
         steps: of the optimiser, of two windows each.
+        flips: whether single codes are moved by one level, too; by default below 3.5 bits per parameter.
         force: replace an existing ``out``.
 
     Returns:
@@ -228,11 +230,12 @@ def tune(
     """
     from pathlib import Path as LocalPath
 
-    from kbitc.training.distilling import recipe
+    from kbitc.training.distilling import ROUNDS, recipe
     from kbitc.training.tuning import tune_to
 
     target = None if out is None else LocalPath(out)
-    asked = recipe(windows=windows, steps=steps)
+    rounds = None if flips is None else ROUNDS if flips else 0
+    asked = recipe(windows=windows, steps=steps, flips=rounds)
     result = tune_to(artifact, source, out=target, calibrate=calibrate, recipe=asked, is_forced=force)
     return result.to_json()
 

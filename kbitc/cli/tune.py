@@ -51,21 +51,29 @@ def tune(
         int | None, typer.Option(min=1, help="To learn from; eight more are held out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, of two windows each.")] = None,
+    flips: Annotated[
+        bool | None,
+        typer.Option(
+            "--flips/--no-flips",
+            help="Also move single codes by one level. [default: below 3.5 bits per parameter]",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing -o folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tune scales, zero points, codebooks and norms of OUT to the 16-bit model's outputs."""
     from kbitc.graph.given_inputs import read_inputs
-    from kbitc.training.distilling import recipe
+    from kbitc.training.distilling import ROUNDS, recipe
     from kbitc.training.tuning import tune_to
 
+    rounds = None if flips is None else ROUNDS if flips else 0
     with console.progress("tuning") as update:
         result = tune_to(
             artifact,
             source,
             out=out,
             calibrate=calibrate,
-            recipe=recipe(windows=windows, steps=steps),
+            recipe=recipe(windows=windows, steps=steps, flips=rounds),
             example_inputs=None if example_inputs is None else read_inputs(example_inputs),
             is_forced=force,
             on_progress=update,
@@ -81,7 +89,8 @@ def print_tuning(result: Result) -> None:
     tuning = result.tuning
     console.out.print(
         f"divergence from the 16-bit model on held-out {tuning.calibration}: "
-        f"[bold]{tuning.before:.4g}[/] nats before, [bold]{tuning.after:.4g}[/] after {tuning.steps} steps",
+        f"[bold]{tuning.before:.4g}[/] nats before, [bold]{tuning.after:.4g}[/] after {tuning.steps} steps"
+        + (f" and {tuning.flips:,} codes moved" if tuning.flips else ""),
         highlight=False,
     )
     how = "written" if result.is_better else "nothing was gained: as it was"

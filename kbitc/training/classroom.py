@@ -30,6 +30,9 @@ Key: TypeAlias = tuple[str, str]
 Tuned: TypeAlias = Mapping[Key, Tensor]
 """Changes relative to what was packed, see `kbitc.training.tunable`."""
 
+LossOf: TypeAlias = Callable[[Sequence[Any], Sequence[Target]], Tensor]
+"""Of a student's outputs, and what is kept of its teacher's."""
+
 Feed: TypeAlias = Mapping[str, Any]
 """Keyword inputs of the model."""
 
@@ -119,12 +122,17 @@ class Classroom:
                 sums[key] = sums[key] + grad if key in sums else grad
         return total / len(lessons), {key: grad / len(lessons) for key, grad in sums.items()}
 
-    def backward(self, stored: Stored, lesson: Lesson) -> tuple[float, Sink]:
-        """The divergence of one window, and what its backward pass leaves; in a thread of the pool."""
-        sink = Sink()
+    def backward(
+        self, stored: Stored, lesson: Lesson, sink: Sink | None = None, loss_of: LossOf = divergence
+    ) -> tuple[float, Sink]:
+        """The divergence of one window, or another loss, and what its backward pass leaves.
+
+        In a thread of the pool.
+        """
+        sink = Sink() if sink is None else sink
         student = Student(self.program, self.read, stored.packed, stored.plain, sink)
         with torch.enable_grad():
-            loss = divergence(student.call(**lesson.feed), lesson.kept)
+            loss = loss_of(student.call(**lesson.feed), lesson.kept)
             student.backward(loss)
         return float(loss.detach()), sink
 

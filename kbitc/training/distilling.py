@@ -19,6 +19,8 @@ from kbitc.training.classroom import Classroom, Key, Lesson, Tuned
 from kbitc.training.tunable import BLOCKS, CODEBOOK, OUTLIERS, ROWS, SCALES, VALUE, ZEROS
 
 SEED = 0
+ROUNDS = 1
+FLIPPED_BITS = 3.5
 RATES = {
     ROWS: 2e-3,
     BLOCKS: 2e-3,
@@ -41,6 +43,10 @@ class Recipe:
         rates: of each kind of value (`kbitc.training.tunable`), at its highest; what has none is not tuned.
         looks: at the held-out windows, evenly spread over the steps.
         patience: looks without a gain after which it ends.
+        flips: rounds of moving single codes after that (`kbitc.training.flips`); None leaves it to the stored
+            bits per parameter: ``ROUNDS`` below ``FLIPPED_BITS``.
+        share: of all codes that a round may move.
+        refining: steps of tuning after each round.
     """
 
     windows: int = 64
@@ -49,6 +55,9 @@ class Recipe:
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
     looks: int = 6
     patience: int = 2
+    flips: int | None = None
+    share: float = 0.005
+    refining: int = 20
 
 
 def recipe(**asked: Any) -> Recipe:

@@ -29,18 +29,20 @@ class Logits:
         at: which output they are.
         ids: ``(positions, top)`` int32, the most probable outcomes.
         logs: the same shape, float32: their log-probabilities.
+        classes: outcomes of each position.
     """
 
     at: int
     ids: Tensor
     logs: Tensor
+    classes: int
 
     @staticmethod
     def of(at: int, logits: Tensor, top: int = TOP) -> Logits:
         """From logits ``(..., classes)``."""
         flat = logits.float().reshape(-1, logits.shape[-1])
         values, ids = flat.topk(min(top, flat.shape[-1]), dim=-1)
-        return Logits(at, ids.int(), values - flat.logsumexp(-1, keepdim=True))
+        return Logits(at, ids.int(), values - flat.logsumexp(-1, keepdim=True), flat.shape[-1])
 
     @property
     def positions(self) -> int:

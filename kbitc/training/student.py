@@ -6,7 +6,7 @@ as one tile of it: what a backward pass leaves are the sums that `kbitc.training
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,18 @@ class Sink:
     Attributes:
         sums: of packed weights, by name.
         whole: gradients of tensors that are not packed, by name.
+        make: of a weight by name, what is summed.
     """
 
+    make: Callable[[str, Packed], BlockSums] = lambda _, packed: BlockSums(packed)
     sums: dict[str, BlockSums] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, name: str, packed: Packed) -> BlockSums:
+        """The sums of one weight."""
+        if name not in self.sums:
+            self.sums[name] = self.make(name, packed)
+        return self.sums[name]
 
 
 class Student(Streamed):
@@ -73,7 +81,7 @@ class Student(Streamed):
         packed = self.packed[call.name]
         sums = None
         if self.sink is not None:
-            sums = self.sink.sums.setdefault(call.name, BlockSums(packed))
+            sums = self.sink.of(call.name, packed)
         weight = _Used(packed, sums, call.is_turned)
         if call.kind == "embedding":
             return apply(_Embedding, x, self.anchor, weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,7 +30,8 @@ from kbitc.kernels.cpu.build import work_alone
 from kbitc.system import files
 from kbitc.system.stopping import WorkerPool
 from kbitc.training.classroom import Classroom, Lesson, Stored, Tuned, teach
-from kbitc.training.distilling import Outcome, Recipe, distill, held_out
+from kbitc.training.distilling import FLIPPED_BITS, ROUNDS, Outcome, Recipe, distill, held_out
+from kbitc.training.flips import flip
 from kbitc.training.preparing import check_source, classroom, traced
 
 HELD = 8
@@ -131,7 +132,10 @@ def tune_to(
             on_progress=on_progress,
         )
         room = classroom(opened, calibrator, program, pool)
-        before, outcome = _tuned(room, recipe, lessons, on_progress)
+        rounds = recipe.flips
+        if rounds is None:
+            rounds = ROUNDS if opened.bits_per_param < FLIPPED_BITS else 0
+        before, last, outcome, flips = _tuned(room, replace(recipe, flips=rounds), lessons, on_progress)
         tuning = Tuning(
             _label(calibrator, len(lessons)),
             before,
@@ -139,9 +143,10 @@ def tune_to(
             len(lessons) - HELD,
             outcome.steps,
             _counts(outcome.tuned),
+            flips,
         )
         if out is not None or outcome.loss < before:
-            changed = changes(room, room.stored(outcome.tuned))
+            changed = changes(room, last.stored(outcome.tuned))
             write_replaced(opened, changed, tuning, held, on_progress)
     return Result(target, tuning, perf_counter() - started)
 
@@ -166,12 +171,21 @@ def recorded_source(artifact: Artifact) -> str:
 
 def _tuned(
     room: Classroom, recipe: Recipe, lessons: list[Lesson], on_progress: Progress
-) -> tuple[float, Outcome]:
-    """The divergence before, and what came of tuning."""
+) -> tuple[float, Classroom, Outcome, int]:
+    """The divergence before, and what came of tuning: the student, its values, and how many codes moved."""
     learned, held = lessons[:-HELD], lessons[-HELD:]
     start = room.start()
     before = held_out(room, start, held)
-    return before, distill(room, recipe, learned, held, Outcome(start, before, 0), on_progress)
+    outcome = distill(room, recipe, learned, held, Outcome(start, before, 0), on_progress)
+    after = replace(recipe, steps=recipe.refining, looks=1)
+    count = 0
+    for _ in range(recipe.flips or 0):
+        room, outcome, moved = flip(room, outcome, learned, held, recipe.share, on_progress)
+        if not moved:
+            break
+        count += moved
+        outcome = distill(room, after, learned, held, outcome, on_progress)
+    return before, room, outcome, count
 
 
 def changes(room: Classroom, stored: Stored) -> dict[str, Tensor]:

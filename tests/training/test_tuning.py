@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kbitc.training.tuning import tune_to
 
 IDS = torch.randint(101, (24, 16), generator=torch.Generator().manual_seed(1))
 RATES = dict.fromkeys(("rows", "blocks", "scales", "value"), 3e-3)
-RECIPE = Recipe(windows=16, steps=10, looks=2, rates=RATES)
+RECIPE = Recipe(windows=16, steps=10, looks=2, rates=RATES, flips=0)
 
 
 @pytest.fixture
@@ -63,6 +64,20 @@ def divergence(teacher, student, ids):
     return float((p * (p / q).log()).sum(-1).mean())
 
 
+def test_codes_are_flipped_below_three_and_a_half_bits(packed, tmp_path):
+    model, folder = packed
+    how = replace(RECIPE, flips=None, refining=2)
+    result = tune_to(folder, model, out=tmp_path / "tuned", calibrate=IDS, recipe=how)
+    tuned, was = Artifact.open(tmp_path / "tuned").plan, Artifact.open(folder).plan
+    assert was.bits_per_param < 3.5
+    changed = {name for name, digest in tuned.checksums.items() if was.checksums[name] != digest}
+    assert result.tuning.flips > 0
+    assert any(name.endswith(".planes") for name in changed)
+    held = IDS[-tuning.HELD :]
+    loss = divergence(model, kbitc.load(tmp_path / "tuned", dtype=torch.float32), held)
+    assert loss == pytest.approx(result.tuning.after, rel=1e-3)
+
+
 def test_in_its_place(packed):
     model, folder = packed
     result = tune_to(folder, model, calibrate=IDS, recipe=RECIPE)
@@ -74,7 +89,7 @@ def test_in_its_place(packed):
 def test_what_gains_nothing_changes_nothing(packed):
     model, folder = packed
     before = digests(folder)
-    bad = Recipe(windows=4, steps=2, looks=1, rates={"value": 30.0})
+    bad = Recipe(steps=2, looks=1, rates={"value": 30.0}, flips=0)
     result = tune_to(folder, model, calibrate=IDS, recipe=bad)
     assert not result.is_better
     assert digests(folder) == before
@@ -113,11 +128,12 @@ def test_an_interruption_leaves_the_artifact_as_it_was(packed, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_the_bytes(threads, packed, tmp_path):
     model, folder = packed
-    tune_to(folder, model, out=tmp_path / "first", calibrate=IDS, recipe=RECIPE)
+    how = Recipe(windows=16, steps=4, looks=2, rates=RATES, flips=1, refining=2)
+    tune_to(folder, model, out=tmp_path / "first", calibrate=IDS, recipe=how)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        tune_to(folder, model, out=tmp_path / "second", calibrate=IDS, recipe=RECIPE)
+        tune_to(folder, model, out=tmp_path / "second", calibrate=IDS, recipe=how)
     finally:
         torch.set_num_threads(before)
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
