@@ -49,8 +49,8 @@ class Recipe:
         refining: steps of tuning after each round.
     """
 
-    windows: int = 64
-    steps: int = 128
+    windows: int = 128
+    steps: int = 80
     batch: int = 2
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
     looks: int = 6

@@ -24,7 +24,7 @@ from kbitc.artifact.stored import stored_tensors
 from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.calibrator import AUTO, Calibrate, Calibrator, make_calibrator
 from kbitc.errors import UsageError
-from kbitc.graph.context import Progress, silent
+from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.example_inputs import is_pretrained
 from kbitc.kernels.cpu.build import work_alone
 from kbitc.system import files
@@ -135,7 +135,8 @@ def tune_to(
         rounds = recipe.flips
         if rounds is None:
             rounds = ROUNDS if opened.bits_per_param < FLIPPED_BITS else 0
-        before, last, outcome, flips = _tuned(room, replace(recipe, flips=rounds), lessons, on_progress)
+        how = replace(recipe, flips=rounds)
+        before, last, outcome, flips = _tuned(room, how, lessons, calibrator.read, on_progress)
         tuning = Tuning(
             _label(calibrator, len(lessons)),
             before,
@@ -170,7 +171,7 @@ def recorded_source(artifact: Artifact) -> str:
 
 
 def _tuned(
-    room: Classroom, recipe: Recipe, lessons: list[Lesson], on_progress: Progress
+    room: Classroom, recipe: Recipe, lessons: list[Lesson], source: ReadTensor, on_progress: Progress
 ) -> tuple[float, Classroom, Outcome, int]:
     """The divergence before, and what came of tuning: the student, its values, and how many codes moved."""
     learned, held = lessons[:-HELD], lessons[-HELD:]
@@ -180,7 +181,7 @@ def _tuned(
     after = replace(recipe, steps=recipe.refining, looks=1)
     count = 0
     for _ in range(recipe.flips or 0):
-        room, outcome, moved = flip(room, outcome, learned, held, recipe.share, on_progress)
+        room, outcome, moved = flip(room, outcome, learned, held, source, recipe.share, on_progress)
         if not moved:
             break
         count += moved
