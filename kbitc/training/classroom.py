@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.program import Program
 from kbitc.sensitivity.streaming import Streamed
-from kbitc.training.divergence import Target, divergence, targets
+from kbitc.training.divergence import Target, divergence, pooled, targets
 from kbitc.training.student import Sink, Student
 from kbitc.training.tunable import TunablePlain, TunableWeight
 
@@ -191,4 +191,5 @@ def teach(
     for made in pool.map(lesson, feeds):
         lessons.append(made)
         on_progress("asking the 16-bit model", len(lessons), len(feeds))
-    return lessons
+    kept = pooled([lesson.kept for lesson in lessons])
+    return [replace(lesson, kept=own) for lesson, own in zip(lessons, kept, strict=True)]

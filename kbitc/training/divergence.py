@@ -8,8 +8,9 @@ features, as in `kbitc.sensitivity.losses`: half a relative squared error is the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,10 +90,18 @@ class Values:
     Attributes:
         at: which output it is.
         values: float32, as it is.
+        square: the mean square of that output, over all windows.
     """
 
     at: int
     values: Tensor
+    square: float
+
+    @staticmethod
+    def of(at: int, values: Tensor) -> Values:
+        """From an output of one window."""
+        kept = values.detach().float().clone()
+        return Values(at, kept, float(kept.square().mean()))
 
     @property
     def positions(self) -> int:
@@ -101,7 +110,7 @@ class Values:
 
     def divergence(self, values: Tensor) -> Tensor:
         """Half the squared error relative to the mean square, a mean over features, a sum over positions."""
-        width = self.values.square().mean().clamp_min(1e-30) * self.values.shape[-1]
+        width = max(self.square, 1e-30) * self.values.shape[-1]
         return (values.float() - self.values).square().sum() / (2 * width)
 
 
@@ -126,12 +135,24 @@ def targets(outputs: Sequence[Any], classes: int | None, is_causal: tuple[int, .
         kept: list[Target] = [Logits.of(i, v) for i, v in floats]
     else:
         kept = [Logits.of(i, v) for i, v in floats if v.dim() and v.shape[-1] == classes]
-        kept = kept or [Values(i, v.detach().float().clone()) for i, v in floats if v.dim()]
+        kept = kept or [Values.of(i, v) for i, v in floats if v.dim()]
     if not kept:
         raise UsageError(
             "none of the model's outputs can be compared with another model's; there is nothing to tune"
         )
     return kept
+
+
+def pooled(windows: Sequence[Sequence[Target]]) -> list[list[Target]]:
+    """The same, each output as wide as it is over all windows: of one alone it may be next to nothing."""
+    squares = [
+        math.fsum(target.square for target in same if isinstance(target, Values)) / len(windows)
+        for same in zip(*windows, strict=True)
+    ]
+    return [
+        [replace(t, square=s) if isinstance(t, Values) else t for t, s in zip(kept, squares, strict=True)]
+        for kept in windows
+    ]
 
 
 def divergence(outputs: Sequence[Any], kept: Sequence[Target]) -> Tensor:

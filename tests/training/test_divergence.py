@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kbitc.errors import UsageError
-from kbitc.training.divergence import Logits, Values, divergence, targets
+from kbitc.training.divergence import Logits, Values, divergence, pooled, targets
 
 
 def test_logits_bound_the_divergence_from_below_and_are_exact_where_all_are_kept():
@@ -33,9 +33,20 @@ def test_its_gradient_is_that_of_the_formula():
 
 def test_other_outputs_are_judged_by_their_relative_error():
     teacher = torch.full((2, 3, 4), 2.0)
-    kept = Values(0, teacher)
+    kept = Values.of(0, teacher)
     assert kept.positions == 6
     assert float(kept.divergence(teacher * 1.1)) == pytest.approx(6 * 0.1**2 / 2)
+
+
+def test_an_output_is_as_wide_as_it_is_over_all_windows():
+    ones, threes, logits = torch.ones(2, 4), torch.full((2, 4), 3.0), torch.randn(2, 9)
+    windows = [targets([x, logits], None, None) for x in (ones, threes)]
+    found = pooled(windows)
+    assert [[t.at for t in kept] for kept in found] == [[0, 1], [0, 1]]
+    assert [kept[0].square for kept in found] == [5.0, 5.0]
+    assert float(found[0][0].divergence(ones * 1.1)) == pytest.approx(2 * 0.1**2 / 2 / 5, rel=1e-4)
+    both = [targets([x], 9, None) for x in (logits, logits)]
+    assert pooled(both) == both
 
 
 def test_which_outputs_count():
