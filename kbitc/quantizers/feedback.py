@@ -30,7 +30,7 @@ from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
 from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
 from kbitc.sensitivity.evidence import Evidence
-from kbitc.sensitivity.gram import GRAM, Gram, RowGroup
+from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
 from kbitc.tensor.cores import side_by_side
 from kbitc.tensor.packing import Draft, draft
 
@@ -43,6 +43,7 @@ class Feedback:
 
     Attributes:
         target: fit the inputs of the partly quantized model, and not those of the source.
+        residual: and what the output is added to in it.
         search: search the scales; absmax otherwise.
         order: columns by falling second moment; as they stand otherwise.
         feedback: pass errors on; nearest codes otherwise.
@@ -53,6 +54,7 @@ class Feedback:
     """
 
     target: bool = True
+    residual: bool = True
     search: bool = True
     order: bool = True
     feedback: bool = True
@@ -68,7 +70,7 @@ class Feedback:
         groups = evidence.get(GRAM)
         assert groups is not None
         made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
-        parts = [self._target(made.rows[group.rows].float(), group.gram) for group in groups]
+        parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
         aimed = replace(made, rows=_scattered(parts, groups))
         if self.search:
             aimed = aimed.searched(_importance(groups, aimed))
@@ -84,15 +86,23 @@ class Feedback:
 
         return gram.once(("damped", *key), lambda: side_by_side(make, [gram])[0])
 
-    def _target(self, rows: Tensor, gram: Gram) -> Tensor:
+    def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
         """The rows that fit x^ best, as far as held-out tokens agree."""
+        gram = group.gram
         if not self.target or gram.cross is None:
             return rows
-        shift = gram.once(
+        residual = group.residual if self.residual else None
+        inverse, shift = gram.once(
             ("shift", self.damping), lambda: side_by_side(lambda gram: _shift(gram, self.damping), [gram])[0]
         )
-        way = torch.cat(_over_tiles(lambda tile: tile @ shift, rows))
-        return way.mul_(_part(rows, way, gram.held_out or gram)).add_(rows)
+
+        def way(tile: slice) -> Tensor:
+            to_input = rows[tile] @ shift
+            return to_input if residual is None else to_input.addmm_(residual[tile], inverse)
+
+        ways = torch.cat(side_by_side(way, _tiles(rows)))
+        judge = replace(group, residual=residual, held_out=group.held_out if self.residual else None)
+        return ways.mul_(_part(rows, ways, judge)).add_(rows)
 
 
 def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
@@ -106,49 +116,47 @@ def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
 
 
 def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
-    """``(groups, in_features)`` for the scale search: one for all rows, or one for each of equal groups."""
+    """``(groups, in_features)`` for the scale search: of each expert, or of all rows together."""
     every = torch.stack([group.gram.inputs.diagonal() for group in groups])
-    if len(groups) == 1 or made.lead.numel() != made.lead[-1]:
+    if made.lead.numel() != made.lead[-1]:
         return every
-    of_rows = torch.empty(made.rows.shape)
-    for group, own in zip(groups, every, strict=True):
-        of_rows[group.rows] = own
-    return of_rows
+    counts = torch.tensor([[float(len(group.rows))] for group in groups])
+    return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
 
 
-def _shift(gram: Gram, damping: float) -> Tensor:
-    """``(C - H) (H + l I)^-1``."""
+def _shift(gram: Gram, damping: float) -> tuple[Tensor, Tensor]:
+    """``(H + l I)^-1`` and ``(C - H) (H + l I)^-1``."""
     assert gram.cross is not None
-    difference = gram.cross.double() - gram.inputs.double()
-    solved: Tensor = torch.linalg.solve(damped(gram.inputs, damping), difference.mT)
-    return solved.mT.float()
+    factor = torch.linalg.cholesky(damped(gram.inputs, damping))
+    inverse = torch.cholesky_inverse(factor)
+    return inverse.float(), ((gram.cross.double() - gram.inputs.double()) @ inverse).float()
 
 
-def _part(rows: Tensor, way: Tensor, judge: Gram) -> float:
+def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
     """The a in [0, 1] of ``rows + a way`` that leaves least error on the judge's tokens."""
-    assert judge.cross is not None
-    inputs, cross = judge.inputs, judge.cross
 
     def sums(tile: slice) -> tuple[float, float]:
-        pushed = way[tile] @ inputs
-        falls = (way[tile] * (rows[tile] @ cross)).double().sum() - (pushed * rows[tile]).double().sum()
-        return float(falls), float((pushed * way[tile]).double().sum())
+        judged, own = judge.aims(rows[tile]), way[tile]
+        pushed = own @ judged.inputs
+        falls = (own * judged.wanted).double().sum() - (pushed * rows[tile]).double().sum()
+        return float(falls), float((pushed * own).double().sum())
 
-    parts = side_by_side(sums, [slice(start, start + TILE) for start in range(0, len(rows), TILE)])
+    parts = side_by_side(sums, _tiles(rows))
     falls, bends = (sum(part[i] for part in parts) for i in (0, 1))
     return min(1.0, max(0.0, falls / bends)) if bends > 0 else 0.0
 
 
-def _over_tiles(function: Any, rows: Tensor) -> list[Any]:
-    return side_by_side(function, rows.split(TILE))
+def _tiles(rows: Tensor) -> list[slice]:
+    return [slice(start, start + TILE) for start in range(0, len(rows), TILE)]
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows of one group."""
+    """Rows of one group, from its ``first`` on."""
 
     rows: Tensor
     group: int
+    first: int
 
 
 class _Work:
@@ -165,9 +173,17 @@ class _Work:
         self.options, self.source, self.aimed = options, source, aimed
         self.groups, self.against = groups, against
         self.tiles = [
-            _Tile(rows, i) for i, group in enumerate(groups) for rows in group.rows.split(TILE) if len(rows)
+            _Tile(group.rows[tile], i, tile.start)
+            for i, group in enumerate(groups)
+            for tile in _tiles(group.rows)
         ]
         self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
+
+    def _judged(self, tile: _Tile) -> Judged:
+        group = self.groups[tile.group]
+        own = slice(tile.first, tile.first + len(tile.rows))
+        part = [None if all_ is None else all_[own] for all_ in (group.residual, group.held_out)]
+        return replace(group, residual=part[0], held_out=part[1]).aims(self.source[tile.rows].float())
 
     def packed(self) -> Packed:
         """The best that was found."""
@@ -232,10 +248,7 @@ class _Work:
         """On held-out tokens where there are some."""
 
         def one(index: int) -> float:
-            tile = self.tiles[index]
-            gram = self.groups[tile.group].gram
-            errors = (gram.held_out or gram).error(self.source[tile.rows].float(), rounded[index].values.mT)
-            return float(errors.sum())
+            return self._judged(self.tiles[index]).error(rounded[index].values.mT)
 
         return sum(side_by_side(one, range(len(self.tiles))))
 
