@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import resource
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from kbitc.compiler.calibrator import Calibrator
 
 
 def measure(folder: Path, windows: int) -> None:
-    """Sample in this process, which keeps nothing, and print."""
+    """Sample in this process, and print."""
     with open_checkpoint(str(folder)) as checkpoint:
         stored = sum(info.nbytes for info in checkpoint.tensors().values())
         started = perf_counter()
@@ -42,12 +43,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--layers", type=int, default=22, help="of the model that is made")
     options = parser.parse_args()
-    if options.folder is not None:
-        measure(options.folder, options.windows)
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        make_folder(Path(temporary), options.layers)
-        measure(Path(temporary), options.windows)
+        os.environ["KBITC_CACHE"] = f"{temporary}/cache"  # or a second run would find what the first sampled
+        folder = options.folder or Path(temporary) / "llama"
+        if options.folder is None:
+            folder.mkdir()
+            make_folder(folder, options.layers)
+        measure(folder, options.windows)
 
 
 if __name__ == "__main__":
