@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from kbitc.errors import SourceError
 from kbitc.graph.context import Progress, silent
 
 HELD = 1 << 28  # values that are widened once and held, which takes 1 GB and halves the time of a token
-KEPT = 5 << 28  # bytes of all that is held, as wide as it is held: 1.3 GB
+KEPT = 9 << 27  # bytes of all that is held, as wide as it is held: 1.2 GB
 PIECE = 1 << 21  # values that are widened at once: 8 MB, so that they stay in a processor's cache
 
 _FORM = {
@@ -44,15 +43,24 @@ class _Unread(nn.Parameter):
     An operation that got hold of it past `widened` would make NaNs, which sampling refuses.
     """
 
-    read: Callable[[], Tensor]
+    checkpoint: Checkpoint
+    stored_name: str
 
     @staticmethod
-    def of(value: Tensor, read: Callable[[], Tensor]) -> _Unread:
-        """A weight of the form of this value, which ``read`` gives."""
+    def of(value: Tensor, checkpoint: Checkpoint, name: str) -> _Unread:
+        """A weight of the form of this value, which lies in the source under that name."""
         nothing = torch.full((1,), torch.nan, dtype=value.dtype).expand(value.shape)
         weight = _Unread(nothing, requires_grad=False)
-        weight.read = read
+        weight.checkpoint, weight.stored_name = checkpoint, name
         return weight
+
+    def read(self) -> Tensor:
+        """All of it."""
+        return self.checkpoint.read(self.stored_name)
+
+    def pieces(self, rows: int) -> Iterator[Tensor]:
+        """So many rows at a time."""
+        return self.checkpoint.pieces(self.stored_name, rows)
 
 
 def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.Module:
@@ -68,14 +76,20 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
     """
     model: Any = copy.deepcopy(checkpoint.skeleton())
     infos, names = checkpoint.tensors(), stored_names(model)
-    parameters = [name for name in names if isinstance(tensor_of(model, name), nn.Parameter)]
-    held = _held({name: infos[name] for name in parameters})
+    held = _held({name: infos[name] for name in names})
     total, done = sum(info.nbytes for info in infos.values()), 0
     for name, aliases in names.items():
         value = checkpoint.read(name)
-        if name in parameters:
+        is_parameter = isinstance(tensor_of(model, name), nn.Parameter)
+        if is_parameter:
             check_finite(name, value)
-            value = _parameter(value, held.get(name), partial(checkpoint.read, name))
+        if held.get(name):
+            value = value.float()
+        if is_parameter:
+            is_held = name in held
+            value = (
+                nn.Parameter(value, requires_grad=False) if is_held else _Unread.of(value, checkpoint, name)
+            )
         for alias in aliases:
             _set(model, alias, value)
         done += infos[name].nbytes
@@ -86,7 +100,7 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
 
 
 def _held(infos: Mapping[str, TensorInfo]) -> dict[str, bool]:
-    """The parameters that are held, and whether they are widened once; in the model's order."""
+    """The tensors that are held, in the model's order first those that are widened once: of these, True."""
     sizes = {name: info.nbytes // info.dtype.itemsize for name, info in infos.items()}
     held, values, room = {}, HELD, KEPT
     for name, info in infos.items():
@@ -99,12 +113,6 @@ def _held(infos: Mapping[str, TensorInfo]) -> dict[str, bool]:
             held[name] = False
             room -= info.nbytes
     return held
-
-
-def _parameter(value: Tensor, is_widened: bool | None, read: Callable[[], Tensor]) -> nn.Parameter:
-    if is_widened is None:
-        return _Unread.of(value, read)
-    return nn.Parameter(value.float() if is_widened else value, requires_grad=False)
 
 
 def _fill_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -156,6 +164,8 @@ class _Widened(TorchFunctionMode):
         if any(isinstance(each, _Unread) for each in given):
             if function in _FORM:
                 return function(*args, **kwargs)
+            if function is F.embedding and len(args) > 1 and _is_plain(*args[2:], **kwargs):
+                return _embedding(*args[:2])
             args, kwargs = pytree.tree_map_only(_Unread, _read, (args, kwargs))
         if function is F.embedding:
             return _wide(function(*args, **kwargs))
@@ -188,11 +198,29 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's
-    x, weight = _wide(_read(input)), _read(weight)
+    x = _wide(_read(input))
     bias = None if bias is None else _wide(_read(bias))
     if not is_narrow(weight.dtype):
-        return F.linear(x, weight, bias)
+        return F.linear(x, _read(weight), bias)
     rows = max(1, PIECE // weight.shape[-1])
-    pieces = [F.linear(x, weight[i : i + rows].float()) for i in range(0, len(weight), rows)]
-    out = torch.cat(pieces, dim=-1)
+    pieces = weight.pieces(rows) if isinstance(weight, _Unread) else weight.split(rows)
+    out = torch.cat([F.linear(x, piece.float()) for piece in pieces], dim=-1)
     return out if bias is None else out + bias
+
+
+def _is_plain(padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> bool:
+    """Whether a lookup does nothing but look up: the row for padding matters for gradients alone."""
+    del padding_idx
+    return max_norm is None
+
+
+def _embedding(ids: Tensor, weight: _Unread) -> Tensor:
+    """Rows of a table of which a piece at a time is read."""
+    rows, start = max(1, PIECE // weight.shape[-1]), 0
+    dtype = torch.float32 if is_narrow(weight.dtype) else weight.dtype
+    out = torch.full((*ids.shape, weight.shape[-1]), torch.nan, dtype=dtype)
+    for piece in weight.pieces(rows):
+        inside = (ids >= start) & (ids < start + len(piece))
+        out[inside] = piece[ids[inside] - start].to(dtype)
+        start += len(piece)
+    return out

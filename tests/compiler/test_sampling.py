@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as T  # noqa: N812
 
 from kbitc.checkpoint import open_checkpoint
@@ -141,6 +142,7 @@ def test_what_is_sampled_does_not_depend_on_what_is_held(name, dtype, tiny_model
     torch.manual_seed(0)
     (MODELS[name]() if name in MODELS else tiny_model(name)).to(dtype).save_pretrained(tmp_path)
     monkeypatch.setattr("kbitc.compiler.stored_model.HELD", 0)
+    monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 300)  # some rows
     sampled = []
     for kept in (0, 20_000, 1 << 40):
         monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", kept)
@@ -165,6 +167,10 @@ def test_a_weight_that_was_not_read_gives_no_numbers(half, monkeypatch):
             assert weight.dtype is torch.float16
             assert torch.equal(weight.data.clone(), checkpoint.read("lm_head.weight"))
             assert torch.equal(weight[3], checkpoint.read("lm_head.weight")[3])
+            ids, table = torch.tensor([[699, 0], [3, 3]]), model.model.embed_tokens.weight
+            wanted = F.embedding(ids, checkpoint.read("model.embed_tokens.weight"), max_norm=0.1)
+            assert torch.equal(F.embedding(ids, table, max_norm=0.1), wanted.float())
+            assert torch.equal(F.embedding(ids, weight=table, max_norm=0.1), wanted.float())
         with pytest.raises(SamplingError, match="logits of token 2 are not finite"):
             sample_windows(model.float(), 8, 2)  # without `widened`
 
