@@ -93,8 +93,9 @@ def test_auto(tiny_model, tmp_path):
     with open_checkpoint(tiny_model("llama")) as checkpoint:
         assert make_calibrator(checkpoint, "none", print, is_wanted=True) is None
         assert make_calibrator(checkpoint, "auto", print, is_wanted=False) is None
-        made = make_calibrator(checkpoint, "auto", print, is_wanted=True)
+        made = make_calibrator(checkpoint, "auto", print, is_wanted=True, most=3)
         assert "that the model sampled itself" in made.label
+        assert torch.equal(made.windows(3)[:2], made.windows())
         with pytest.raises(UsageError, match="int64 token ids of shape"):
             make_calibrator(checkpoint, torch.ones(3), print, is_wanted=True)
         with pytest.raises(UsageError, match="has no tokenizer"):
