@@ -109,7 +109,8 @@ def _held(infos: Mapping[str, TensorInfo]) -> dict[str, bool]:
             values -= sizes[name]
             room -= 4 * sizes[name]
     for name, info in infos.items():
-        if name not in held and info.nbytes <= room:
+        is_whole = not info.dtype.is_floating_point  # nothing tells integers that were not read from others
+        if name not in held and (info.nbytes <= room or is_whole):
             held[name] = False
             room -= info.nbytes
     return held

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 import transformers as T  # noqa: N812
 
 from kbitc.checkpoint import open_checkpoint
+from kbitc.checkpoint.base import TensorInfo
 from kbitc.checkpoint.dense import dense_model
 from kbitc.compiler.calibrator import Calibrator
 from kbitc.compiler.sampling import SamplingError, sample_windows
-from kbitc.compiler.stored_model import _Unread, stored_model, widened
+from kbitc.compiler.stored_model import _held, _Unread, stored_model, widened
 from kbitc.errors import MemoryShortage, SourceError, UsageError, out_of_memory
 from kbitc.graph.example_inputs import InputMaker
 
@@ -173,6 +174,23 @@ def test_a_weight_that_was_not_read_gives_no_numbers(half, monkeypatch):
             assert torch.equal(F.embedding(ids, weight=table, max_norm=0.1), wanted.float())
         with pytest.raises(SamplingError, match="logits of token 2 are not finite"):
             sample_windows(model.float(), 8, 2)  # without `widened`
+
+
+def test_what_is_held(monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.stored_model.HELD", 100)
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", 600)
+    half, single, whole = (torch.float16, torch.float32, torch.int64)
+    sizes = {
+        "a": (90, half),
+        "b": (20, half),
+        "c": (10, half),
+        "d": (50, single),
+        "e": (30, single),
+        "f": (9, whole),
+    }
+    infos = {name: TensorInfo.of((size,), dtype) for name, (size, dtype) in sizes.items()}
+    # 400 bytes of a and c, widened; 40 of b as it is; 120 of e, d has no room. Integers are always held.
+    assert _held(infos) == {"a": True, "c": True, "b": False, "e": False, "f": False}
 
 
 def test_states_of_many_windows_are_bounded(monkeypatch):
