@@ -119,18 +119,18 @@ class Calibrator:
         """Keyword inputs, all of the same shapes; of batch 1 unless the user gave them.
 
         Args:
-            count: of them at most; ``COUNT`` by default.
+            count: of them at most; by default ``COUNT``, or all tokens that were given.
 
         Raises:
             UsageError: see :meth:`windows`, or a model whose inputs cannot be made.
         """
         model, generator = self.checkpoint.skeleton(), torch.Generator().manual_seed(SEED)
-        count = COUNT if count is None else count
+        number = COUNT if count is None else count
         if self.inputs is not None:
-            return [drawn_like(self.inputs, generator) for _ in range(count)]
+            return [drawn_like(self.inputs, generator) for _ in range(number)]
         if not self.is_text:
             maker = InputMaker.of(model, window_length(model))
-            return [maker.draw(generator) for _ in range(count)]
+            return [maker.draw(generator) for _ in range(number)]
         windows = self.windows(count)
         maker = InputMaker.of(model, windows.shape[1])
         return [with_decoder_text(model, maker.draw(generator, window[None])) for window in windows]
@@ -148,13 +148,15 @@ class Calibrator:
     def windows(self, count: int | None = None) -> Tensor:
         """``(count, length)`` int64 token ids; of a short text, or given, there may be fewer.
 
+        Without a count, ``COUNT``, or all that were given.
+
         Raises:
             UsageError: the text cannot be read, is too short, or there is no tokenizer for it.
             SamplingError: the model cannot sample text, which the user asked for.
         """
-        count = COUNT if count is None else count
         if isinstance(self.source, Tensor):
-            return self.source
+            return self.source[:count]
+        count = COUNT if count is None else count
         if self.source == SELF:
             return self._sample(count)
         tokenizer = tokenizer_of(self.checkpoint)

@@ -145,6 +145,7 @@ def test_given_tokens_are_text_for_an_encoder(tiny_model):
     with open_checkpoint(tiny_model("roberta")) as checkpoint:
         made = make_calibrator(checkpoint, ids, silent, is_wanted=True)
         assert torch.equal(torch.cat([feed["input_ids"] for feed in made.feeds()]), ids)
+        assert torch.equal(torch.cat([feed["input_ids"] for feed in made.feeds(2)]), ids[:2])
         with pytest.raises(UsageError, match="int64 token ids of shape"):
             make_calibrator(checkpoint, ids.float(), silent, is_wanted=True)
 
