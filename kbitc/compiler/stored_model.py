@@ -47,11 +47,14 @@ class _Unread(nn.Parameter):
     stored_name: str
 
     @staticmethod
-    def of(value: Tensor, checkpoint: Checkpoint, name: str) -> _Unread:
-        """A weight of the form of this value, which lies in the source under that name."""
-        nothing = torch.full((1,), torch.nan, dtype=value.dtype).expand(value.shape)
+    def of(checkpoint: Checkpoint, name: str) -> _Unread:
+        """The weight of that name, seen to be finite."""
+        info = checkpoint.tensors()[name]
+        nothing = torch.full((1,), torch.nan, dtype=info.dtype).expand(info.shape)
         weight = _Unread(nothing, requires_grad=False)
         weight.checkpoint, weight.stored_name = checkpoint, name
+        for piece in weight.pieces(max(1, PIECE // max(1, weight[0].numel()))):
+            check_finite(name, piece)  # whole, it would leave holes between what is held
         return weight
 
     def read(self) -> Tensor:
@@ -79,17 +82,11 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
     held = _held({name: infos[name] for name in names})
     total, done = sum(info.nbytes for info in infos.values()), 0
     for name, aliases in names.items():
-        value = checkpoint.read(name)
         is_parameter = isinstance(tensor_of(model, name), nn.Parameter)
-        if is_parameter:
-            check_finite(name, value)
-        if held.get(name):
-            value = value.float()
-        if is_parameter:
-            is_held = name in held
-            value = (
-                nn.Parameter(value, requires_grad=False) if is_held else _Unread.of(value, checkpoint, name)
-            )
+        if is_parameter and name not in held:
+            value: Tensor = _Unread.of(checkpoint, name)
+        else:
+            value = _value(checkpoint, name, is_parameter=is_parameter, is_widened=held.get(name, False))
         for alias in aliases:
             _set(model, alias, value)
         done += infos[name].nbytes
@@ -97,6 +94,14 @@ def stored_model(checkpoint: Checkpoint, on_progress: Progress = silent) -> nn.M
     _fill_buffers(model, checkpoint)
     ready: nn.Module = model.eval()
     return ready
+
+
+def _value(checkpoint: Checkpoint, name: str, *, is_parameter: bool, is_widened: bool) -> Tensor:
+    value = checkpoint.read(name)
+    if is_parameter:
+        check_finite(name, value)
+    value = value.float() if is_widened else value
+    return nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
 def _held(infos: Mapping[str, TensorInfo]) -> dict[str, bool]:
@@ -109,7 +114,8 @@ def _held(infos: Mapping[str, TensorInfo]) -> dict[str, bool]:
             values -= sizes[name]
             room -= 4 * sizes[name]
     for name, info in infos.items():
-        is_whole = not info.dtype.is_floating_point  # nothing tells integers that were not read from others
+        # Of numbers alone there are no pieces, and nothing tells integers that were not read from others.
+        is_whole = not info.shape or not info.dtype.is_floating_point
         if name not in held and (info.nbytes <= room or is_whole):
             held[name] = False
             room -= info.nbytes
@@ -205,7 +211,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(x, _read(weight), bias)
     rows = max(1, PIECE // weight.shape[-1])
     pieces = weight.pieces(rows) if isinstance(weight, _Unread) else weight.split(rows)
-    out = torch.cat([F.linear(x, piece.float()) for piece in pieces], dim=-1)
+    out = x.new_empty((*x.shape[:-1], len(weight)))
+    for i, piece in enumerate(pieces):
+        out[..., i * rows : i * rows + len(piece)] = F.linear(x, piece.float())
     return out if bias is None else out + bias
 
 

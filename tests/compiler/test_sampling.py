@@ -226,6 +226,17 @@ def test_a_module_in_memory_is_not_copied(tiny_model):
     assert all(p.data_ptr() == own[name].data_ptr() for name, p in shared.named_parameters())
 
 
+def test_a_weight_that_is_not_held_is_checked_too(tiny_model, monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", 0)
+    monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 100)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, 5] = float("inf")
+    with open_checkpoint(model) as checkpoint:
+        with pytest.raises(UsageError, match=r"^model.layers.1.mlp.up_proj.weight: holds a NaN or infinite"):
+            stored_model(checkpoint)
+
+
 @pytest.mark.parametrize("source", ["self", "random", torch.zeros(1, 8, dtype=torch.int64)])
 def test_a_weight_that_is_not_a_number_is_named(source, tiny_model):
     import kbitc
