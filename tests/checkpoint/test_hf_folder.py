@@ -244,32 +244,6 @@ def test_read_gives_memory_of_its_own(saved):
     assert torch.equal(checkpoint.read(EMBED), before)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
-def test_pieces_are_the_whole(family, saved):
-    """Of what is stored just so, and of experts, which transformers keeps one by one in files."""
-    folder = saved(family)
-    with open_checkpoint(folder) as checkpoint:
-        for name in checkpoint.tensors():
-            whole = checkpoint.read(name)
-            for rows in (1, 7, len(whole), 1000):
-                pieces = list(checkpoint.pieces(name, rows))
-                assert [len(piece) for piece in pieces[:-1]] == [rows] * (len(pieces) - 1)
-                assert torch.equal(torch.cat(pieces), whole)
-                assert pieces[0].dtype is whole.dtype
-
-
-def test_pieces_are_read_one_by_one(saved):
-    folder = saved("llama")
-    with open_checkpoint(folder) as checkpoint:
-        whole = checkpoint.read("lm_head.weight")
-        pieces = checkpoint.pieces("lm_head.weight", 10)
-        first = next(pieces)
-        assert first.untyped_storage().nbytes() == 10 * whole[0].nbytes
-        (folder / "model.safetensors").write_bytes(b"")
-        with pytest.raises(SourceError, match="changed while it was being read"):
-            next(pieces)
-
-
 def test_companions(saved, tmp_path):
     folder, out = saved("llama"), tmp_path / "out"
     for name in (
