@@ -39,8 +39,9 @@ class Request:
             usual pipeline means the pass there, with its options.
         disabled: names of passes to leave out.
         calibrate: on what to measure what errors cost: "auto" (where a budget is to be spent, text that a
-            language model samples itself, random inputs of another model of transformers; otherwise nothing),
-            "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
+            language model samples itself, random inputs of another model of transformers or of one that
+            cannot sample; otherwise nothing), "self", "random", "none", a UTF-8 text file, or int64 token ids
+            ``(windows, length)``; text and ids for every model that takes them.
         agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
         quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and
             the plan to what is known of each weight.

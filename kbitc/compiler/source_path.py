@@ -60,6 +60,7 @@ def run_passes(
     captured: Capture | None = None,
     example_inputs: Inputs = None,
     on_progress: Progress = silent,
+    most: int | None = None,
 ) -> Run:
     """Capture an open source and run passes on it.
 
@@ -72,13 +73,19 @@ def run_passes(
         captured: makes the first program; by default the model's own.
         example_inputs: the user's; else inputs that fit the model are made.
         on_progress: told of long work.
+        most: inputs that a pass asks the calibration for at most, where that is more than measuring takes.
 
     Raises:
         UsageError: a calibration that the model cannot have, or what a pass says.
         SourceError: the model cannot be captured.
     """
     calibrator = make_calibrator(
-        checkpoint, calibrate, on_progress, is_wanted=is_measured, example_inputs=example_inputs
+        checkpoint,
+        calibrate,
+        on_progress,
+        is_wanted=is_measured,
+        example_inputs=example_inputs,
+        most=most,
     )
     if calibrator is None:
         manager = manager.without(without())
