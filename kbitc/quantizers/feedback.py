@@ -31,6 +31,7 @@ from kbitc.graph.facts import Fact
 from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
+from kbitc.sensitivity.moments import MOMENTS
 from kbitc.tensor.cores import side_by_side
 from kbitc.tensor.packing import Draft, draft
 
@@ -63,7 +64,7 @@ class Feedback:
     damping: float = 0.05
     ridge: float = 0.01
 
-    requires: ClassVar[tuple[Fact[Any], ...]] = (GRAM,)
+    requires: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS, GRAM)
 
     def quantize(self, weight: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         """See `kbitc.quantizers.Quantizer`."""
