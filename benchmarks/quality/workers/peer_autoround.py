@@ -37,8 +37,7 @@ def quantize(job: Job) -> Quantized:
     for name in names:
         module = tuned.get_submodule(name.removesuffix(".weight"))
         if getattr(module, "scale", None) is None:
-            out.notes.append(f"{name} stays at 16 bits")
-            continue
+            continue  # it leaves a layer alone whose size it does not like
         rows, columns = module.weight.shape
         groups = rows * math.ceil(columns / options["group"])
         if module.scale.numel() != groups:
@@ -48,5 +47,7 @@ def quantize(job: Job) -> Quantized:
         out.add(name, module.weight.data, (rows * columns * options["bits"] + groups * 16 + zeros) // 8)
     if not out.weights:
         raise RuntimeError("no weight was quantized")
+    if left := len(names) - len(out.weights):
+        out.notes.append(f"{left} weights stay at 16 bits")
     out.notes.append(f"{options['iters']} iterations, batches of {options['batch']}")
     return out

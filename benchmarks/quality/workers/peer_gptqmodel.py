@@ -21,6 +21,8 @@ def quantize(job: Job) -> Quantized:
         bits=options["bits"],
         group_size=options["group"],
         sym=options["sym"],
+        # The first format's zero points are off by one until the model is saved and loaded.
+        format="gptq_v2",
         gptaq=GPTAQConfig() if options["gptaq"] else None,
         offload_to_disk=False,
         device="cpu",

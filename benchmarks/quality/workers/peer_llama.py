@@ -24,23 +24,19 @@ def quantize(job: Job) -> Quantized:
         raise RuntimeError(f"{model.config.model_type}: only llama models are written as GGUF here")
     source, made = job.scratch / "source.gguf", job.scratch / "quantized.gguf"
     names = write_gguf(model, source)
-    importance = moments(job.load(torch.float32), job.ids())
     start = time.perf_counter()
-    run_quantizer(
-        source, made, job, {names[name]: value for name, value in importance.items() if name in names}
-    )
+    importance = moments(job.load(torch.float32), job.ids())
+    run_quantizer(source, made, job, {names[name]: value for name, value in importance.items()})
     out = Quantized(time.perf_counter() - start)
     read_gguf(model, made, names, out)
     return out
 
 
 def moments(model: Any, ids: Any) -> dict[str, Any]:
-    """E[x^2] of each input feature of every linear weight, and of the head under the embedding's name."""
+    """E[x^2] of each input feature of every linear weight but the head's, as `llama-imatrix` has them."""
     import torch
 
     sums: dict[str, Any] = {}
-    modules = dict(linears(model))
-    modules[name_of_head(model)] = model.get_output_embeddings()
 
     def hook(name: str) -> Any:
         def add(_module: Any, given: tuple[Any, ...]) -> None:
@@ -49,19 +45,13 @@ def moments(model: Any, ids: Any) -> dict[str, Any]:
 
         return add
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears(model)]
     with torch.inference_mode():
         for window in ids:
             model(input_ids=window[None], use_cache=False)
     for handle in handles:
         handle.remove()
     return {name: (total / ids.numel()).float() for name, total in sums.items()}
-
-
-def name_of_head(model: Any) -> str:
-    """The parameter that the head reads; that of the embedding where they are tied."""
-    weight = model.get_output_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
 def write_gguf(model: Any, file: Path) -> dict[str, str]:
@@ -151,4 +141,6 @@ def read_gguf(model: Any, file: Path, names: Mapping[str, str], out: Quantized) 
         types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + parameter.numel()
     total = sum(types.values())
     shares = sorted(types.items(), key=lambda item: -item[1])
+    if "LLAMA_CPP_LIB_PATH" in os.environ:
+        out.notes.append("library given by LLAMA_CPP_LIB_PATH")
     out.notes.append(", ".join(f"{name} {100 * n / total:.0f} %" for name, n in shares if n > total // 200))
