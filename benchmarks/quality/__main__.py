@@ -1,8 +1,8 @@
 """kbitc and its peers at equal stored bits, under one evaluator.
 
     python -m benchmarks.quality MODEL --calibrate VALID --text TEST [--second OTHER] [--work FOLDER]
-        [--peers FOLDER] [--only GLOB ...] [--kbitc "ARGUMENTS"] [--no-kbitc] [--ablation]
-        [--json FILE] [--markdown FILE]
+        [--peers FOLDER] [--only GLOB ...] [--kbitc "ARGUMENTS"] [--no-kbitc]
+        [--ablation [QUANTIZER ...]] [--json FILE] [--markdown FILE]
 
 Every tool quantizes the same 16-bit model, calibrated on the same text where it takes any; its dequantized
 weights go into one float32 model, and every stored byte is counted: codes, scales, zeros, codebooks, and
@@ -14,6 +14,9 @@ use); one that cannot be had gets a row that says why. `benchmarks/quality/setti
 Results lie in the work folder by what they depend on (the model, the texts, the setting; for kbitc also
 its source), so the same command goes on where an interrupted one stopped. Minutes of kbitc's rows leave
 out what it had measured for an earlier row.
+
+`--ablation "feedback" "feedback(no-target)" ...` holds quantizers, and the steps that their options switch
+off, against the first one, at several budgets, in place of the peers.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from benchmarks.quality.campaign import Campaign, Sizes, open_campaign
 from benchmarks.quality.comparison import Pair, ablation, pairs, to_json
 from benchmarks.quality.peer_runs import Outcome, peer_outcome
 from benchmarks.quality.report import sections, summary
-from benchmarks.quality.settings import ABLATION, ABLATION_BITS, KBITC, PEERS, Peer
+from benchmarks.quality.settings import ABLATION, ABLATION_BITS, KBITC, PEERS, Peer, named
 from benchmarks.tables import markdown, print_section
 from kbitc.cache import cache_folder
 from kbitc.errors import KbitcError
@@ -57,7 +60,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--kbitc", metavar="ARGUMENTS", help=f"of compile; default '{shlex.join(KBITC[1])}'")
     parser.add_argument("--no-kbitc", action="store_true", help="the peers alone")
-    parser.add_argument("--ablation", action="store_true", help="kbitc's settings against each other")
+    parser.add_argument(
+        "--ablation",
+        nargs="*",
+        metavar="QUANTIZER",
+        help=f"kbitc alone: the first quantizer against the others; default {' '.join(ABLATION)}",
+    )
     parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--windows", type=int, default=10, help="of each text, to score")
     parser.add_argument("--context", type=int, default=512)
@@ -69,8 +77,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def found_pairs(options: argparse.Namespace, campaign: Campaign) -> Iterator[Pair]:
     """All that was asked for, one at a time."""
-    if options.ablation:
-        yield from ablation(campaign, ABLATION, ABLATION_BITS)
+    if options.ablation is not None:
+        settings = [named(quantizer) for quantizer in options.ablation or ABLATION]
+        yield from ablation(campaign, settings, ABLATION_BITS)
         return
     chosen = [peer for peer in PEERS if any(fnmatchcase(peer.label, glob) for glob in options.only)]
     outcomes: dict[str, Outcome] = {}
@@ -98,9 +107,9 @@ def run(options: argparse.Namespace) -> list[Pair]:
     campaign = open_campaign(options.model, work, options.calibrate, texts, sizes, options.threads)
     found = []
     for pair in found_pairs(options, campaign):
-        for outcome in (pair.base, pair.ours):
-            if outcome is not None:
-                print(f"{pair.view}: {described(outcome)}", file=sys.stderr)
+        print(f"{pair.view}: {described(pair.base)}", file=sys.stderr)
+        if pair.ours is not None:
+            print(f"  against it {described(pair.ours)}", file=sys.stderr)
         found.append(pair)
     return found
 

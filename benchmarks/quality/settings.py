@@ -100,7 +100,10 @@ PEERS: tuple[Peer, ...] = (
 KBITC: tuple[str, tuple[str, ...]] = ("kbitc", ("--quantizer", "weighted"))
 
 ABLATION_BITS = (4.0, 3.0, 2.5)
-ABLATION: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("weighted", ("--quantizer", "weighted")),
-    ("absmax", ("--quantizer", "absmax")),
-)
+# Quantizers, with their options, that are held against the first one.
+ABLATION: tuple[str, ...] = ("weighted", "absmax")
+
+
+def named(quantizer: str) -> tuple[str, tuple[str, ...]]:
+    """A quantizer, with its options, as a setting of kbitc."""
+    return quantizer, ("--quantizer", quantizer)
