@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.errors import UsageError
 from kbitc.formats.packed import Packed
 from kbitc.formats.spec import Spec, parse
@@ -98,7 +99,9 @@ class Equalize:
             name: factors[name].moved(own) if name in factors else own
             for name, own in program.known(MOMENTS).items()
         }
-        return changed.with_fact(MOMENTS, moments).with_fact(FACT, Fired(groups, left))
+        return changed.with_fact(MOMENTS, moments).with_fact(
+            FACT, Fired(groups, left, digest_of_tensors(scales))
+        )
 
     def _scale(self, flow: Flow, program: Program) -> Tensor | None:
         """``(units,)`` or ``(experts, units)``: the best scale of the grid; None if that is 1."""

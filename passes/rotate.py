@@ -85,7 +85,7 @@ class Rotate:
             for change in (_changes(program, stream, rotation, is_inner) for is_inner in (True, False)):
                 rotated = rotated.with_changes(change)
         proven(program, rotated, "rotate")
-        return rotated.with_fact(FACT, Fired(groups, left))
+        return rotated.with_fact(FACT, Fired(groups, left, f"seed {self.seed}"))
 
 
 def _obstacle(program: Program, norms: Mapping[str, Flow], name: str) -> str | None:

@@ -146,6 +146,26 @@ def test_an_artifact_of_an_equalized_model_is_the_same_model(equalized, tmp_path
     assert (got - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_a_resumed_run_does_not_mix_scales(tiny_model, tmp_path):
+    def stop(name, done, total):
+        if name.startswith("packing ") and done > total // 2:
+            raise KeyboardInterrupt
+
+    def request(trial):
+        passes = ["canonicalize", "measure_moments", Equalize(trial), "apply_plan"]
+        return Request(spec="nf4:32", passes=passes, calibrate=IDS)
+
+    model = uneven(tiny_model("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        compile_to(model, tmp_path / "out", request("int3:32"), on_progress=stop)
+    with pytest.raises(UsageError, match="another source, plan or kbitc version"):
+        compile_to(model, tmp_path / "out", request("int2:16"), is_resumed=True)
+    compile_to(model, tmp_path / "out", request("int3:32"), is_resumed=True)
+    compile_to(model, tmp_path / "whole", request("int3:32"))
+    whole, resumed = (dict(Artifact.open(tmp_path / name).tensors()) for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
 def test_even_features_stay_as_they_are():
     class Even(nn.Module):
         def __init__(self):
