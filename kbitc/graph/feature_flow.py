@@ -23,6 +23,8 @@ from kbitc.graph.weight_reads import CHECKS, is_idle_dropout, is_move, keeps_fea
 
 SCALES = {"aten.mul": (0, 1), "aten.layer_norm": (2,), "aten.rms_norm": (2,)}
 """Calls that multiply by a parameter, and which of their arguments that is."""
+SIZES = (*CHECKS, "aten.sym_size", "aten.sym_numel")
+"""Calls that see a value's size and type alone."""
 SHIFT = 3  # the argument of aten.layer_norm that is added
 GROUPED = "grouped_linear"
 
@@ -118,18 +120,19 @@ def scale_of(program: Program, node: fx.Node) -> fx.Node | None:
 
 def _start(program: Program, node: fx.Node) -> _Walk | None:
     """A walk from a node whose outputs can be numbered; None from any other."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+    shape = _shape(node)
+    if node.op != "call_function" or shape is None or not _is_float(node):
         return None
     kind = CANONICAL.get(node.target, "")  # type: ignore[arg-type]  # a string for other nodes
     if kind in ("linear", GROUPED):
         weight = own_weight(program, node)
-        return None if weight is None else _from_weight(program, node, weight, is_grouped=kind == GROUPED)
+        is_grouped = kind == GROUPED
+        return None if weight is None else _from_weight(program, node, weight, shape, is_grouped=is_grouped)
     scale = scale_of(program, node)
     name = own_vector(program, scale)
     if name is None:
         return None
-    units = torch.arange(value.shape[-1])
+    units = torch.arange(shape[-1])
     vectors = {name: units}
     shift = node.args[SHIFT] if op_name(node) == "aten.layer_norm" and len(node.args) > SHIFT else None
     if shift is not None:
@@ -137,11 +140,12 @@ def _start(program: Program, node: fx.Node) -> _Walk | None:
         if added is None:
             return None
         vectors[added] = units
-    return _Walk(program, node, name, None, units.expand(value.shape), len(units), vectors)
+    return _Walk(program, node, name, None, units.expand(shape), len(units), vectors)
 
 
-def _from_weight(program: Program, node: fx.Node, weight: Weight, *, is_grouped: bool) -> _Walk | None:
-    shape = weight_reads.value_of(node).shape
+def _from_weight(
+    program: Program, node: fx.Node, weight: Weight, shape: tuple[int, ...], *, is_grouped: bool
+) -> _Walk | None:
     units = torch.arange(shape[-1])
     labels = units.expand(shape)
     if is_grouped:  # also numbered by tokens, so that a change of their order is seen
@@ -180,7 +184,7 @@ class _Walk:
         done: set[fx.Node] = set()
         while heap and self.free.any():
             node = heapq.heappop(heap)[1]
-            if node in done or op_name(node) in CHECKS:
+            if node in done or op_name(node) in SIZES:
                 continue
             done.add(node)
             units = self._through(node)
@@ -291,9 +295,12 @@ def _short(node: fx.Node) -> str:
     return op_name(node).rpartition(".")[2] if node.op == "call_function" else ""
 
 
-def _shape(node: fx.Node) -> torch.Size | None:
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node's value; sizes that depend on data are as good as two."""
     value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else 2 for size in value.shape)
 
 
 def _is_float(node: fx.Node) -> bool:

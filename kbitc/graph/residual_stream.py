@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from kbitc.graph.feature_flow import SHIFT, own_vector, scale_of
+from kbitc.graph.feature_flow import SHIFT, SIZES, own_vector, scale_of
 from kbitc.graph.program import CANONICAL, Program
-from kbitc.graph.weight_reads import CHECKS, is_idle_dropout, keeps_features, op_name
+from kbitc.graph.weight_reads import is_idle_dropout, keeps_features, op_name
 
 Obstacle = Callable[[str], "str | None"]
 """Why the gain of a norm, by its name, cannot be moved into the weights that read it; None if it can."""
@@ -87,7 +87,7 @@ class _Walk:
             self.values.add(value)
             stack.extend(self._made(value))
             for user in value.users:
-                if op_name(user) not in CHECKS:
+                if op_name(user) not in SIZES:
                     stack.extend(self._read(value, user))
         for name, calls in self.calls.items():
             sides = [sorted(set(own)) for own in calls.values()]
@@ -202,7 +202,7 @@ def _is_size(node: fx.Node) -> bool:
     """Whether a node is a square that nobody but a mean over the features reads."""
     if op_name(node) != "aten.pow" or node.args[1] != 2:
         return False
-    readers = [user for user in node.users if op_name(user) not in CHECKS]
+    readers = [user for user in node.users if op_name(user) not in SIZES]
     return bool(readers) and all(
         op_name(user) in ("aten.mean", "aten.sum") and user.args[1:2] in (([-1],), (-1,)) for user in readers
     )
@@ -218,7 +218,8 @@ def _keeps_last(node: fx.Node) -> bool:
 
 def _width(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return int(value.shape[-1]) if isinstance(value, Tensor) and value.dim() else 0
+    size = value.shape[-1] if isinstance(value, Tensor) and value.dim() else 0
+    return size if isinstance(size, int) else 0
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -48,6 +48,7 @@ def readers(flow):
         lambda m, x, y: m.first(y + m.added),
         lambda m, x, y: m.first(y.transpose(0, 1).reshape(3, 2, 4, 2).flatten(2)),
         lambda m, x, y: m.first(y + F.relu(y).neg()),
+        lambda m, x, y: m.first(F.relu(y[x[..., 0] > 0]) * 2),  # as many rows as the data says
     ],
 )
 def test_a_positive_factor_passes(read):
