@@ -89,13 +89,14 @@ def settled(
     first = attempt(settled_)
     if first.context.calibration is None or first.untraced:
         return settled_, ()
-    trials = [Trial((), divergence(first))]
+    feeds = held_out(first.context.calibration)
+    trials = [Trial((), divergence(first, feeds))]
     for name in open_:
         tried = _with(settled_, **{name: ON})
         program = attempt(tried)
         if not records(program)[name].groups:
             continue  # nothing to do for this model
-        found = Trial((*_kept(settled_, open_), name), divergence(program))
+        found = Trial((*_kept(settled_, open_), name), divergence(program, feeds))
         if found.divergence < min(trial.divergence for trial in trials):
             settled_ = tried
         trials.append(found)
@@ -110,8 +111,8 @@ def _kept(request: Request, names: Sequence[str]) -> list[str]:
     return [name for name in names if getattr(request, name) == ON]
 
 
-def divergence(program: Program) -> float:
-    """How far the packed model is from its source on inputs that are held out.
+def divergence(program: Program, feeds: Sequence[Mapping[str, Any]]) -> float:
+    """How far the packed model is from its source on some inputs.
 
     Of a language model calibrated on text the mean KL divergence of its next-token distributions, in nats; of
     others the mean squared error of their outputs relative to the outputs' own mean square, half of it, which
@@ -120,13 +121,10 @@ def divergence(program: Program) -> float:
 
     Args:
         program: planned, with something to measure on.
-
-    Raises:
-        UsageError: nothing can be held out.
+        feeds: keyword inputs to compare on, all of the same shapes.
     """
     source = program.context.calibration
     assert source is not None
-    feeds = held_out(source)
     traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
     plain = Streamed(traced, source.read)
     packed = Streamed(traced, stored_reader(program, source.read))
