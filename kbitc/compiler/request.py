@@ -6,7 +6,9 @@ model turns out to have nothing to measure on, :func:`unmeasured` says which of 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -145,10 +147,17 @@ class Request:
         return equalize | self._planning_options(quantizer)
 
     def _typical_spec(self) -> str:
-        """What a weight is tried under before there is a plan."""
-        if self.spec is not None:
-            return str(replace(parse_wish(self.spec).spec, outliers=0.0))
-        return f"nf{math.floor(self.bits or DEFAULT_BUDGET)}:64+dq"
+        """What a weight is tried under before there is a plan: of a given one what it says most often."""
+        count: Counter[str] = Counter()
+        entries = (
+            [self.spec] if self.spec is not None else self.rules["weights"].values() if self.plan else []
+        )
+        for entry in entries:
+            text = entry.get("spec") if isinstance(entry, Mapping) else entry
+            with contextlib.suppress(UsageError):  # who applies the plan says what is wrong with it
+                count[str(replace(parse_wish(str(text)).spec, outliers=0.0))] += 1
+        del count["fp16"]
+        return count.most_common(1)[0][0] if count else f"nf{math.floor(self.bits or DEFAULT_BUDGET)}:64+dq"
 
     def _planning_options(self, quantizer: str) -> dict[str, dict[str, Any]]:
         if self.bits is not None:

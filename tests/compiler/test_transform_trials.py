@@ -60,7 +60,11 @@ def test_where_they_run():
         (Request(3.9, equalize="on"), "nf3:64+dq"),
         (Request(2.0, equalize="on"), "nf2:64+dq"),
         (Request(spec="int5:32+out1%", equalize="on"), "int5:32"),
-        (Request(plan={"weights": {"*": "int3:32"}}, equalize="on"), "nf4:64+dq"),
+        (
+            Request(plan={"weights": {"*a*": "fp16", "*b*": {"spec": "int3:32+out"}}}, equalize="on"),
+            "int3:32",
+        ),
+        (Request(plan={"weights": {"*": "fp16"}}, equalize="on"), "nf4:64+dq"),
     ],
 )
 def test_weights_are_tried_under_what_is_asked_for(request_, spec):
