@@ -11,6 +11,10 @@ artifact is still the source's model, and nothing is added to what runs.
 Gains of norms go into the columns that read them first, and what a norm adds becomes (b / g) R. A gain that
 cannot move keeps its stream as it is: above all the last norm's where the head is tied to the embedding,
 which would need an operation of its own at run time, and a model of transformers has no place for one.
+
+Not in the usual pipeline: with scales for blocks of 64 few outliers are left to spread, and features whose
+importance is spread as well give `weighted` less to go by. stories260K with its head untied, its embedding at
+16 bits, KL to the source on held-out text, without / with: nf3:64+dq 0.555 / 0.667, nf4:64+dq 0.090 / 0.110.
 """
 
 from __future__ import annotations
