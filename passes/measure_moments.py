@@ -130,11 +130,14 @@ class _Sums:
         Tensor  # (lead, in): squared inputs, times the squared gradient of their token; squared gradients
     )
     energy: Tensor  # (lead, 1): squared gradients of all outputs of all tokens
+    gram: Tensor | None  # (in, in): what `columns` is the diagonal of, where it is wanted
 
     @staticmethod
-    def of(lead: int, rows: int, columns: int) -> _Sums:
+    def of(lead: int, rows: int, columns: int, *, is_full: bool) -> _Sums:
         shapes = ((lead, rows), (lead, columns), (lead, 1))
-        return _Sums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        by_row, by_column, energy = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        gram = torch.zeros(columns, columns, dtype=torch.float64) if is_full else None
+        return _Sums(by_row, by_column, energy, gram)
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
         """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
@@ -143,6 +146,15 @@ class _Sums:
         self.rows[expert] += gradients.sum(0)
         self.columns[expert] += (x.square() * energy).sum(0)
         self.energy[expert] += energy.sum()
+        if self.gram is not None:
+            self.gram += x.mT @ (x * energy)
+
+    def look_up(self, ids: Tensor, grad: Tensor) -> None:
+        """Tokens of an embedding: ids (tokens,), grad (tokens, in)."""
+        self.rows[0] += torch.bincount(ids, minlength=self.rows.shape[1])
+        self.columns[0] += grad.square().sum(0)
+        if self.gram is not None:
+            self.gram += grad.mT @ grad
 
 
 @dataclass
@@ -186,13 +198,13 @@ def _watch(
     lead = weight.matrix[0] if len(weight.matrix) == 3 else 1
     sizes = (weight.rows // lead, weight.in_features)
     size = sizes[::-1] if is_turned else sizes
-    own = sums[name].setdefault(TURNED + kind if is_turned else kind, _Sums.of(lead, *size))
+    is_full = "embedding" in weight.kinds and lead == 1 and not is_turned
+    own = sums[name].setdefault(TURNED + kind if is_turned else kind, _Sums.of(lead, *size, is_full=is_full))
 
     def note(grad: Tensor) -> None:
         grad = grad.detach().flatten(0, -2)
         if kind == "embedding":
-            own.rows[0] += torch.bincount(given.flatten(), minlength=own.rows.shape[1])
-            own.columns[0] += grad.square().sum(0)
+            own.look_up(given.flatten(), grad)
         elif kind == "linear":
             own.add(0, given.detach().flatten(0, -2), grad)
         else:
@@ -211,11 +223,14 @@ def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:
             often = torch.full_like(own.rows, 1 / own.rows.shape[1])
             if is_text:  # half of the weight on rows that this text does not hold: another text will
                 often = (often + own.rows / own.rows.sum()) / 2
-            factors.append(Factor(_plain(often), _plain(own.columns / tokens)))
+            gram = None if own.gram is None else (own.gram / tokens).float()
+            factors.append(Factor(_plain(often), _plain(own.columns / tokens), gram))
             continue
-        rows, columns = own.rows / tokens, own.columns / own.energy.clamp_min(1e-300)
-        sides = (columns, rows) if kind.startswith(TURNED) else (rows, columns)
-        factors.append(Factor(*map(_plain, sides)))
+        energy = own.energy.clamp_min(1e-300)
+        rows, columns = own.rows / tokens, own.columns / energy
+        first, second = (columns, rows) if kind.startswith(TURNED) else (rows, columns)
+        gram = None if own.gram is None else (own.gram / energy).float()
+        factors.append(Factor(_plain(first), _plain(second), gram))
     return Moments(tuple(factors))
 
 

@@ -40,7 +40,7 @@ from kbitc.version import VERSION
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
-FORMAT = 5  # of what is kept: its layout, and how text is sampled and inputs are drawn
+FORMAT = 6  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
     "weight at a time; or give the process more memory"
