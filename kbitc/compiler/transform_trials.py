@@ -25,7 +25,7 @@ from kbitc.graph.program import Program
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import records
-from kbitc.quantizers import AUTO, Evidence, choose_quantizer
+from kbitc.quantizers import Evidence, settled_quantizer
 from kbitc.sensitivity.streaming import Streamed
 from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
@@ -116,8 +116,8 @@ def divergence(program: Program, feeds: Sequence[Mapping[str, Any]]) -> float:
 
     Of a language model calibrated on text the mean KL divergence of its next-token distributions, in nats; of
     others the mean squared error of their outputs relative to the outputs' own mean square, half of it, which
-    is the same of a normal law as wide as the outputs. Where the plan leaves the quantizer open or names one
-    that needs more than moments, the strongest that they are enough for packs.
+    is the same of a normal law as wide as the outputs. The strongest quantizer that moments are enough for stands
+    in for one that needs more.
 
     Args:
         program: planned, with something to measure on.
@@ -185,7 +185,7 @@ def _packed(program: Program, name: str, data: Tensor) -> KbitTensor:
     packed = program.packed.get(name)
     if packed is None:
         evidence = Evidence.of(program, name, choice.spec)
-        quantizer = choose_quantizer(AUTO, evidence)[1]
+        quantizer = settled_quantizer(choice.quantizer, evidence)[1]
         packed = quantizer.quantize(weight.oriented(data), choice.spec, evidence)
     return packed_as(packed, data.dtype, weight.shape, is_transposed=weight.is_transposed)
 
