@@ -116,8 +116,8 @@ def divergence(program: Program, feeds: Sequence[Mapping[str, Any]]) -> float:
 
     Of a language model calibrated on text the mean KL divergence of its next-token distributions, in nats; of
     others the mean squared error of their outputs relative to the outputs' own mean square, half of it, which
-    is the same of a normal law as wide as the outputs. The strongest quantizer that moments are enough for stands
-    in for one that needs more.
+    is the same of a normal law as wide as the outputs. The strongest quantizer that moments are enough for
+    stands in for one that needs more.
 
     Args:
         program: planned, with something to measure on.
