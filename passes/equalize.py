@@ -15,7 +15,7 @@ Graph and names stay. s is AWQ's (2306.00978), of a unit j that makes the input 
 with the a and b of a grid for which a trial quantization of sampled rows under ``spec`` costs least; s = 1 is
 among them. SmolLM2-135M, WikiText-2 test, 10 x 512 tokens, everything quantized, `--quantizer weighted`,
 perplexity without / with: 67.0 / 57.2 at 3.0 bits, with s rounded to powers of two 59.6 (16 bits: 30.0).
-At 4.0 bits 33.9 / 35.0, likely as this model's weights lie on a grid of int4:32+zp, which no trial here knows.
+At 4.0 bits 33.9 / 35.0, likely as its weights lie on a grid of int4:32+zp, which no trial here knows.
 stories260K, KL to the source on held-out text: 1.076 / 0.946 at 3.0 bits, 0.147 / 0.130 at 4.0 (with 45 pairs
 of exponents in place of 15: 0.959, 0.132); with `--quantizer feedback` 0.455 / 0.442 and 0.073 / 0.069.
 """
