@@ -24,13 +24,17 @@ from kbitc.formats import datatypes
 from kbitc.formats.layout import weight_bytes
 from kbitc.formats.packed import Packed
 from kbitc.formats.spec import LEFT_ALONE, Spec, parse
+from kbitc.graph.capture import capture
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
 from kbitc.kernels.cpu.build import work_alone
+from kbitc.passes.canonicalize import Canonicalize
 from kbitc.planning.packable import check_packable
-from kbitc.quantizers import choose_quantizer
+from kbitc.quantizers import settled_quantizer
+from kbitc.replay.choice import ordered_quantizer
+from kbitc.replay.pricing import Pricing
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
@@ -41,6 +45,8 @@ from kbitc.system.stopping import WorkerPool
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
 HEAD_IMPORTANCE = 8.0
+
+FEEDS = 32  # inputs whose second moments feedback's prices are of
 
 
 def outlier_candidates(in_features: int, count: int) -> tuple[Spec, ...]:
@@ -116,6 +122,7 @@ class ScoreSensitivity:
                 options[name] = own
                 done += weight.numel
                 program.context.on_progress(f"pricing {name}", done, total)
+        options = self._repriced(program, options)
         scores = ScoreTable(
             _in_nats(program, options, moments),
             {name: weight.numel for name, weight in program.weights.items()},
@@ -144,8 +151,20 @@ class ScoreSensitivity:
             options.append(Option(spec, nbytes, price, error))
         return monotone(tuple(options))
 
+    def _repriced(
+        self, program: Program, options: dict[str, tuple[Option, ...]]
+    ) -> dict[str, tuple[Option, ...]]:
+        """Prices of a quantizer that needs the second moments of the inputs."""
+        source = program.context.calibration
+        quantizer = ordered_quantizer(program, [self.quantizer])
+        if quantizer is None or source is None:
+            return options
+        feeds = source.feeds(FEEDS)
+        traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
+        return Pricing(program, traced, feeds, program.as_stored(source.read), quantizer).run(options)
+
     def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:
-        return choose_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)
+        return settled_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)
 
 
 def _in_nats(

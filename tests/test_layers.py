@@ -26,6 +26,7 @@ ROOMS = [
     "kbitc.sensitivity",
     "kbitc.planning",
     "kbitc.quantizers",
+    "kbitc.replay",
     "kbitc.passes",
     "kbitc.artifact",
     "kbitc.report",  # above artifact: a page is made of an artifact's own files

@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kbitc.artifact.stored import stored_tensors
+from kbitc.artifact.in_order import in_order
+from kbitc.artifact.stored import packed_of, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint.finite import check_finite
 from kbitc.checkpoint.tensor_digests import digest_of_tensor
@@ -21,7 +22,8 @@ from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor
 from kbitc.graph.program import Program, Rest, Weight
 from kbitc.graph.stored import CODEBOOKS
-from kbitc.quantizers import Evidence, choose_quantizer
+from kbitc.quantizers import Evidence, choose_quantizer, settled_quantizer
+from kbitc.replay.choice import goes_in_order
 from kbitc.sensitivity.sampled_error import packed_error, relative_error
 from kbitc.system.checksums import digest
 
@@ -43,6 +45,7 @@ def pack_to(program: Program, writer: Writer) -> None:
         assert program.plan is not None
         shared = shared_codebooks(choice.spec for choice in program.plan.weights.values())
         writer.put(CODEBOOKS, shared, {})
+    _pack_in_order(program, writer, read)
     tensors: dict[str, Weight | Rest] = {**program.weights, **program.rest}
     waiting = [name for name in tensors if name not in writer.done]
     progress = _Counted(program.context.on_progress, {name: _source_bytes(t) for name, t in tensors.items()})
@@ -63,6 +66,37 @@ def pack_to(program: Program, writer: Writer) -> None:
             progress.add(name)
         if written is not None:
             written.result()
+
+
+def _pack_in_order(program: Program, writer: Writer, read: ReadTensor) -> None:
+    """The weights of the plan as the graph reads them, if a quantizer wants them so."""
+    assert program.plan is not None
+    choices = program.plan.weights
+    shared = shared_codebooks(choice.spec for choice in choices.values())
+
+    def known(name: str) -> Packed | None:
+        if name in program.packed:
+            return program.packed[name]
+        if name not in writer.done or choices[name].spec.is_left_alone:
+            return None
+        fields = {key.removeprefix(f"{name}."): tensor for key, tensor in writer.get(name).items()}
+        return packed_of(fields, choices[name].spec, program.weights[name].in_features, shared)
+
+    way = in_order(program, known)
+    if way is None:
+        return
+    sizes = {
+        name: _source_bytes(program.weights[name]) for name, c in choices.items() if not c.spec.is_left_alone
+    }
+    progress = _Counted(program.context.on_progress, sizes)
+    for name in [name for name in sizes if name in writer.done]:
+        progress.add(name)
+    for name, used, packed in way.run():
+        source = read(name)
+        oriented = program.weights[name].oriented(program.as_stored(read)(name))
+        stored, note = _stored_weight(name, oriented, packed)
+        writer.put(name, stored, {**note, "quantizer": used, "source": digest_of_tensor(source)})
+        progress.add(name)
 
 
 class _Counted:
@@ -103,8 +137,16 @@ def _convert(
         return {entry.name: kept}, {"error": relative_error(source, kept), "quantizer": ""}
     oriented = entry.oriented(source)
     quantizer, packed = packed_weight(program, entry.name, oriented)
-    stored = {f"{entry.name}.{field}": t for field, t in stored_tensors(packed).items()}
-    return stored, {"error": packed_error(oriented, packed), "quantizer": quantizer}
+    stored, note = _stored_weight(entry.name, oriented, packed)
+    return stored, {**note, "quantizer": quantizer}
+
+
+def _stored_weight(
+    name: str, oriented: Tensor, packed: Packed
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A packed weight's tensors by their stored names, and what to note about it."""
+    stored = {f"{name}.{field}": t for field, t in stored_tensors(packed).items()}
+    return stored, {"error": packed_error(oriented, packed)}
 
 
 def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, Packed]:
@@ -123,7 +165,9 @@ def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, P
     if name in program.packed:
         return choice.quantizer, program.packed[name]
     evidence = Evidence.of(program, name, choice.spec)
-    used, quantizer = choose_quantizer(choice.quantizer, evidence)
+    # What goes through the graph has had its turn: here are the weights that the graph does not show.
+    choose = settled_quantizer if goes_in_order(choice.quantizer) else choose_quantizer
+    used, quantizer = choose(choice.quantizer, evidence)
     return used, quantizer.quantize(oriented, choice.spec, evidence)
 
 

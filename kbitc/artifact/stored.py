@@ -33,12 +33,19 @@ def assemble(
     view_of: tuple[int, ...] | None = None,
 ) -> KbitTensor:
     """Inverse of :func:`stored_tensors`: of the logical ``shape``, a view of ``view_of``, and ``dtype``."""
+    matrix = view_of or shape
+    in_features = matrix[-2] if is_transposed else matrix[-1]
+    packed = packed_of(parts, spec, in_features, shared)
+    return packed_as(packed, dtype, shape, is_transposed=is_transposed)
+
+
+def packed_of(
+    parts: Mapping[str, Tensor], spec: Spec, in_features: int, shared: Mapping[str, Tensor]
+) -> Packed:
+    """Inverse of :func:`stored_tensors`."""
     fields: dict[str, Tensor | None] = {name: parts.get(name) for name in TENSOR_FIELDS}
     if fields["codebook"] is None:
         fields["codebook"] = shared[SHARED + spec.codebook_name]
     if spec.has_double_quant:
         fields["scale_codebook"] = shared[SCALE_MAP]
-    matrix = view_of or shape
-    in_features = matrix[-2] if is_transposed else matrix[-1]
-    packed = Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]
-    return packed_as(packed, dtype, shape, is_transposed=is_transposed)
+    return Packed(**fields, spec=spec, in_features=in_features)  # type: ignore[arg-type]

@@ -176,6 +176,18 @@ class Writer:
         self._log.flush()
         self._note(entry)
 
+    def get(self, unit: str) -> dict[str, Tensor]:
+        """The tensors of a unit that is done, by stored name."""
+        tensors = {}
+        for key, slot in self.slots[unit].items():
+            file, offset = self._place[key]
+            data = bytearray(slot.nbytes)
+            with (self.partial / file.name).open("rb") as handle:
+                handle.seek(offset)
+                handle.readinto(data)
+            tensors[key] = torch.frombuffer(data, dtype=self.dtypes[key]).view(slot.shape)
+        return tensors
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of the header of every file of tensors and of everything else in the folder, by name."""
         missing = set(self.slots) - set(self.done)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         choose_quantizer,
         find_quantizer,
         quantizer_names,
+        settled_quantizer,
+        strongest_quantizer,
     )
     from kbitc.quantizers._tensors import quantize, quantize_weight
     from kbitc.sensitivity.evidence import Evidence
@@ -29,6 +31,8 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "quantizer_names",
+    "settled_quantizer",
+    "strongest_quantizer",
 ]
 
 __getattr__, __dir__ = exports(

@@ -12,12 +12,13 @@ from kbitc.formats.packed import Packed
 from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
 from kbitc.pipeline.registry import Registry
+from kbitc.quantizers._options import options_of, split_name
 from kbitc.sensitivity.evidence import Evidence
 
 AUTO = "auto"
 """The strongest quantizer of `PREFERRED` for which there is evidence."""
 
-PREFERRED = ("weighted", "absmax")
+PREFERRED = ("feedback", "weighted", "absmax")
 
 QUANTIZERS = Registry("quantizer", "kbitc.quantizers", "QUANTIZER", KbitcError)
 
@@ -53,16 +54,18 @@ def quantizer_names() -> list[str]:
 
 @functools.cache
 def find_quantizer(name: str) -> Quantizer:
-    """The quantizer of that name, with its default options.
+    """The quantizer of that name, with its default options and those in brackets after it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it has no such option.
         KbitcError: its file or entry point is broken.
 
     >>> find_quantizer("absmax")
     Absmax()
     """
-    return cast("Quantizer", QUANTIZERS.load(name)())
+    plain, options = split_name(name)
+    kind = QUANTIZERS.load(plain)
+    return cast("Quantizer", kind(**options_of(kind, plain, options)))
 
 
 def choose_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:
@@ -89,6 +92,23 @@ def choose_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:
             "is not known; calibrate (--calibrate self, random or TEXT), or choose another quantizer"
         )
     return name, quantizer
+
+
+def strongest_quantizer() -> Quantizer:
+    """The first of `PREFERRED`, whatever it needs."""
+    return find_quantizer(PREFERRED[0])
+
+
+def settled_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:
+    """The quantizer of that name where there is evidence for it, else the strongest one that there is for.
+
+    For what no name can ask for of a single weight: moments of inputs that the graph does not show.
+
+    Raises:
+        UsageError: no such quantizer.
+    """
+    is_known = name in ("", AUTO) or not lacking(find_quantizer(name), evidence)
+    return choose_quantizer(name if is_known else AUTO, evidence)
 
 
 def lacking(quantizer: Quantizer, evidence: Evidence) -> list[Fact[Any]]:

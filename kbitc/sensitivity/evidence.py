@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -40,6 +40,10 @@ class Evidence:
         }
         features = (program.get(OUTLIERS) or {}).get(name)
         return Evidence(name, None if features is None else features.picked(spec), facts)
+
+    def with_facts(self, facts: Mapping[Fact[Any], object]) -> Evidence:
+        """A copy that knows more."""
+        return replace(self, facts={**self.facts, **facts})
 
     def get(self, fact: Fact[Mapping[str, T]]) -> T | None:
         """What is known of the weight; None if nothing."""

@@ -25,10 +25,13 @@ class Factor:
             each row is read.
         columns: ``(*lead, in_features)`` float32: mean squared input, each token weighted by its squared
             gradient; for an embedding, mean squared gradient of the feature.
+        gram: ``(in_features, in_features)`` float32 whose diagonal ``columns`` is; of weights that are read
+            as rows, which no stop of a replay shows (`kbitc.replay.stops`). None of others.
     """
 
     rows: Tensor
     columns: Tensor
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
         for i, factor in enumerate(own.factors):
             flat[f"{name}|{i}.rows"] = factor.rows
             flat[f"{name}|{i}.columns"] = factor.columns
+            if factor.gram is not None:
+                flat[f"{name}|{i}.gram"] = factor.gram
         if own.reach is not None:
             flat[f"{name}|peaks"] = own.reach.peaks
             flat[f"{name}|positions"] = own.reach.positions
@@ -107,7 +112,7 @@ def from_tensors(flat: Mapping[str, Tensor]) -> dict[str, Moments]:
     return {
         name: Moments(
             tuple(
-                Factor(own[f"{i}.rows"], own[f"{i}.columns"])
+                Factor(own[f"{i}.rows"], own[f"{i}.columns"], own.get(f"{i}.gram"))
                 for i in range(sum(field.endswith(".rows") for field in own))
             ),
             _reach(own),

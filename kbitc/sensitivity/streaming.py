@@ -173,14 +173,15 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], offsets: Tensor) -> Tensor:
         ctx.load, ctx.offsets = load, offsets
-        return _each_expert(x, load(), offsets)
+        return each_expert(x, load(), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _each_expert(grad, ctx.load().mT, ctx.offsets), None, None
+        return each_expert(grad, ctx.load().mT, ctx.offsets), None, None
 
 
-def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of ``x`` (tokens, in), sorted by expert, times their expert's of ``weight`` (experts, out, in)."""
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, tokens in expert_slices(offsets):
         out[tokens] = x[tokens] @ weight[expert].mT.to(x.dtype)

@@ -22,6 +22,7 @@ from kbitc.artifact.reader import Artifact
 from kbitc.artifact.replacing import write_replaced
 from kbitc.artifact.stored import stored_tensors
 from kbitc.checkpoint import open_checkpoint
+from kbitc.compiler.calibration_text import is_language_model
 from kbitc.compiler.calibrator import AUTO, Calibrate, Calibrator, make_calibrator
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, ReadTensor, silent
@@ -128,7 +129,7 @@ def tune_to(
             feeds,
             pool,
             classes=_classes(calibrator),
-            is_text=calibrator.is_text,
+            is_text=calibrator.is_text and is_language_model(checkpoint.skeleton()),
             on_progress=on_progress,
         )
         room = classroom(opened, calibrator, program, pool)

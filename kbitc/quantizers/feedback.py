@@ -1,0 +1,314 @@
+"""Error feedback: every code is chosen knowing what the codes before it did to the row's output.
+
+The one thing to know: with the second moments H of the inputs x^ that the partly quantized model gives, and C
+of the source's x with them (`kbitc.sensitivity.gram`), a row w is quantized as follows.
+
+    target    w~ = w + a w (C - H) (H + l I)^-1        what fits x^ best; a in [0, 1] by held-out error
+    scales    as `weighted` searches them for w~, with the diagonal of H
+    feedback  columns by falling H_jj: q_j = nearest level to w~_j, e = (w~_j - q_j) / U_jj, and all later
+              columns w~_k -= e U_jk, U the upper Cholesky factor of (H + l I)^-1
+    polish    each row's scales (and zeros) by its normal equations, codes by coordinate descent on
+              (q - w~) (H + l I) (q - w~)^T; a round that does not lower the held-out error is dropped
+
+Feedback is OPTQ's (2210.17323), the target that of GPTAQ (2504.02692) and Qronos (2505.11695), coordinate
+descent CDQuant's (2406.17542).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kbitc.formats.bit_planes import pack
+from kbitc.formats.packed import Packed
+from kbitc.formats.scales import store_scales, to_16_bits
+from kbitc.formats.spec import Spec
+from kbitc.graph.facts import Fact
+from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
+from kbitc.sensitivity.evidence import Evidence
+from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
+from kbitc.sensitivity.moments import MOMENTS
+from kbitc.tensor.cores import side_by_side
+from kbitc.tensor.packing import Draft, draft
+
+TILE = 512  # rows that one core rounds at a time; a fixed number, so that sums are the same
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Target, scales, feedback, polish; each step can be left out.
+
+    Attributes:
+        target: fit the inputs of the partly quantized model, and not those of the source.
+        residual: and what the output is added to in it.
+        search: search the scales; absmax otherwise.
+        order: columns by falling second moment; as they stand otherwise.
+        feedback: pass errors on; nearest codes otherwise.
+        refit: scales by the normal equations in each round of the polish.
+        polish: rounds of coordinate descent at most.
+        damping: l over the mean of H's diagonal.
+        ridge: of the normal equations, relative to their diagonal.
+    """
+
+    target: bool = True
+    residual: bool = True
+    search: bool = True
+    order: bool = True
+    feedback: bool = True
+    refit: bool = True
+    polish: int = 3
+    damping: float = 0.05
+    ridge: float = 0.01
+
+    requires: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS, GRAM)
+
+    def quantize(self, weight: Tensor, spec: Spec, evidence: Evidence) -> Packed:
+        """See `kbitc.quantizers.Quantizer`."""
+        groups = evidence.get(GRAM)
+        assert groups is not None
+        made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
+        parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
+        aimed = replace(made, rows=_scattered(parts, groups))
+        if self.search:
+            aimed = aimed.searched(_importance(groups, aimed))
+        against = [self._against(group.gram, made.outlier_index) for group in groups]
+        return _Work(self, made.rows, aimed, groups, against).packed()
+
+    def _against(self, gram: Gram, kept: Tensor | None) -> Damped:
+        """What rows are rounded against; the same for all weights that multiply one input."""
+        key = (self.damping, self.order, None if kept is None else tuple(kept.tolist()))
+
+        def make(gram: Gram) -> Damped:
+            return Damped.of(gram, self.damping, is_ordered=self.order, last=kept)
+
+        return gram.once(("damped", *key), lambda: side_by_side(make, [gram])[0])
+
+    def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
+        """The rows that fit x^ best, as far as held-out tokens agree."""
+        gram = group.gram
+        if not self.target or gram.cross is None:
+            return rows
+        residual = group.residual if self.residual else None
+        inverse, shift = gram.once(
+            ("shift", self.damping), lambda: side_by_side(lambda gram: _shift(gram, self.damping), [gram])[0]
+        )
+
+        def way(tile: slice) -> Tensor:
+            to_input = rows[tile] @ shift
+            return to_input if residual is None else to_input.addmm_(residual[tile], inverse)
+
+        ways = torch.cat(side_by_side(way, _tiles(rows)))
+        judge = replace(group, residual=residual, held_out=group.held_out if self.residual else None)
+        return ways.mul_(_part(rows, ways, judge)).add_(rows)
+
+
+def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
+    """Rows of groups at their places in the weight."""
+    if len(groups) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for group, part in zip(groups, parts, strict=True):
+        whole[group.rows] = part
+    return whole
+
+
+def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
+    """``(groups, in_features)`` for the scale search: of each expert, or of all rows together."""
+    every = torch.stack([group.gram.inputs.diagonal() for group in groups])
+    if made.lead.numel() != made.lead[-1]:
+        return every
+    counts = torch.tensor([[float(len(group.rows))] for group in groups])
+    return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
+
+
+def _shift(gram: Gram, damping: float) -> tuple[Tensor, Tensor]:
+    """``(H + l I)^-1`` and ``(C - H) (H + l I)^-1``."""
+    assert gram.cross is not None
+    factor = torch.linalg.cholesky(damped(gram.inputs, damping))
+    inverse = torch.cholesky_inverse(factor)
+    return inverse.float(), ((gram.cross.double() - gram.inputs.double()) @ inverse).float()
+
+
+def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
+    """The a in [0, 1] of ``rows + a way`` that leaves least error on the judge's tokens."""
+
+    def sums(tile: slice) -> tuple[float, float]:
+        judged, own = judge.aims(rows[tile]), way[tile]
+        pushed = own @ judged.inputs
+        falls = (own * judged.wanted).double().sum() - (pushed * rows[tile]).double().sum()
+        return float(falls), float((pushed * own).double().sum())
+
+    parts = side_by_side(sums, _tiles(rows))
+    falls, bends = (sum(part[i] for part in parts) for i in (0, 1))
+    return min(1.0, max(0.0, falls / bends)) if bends > 0 else 0.0
+
+
+def _tiles(rows: Tensor) -> list[slice]:
+    return [slice(start, start + TILE) for start in range(0, len(rows), TILE)]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of one group, from its ``first`` on."""
+
+    rows: Tensor
+    group: int
+    first: int
+
+
+class _Work:
+    """One weight on its way to codes; scales are stored, and so rounded, for the weight as a whole."""
+
+    def __init__(
+        self,
+        options: Feedback,
+        source: Tensor,
+        aimed: Draft,
+        groups: Sequence[RowGroup],
+        against: Sequence[Damped],
+    ) -> None:
+        self.options, self.source, self.aimed = options, source, aimed
+        self.groups, self.against = groups, against
+        self.tiles = [
+            _Tile(group.rows[tile], i, tile.start)
+            for i, group in enumerate(groups)
+            for tile in _tiles(group.rows)
+        ]
+        self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
+
+    def _judged(self, tile: _Tile) -> Judged:
+        group = self.groups[tile.group]
+        own = slice(tile.first, tile.first + len(tile.rows))
+        part = [None if all_ is None else all_[own] for all_ in (group.residual, group.held_out)]
+        return replace(group, residual=part[0], held_out=part[1]).aims(self.source[tile.rows].float())
+
+    def packed(self) -> Packed:
+        """The best that was found."""
+        stored = _Stored.of(self.aimed)
+        best = self._rounded(stored, None)
+        error = self._error(best)
+        found = stored, best
+        for _ in range(self.options.polish):
+            stored = self._refitted(stored, best) if self.options.refit else stored
+            best = self._rounded(stored, best)
+            now = self._error(best)
+            if now >= error:
+                break
+            found, error = (stored, best), now
+        return self._finished(*found)
+
+    def _grid(self, stored: _Stored, tile: _Tile) -> Grid:
+        kept = self.aimed.outlier_index
+        values = self.aimed.outlier_values
+        return Grid(
+            self.aimed.codebook,
+            self.aimed.spec.block,
+            stored.effective[tile.rows].mT.contiguous(),
+            None if stored.zeros is None else stored.zeros[tile.rows].float().mT.contiguous(),
+            None if kept is None else kept.long(),
+            torch.float16 if values is None else values.dtype,
+        )
+
+    def _rounded(self, stored: _Stored, before: list[Rounded] | None) -> list[Rounded]:
+        def one(index: int) -> Rounded:
+            tile = self.tiles[index]
+            target, against, grid = self.targets[index], self.against[tile.group], self._grid(stored, tile)
+            if before is not None:
+                return descend(target, against, grid, _revalued(before[index], grid))
+            if self.options.feedback:
+                return feed_back(target, against, grid)
+            return nearest(target, grid)
+
+        return side_by_side(one, range(len(self.tiles)))
+
+    def _refitted(self, stored: _Stored, rounded: list[Rounded]) -> _Stored:
+        def one(index: int) -> Grid:
+            tile = self.tiles[index]
+            grid, against = self._grid(stored, tile), self.against[tile.group]
+            return refitted(self.targets[index], against, grid, rounded[index], self.options.ridge)
+
+        grids = side_by_side(one, range(len(self.tiles)))
+        scales = self._whole([grid.scales for grid in grids])
+        zeros = self._whole([grid.zeros for grid in grids if grid.zeros is not None])
+        return _Stored.of(replace(self.aimed, scales=scales, zeros=zeros))
+
+    def _whole(self, parts: Sequence[Tensor]) -> Any:
+        """What tiles have, ``(n, rows)`` each, as ``(rows, n)`` of the weight; None of nothing."""
+        if not parts:
+            return None
+        whole = parts[0].new_empty(len(self.source), len(parts[0]))
+        for tile, part in zip(self.tiles, parts, strict=True):
+            whole[tile.rows] = part.mT
+        return whole
+
+    def _error(self, rounded: list[Rounded]) -> float:
+        """On held-out tokens where there are some."""
+
+        def one(index: int) -> float:
+            return self._judged(self.tiles[index]).error(rounded[index].values.mT)
+
+        return sum(side_by_side(one, range(len(self.tiles))))
+
+    def _finished(self, stored: _Stored, rounded: list[Rounded]) -> Packed:
+        made, spec = self.aimed, self.aimed.spec
+        codes = self._whole([each.codes for each in rounded])
+        values = made.outlier_values
+        if made.outlier_index is not None and values is not None:
+            kept = self._whole([each.values[made.outlier_index.long()] for each in rounded])
+            values = kept.to(values.dtype).view(values.shape)
+        constants = stored.constants
+        return Packed(
+            planes=pack(codes, spec.bits).view(*made.lead, -1),
+            scales=stored.scales.view(*made.lead, -1),
+            codebook=made.codebook,
+            zeros=None if stored.zeros is None else stored.zeros.view(*made.lead, -1),
+            scale_codebook=constants[0] if constants else None,
+            scale_absmax=constants[1] if constants else None,
+            scale_mean=constants[2] if constants else None,
+            outlier_values=values,
+            outlier_index=made.outlier_index,
+            spec=spec,
+            in_features=made.rows.shape[1],
+        )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Scales and zeros as they are stored, and the scales that reading them gives."""
+
+    scales: Tensor
+    constants: tuple[Tensor, Tensor, Tensor] | None
+    effective: Tensor
+    zeros: Tensor | None
+
+    @staticmethod
+    def of(made: Draft) -> _Stored:
+        stored, constants, effective = store_scales(made.scales, made.spec, made.codebook)
+        return _Stored(stored, constants, effective, None if made.zeros is None else to_16_bits(made.zeros))
+
+
+def _revalued(rounded: Rounded, grid: Grid) -> Rounded:
+    """The same codes under other scales."""
+    values = grid.levels(rounded.codes) * grid.spread(grid.scales, len(rounded.codes))
+    if grid.zeros is not None:
+        values += grid.spread(grid.zeros, len(values))
+    if grid.kept is not None:
+        values[grid.kept] = rounded.values[grid.kept]
+    return Rounded(rounded.codes, values)
+
+
+def nearest(target: Tensor, grid: Grid) -> Rounded:
+    """Codes without feedback."""
+    codes = torch.zeros(target.shape, dtype=torch.uint8)
+    values = target.to(grid.kept_dtype).float()
+    for column in range(len(target)):
+        if column not in grid.kept_columns:
+            codes[column], values[column] = grid.nearest(column, target[column])
+    return Rounded(codes, values)
+
+
+QUANTIZER = Feedback

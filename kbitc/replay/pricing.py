@@ -1,0 +1,156 @@
+"""Prices of options under error feedback, which changes what a format costs, and so which one wins.
+
+The one thing to know: the source model is replayed alone, so that the second moments of each weight's inputs
+are at hand in turn; sampled rows of the weight are rounded against them, under the options that the table's
+own prices make worth a look.
+
+    cost = 1/2 sum over rows of E[g²] * (q - w) H (q - w)^T        in nats per token
+
+with the mean squared gradient g of each row's output from `kbitc.sensitivity.moments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbitc.formats.dequantize import dequantize
+from kbitc.formats.spec import Spec
+from kbitc.graph.program import Program
+from kbitc.planning.knapsack import Item
+from kbitc.planning.knapsack.hulls import hull
+from kbitc.quantizers import Quantizer
+from kbitc.replay.engine import Replay
+from kbitc.replay.grams import grams
+from kbitc.sensitivity.evidence import Evidence
+from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
+from kbitc.sensitivity.moments import MOMENTS, Moments
+from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
+from kbitc.sensitivity.sampled_error import PRICED, relative_error, sample_rows
+from kbitc.sensitivity.score_table import Option, monotone
+from kbitc.tensor.cores import side_by_side
+
+PER_BITS = 2  # of the options of one number of bits, how many beside the hull's are tried
+
+Options = tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """A way through a model that prices.
+
+    Attributes:
+        program: canonical, with moments and a source.
+        traced: the same model, captured on one of the feeds.
+        feeds: the inputs.
+        read: of the source, its values as they are to be stored.
+        quantizer: that will pack the weights.
+    """
+
+    program: Program
+    traced: Program
+    feeds: Sequence[Mapping[str, Any]]
+    read: Callable[[str], Tensor]
+    quantizer: Quantizer
+
+    def run(self, tables: Mapping[str, Options]) -> dict[str, Options]:
+        """The tables with new prices, of the options worth a look alone; others' as they were."""
+        made = dict(tables)
+        done = 0
+        for names, groups_of in self._weights():
+            jobs = [(name, groups_of(name)) for name in names if name in self._moments]
+            every = side_by_side(lambda job: self._priced(tables[job[0]], *job), jobs)
+            made.update((name, own) for (name, _), own in zip(jobs, every, strict=True))
+            done += len(names)
+            self.program.context.on_progress("pricing with error feedback", done, len(tables))
+        return made
+
+    @property
+    def _moments(self) -> Mapping[str, Moments]:
+        return self.program.get(MOMENTS) or {}
+
+    def _weights(self) -> Iterator[tuple[Sequence[str], Callable[[str], tuple[RowGroup, ...] | None]]]:
+        """Weights that are priced at one time, and their rows' moments."""
+        replay = Replay(self.traced, self.read, self.feeds)
+        seen: set[str] = set()
+        for inputs in replay.run():
+            own = grams(inputs, range(len(self.feeds)), ())
+            names = [name for name in inputs.stop.names if name in self.program.weights]
+            seen.update(names)
+            yield names, lambda name, own=own: equal_groups(own, self.program.weights[name].rows)  # type: ignore[misc]
+        rest = [name for name in self.program.weights if name not in seen]
+        yield rest, self._of_moments
+
+    def _of_moments(self, name: str) -> tuple[RowGroup, ...] | None:
+        moments = self._moments.get(name)
+        return None if moments is None else groups_of_moments(moments, self.program.weights[name].rows)
+
+    def _priced(self, options: Options, name: str, groups: tuple[RowGroup, ...] | None) -> Options:
+        if groups is None:
+            return options
+        weight, moments = self.program.weights[name], self._moments[name]
+        flat = weight.oriented(self.read(name)).flatten(0, -2)
+        picked = sample_rows(flat.shape[0], flat.shape[1], PRICED)
+        every = moments.factors[0].rows.flatten().double()
+        rows = every[picked] * float(every.sum() / every[picked].sum().clamp_min(1e-300))
+        own = _restricted(groups, picked)
+        features = (self.program.get(OUTLIERS) or {}).get(name, OutlierFeatures())
+        sample = _Sample(flat[picked].float(), rows, own, self.quantizer)
+        priced = [
+            sample.option(option, features.picked(option.spec))
+            for option in _worthwhile(options, weight.numel)
+        ]
+        return monotone(tuple(priced))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of a weight; ``rows`` are their mean squared gradients, scaled to stand for all rows."""
+
+    values: Tensor
+    rows: Tensor
+    groups: tuple[RowGroup, ...]
+    quantizer: Quantizer
+
+    def option(self, option: Option, outliers: Tensor | None) -> Option:
+        """The same with the price and the error of what the quantizer makes of it."""
+        if option.spec.is_left_alone:
+            return option
+        back = dequantize(self._packed(option.spec, outliers))
+        cost = 0.0
+        for group in self.groups:
+            error = self.values[group.rows] - back[group.rows]
+            lost = ((error @ group.gram.inputs) * error).double().sum(-1)
+            cost += float(lost @ self.rows[group.rows])
+        return replace(option, cost=cost / 2, error=relative_error(self.values, back))
+
+    def _packed(self, spec: Spec, outliers: Tensor | None) -> Any:
+        evidence = Evidence("a sample", outliers, {GRAM: self.groups})
+        return self.quantizer.quantize(self.values, spec, evidence)
+
+
+def _restricted(groups: Sequence[RowGroup], picked: Tensor) -> tuple[RowGroup, ...]:
+    """Groups of some rows, by their places among those."""
+    own = (RowGroup(torch.isin(picked, group.rows).nonzero()[:, 0], group.gram) for group in groups)
+    return tuple(group for group in own if len(group.rows))
+
+
+def _worthwhile(options: Options, numel: int) -> list[Option]:
+    """The hull of bytes and cost, and the best of each number of bits, where a bit is worth a factor of 4."""
+    kept = set(hull([Item(option.nbytes, option.cost) for option in options]))
+    by_bits: dict[int, list[int]] = {}
+
+    def worth(i: int) -> float:
+        return options[i].cost * float(4 ** (8 * options[i].nbytes / numel))
+
+    for i in sorted(range(len(options)), key=worth):
+        option = options[i]
+        if not option.spec.is_left_alone:
+            by_bits.setdefault(option.spec.bits, []).append(i)
+    for own in by_bits.values():
+        kept.update(own[:PER_BITS])
+    return [options[i] for i in sorted(kept)]

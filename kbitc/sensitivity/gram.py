@@ -1,0 +1,149 @@
+"""Full second moments of a weight's inputs: what error feedback needs beside `kbitc.sensitivity.moments`.
+
+The one thing to know: x is the input that the source model gives a weight, x^ the one that it gets in the
+partly quantized model. With H = E[x^ x^T] and C = E[x x^T-hat], the squared error of a row's output
+
+    E (w x - q x^)²  =  q H q^T - 2 w C q^T + w E[x x^T] w^T
+
+(and with what the output is added to, r in the source model and r^ in the other, w C + E[(r - r^) x^T] in the
+place of w C) says all that there is to say of codes q for w; its last term depends on no choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kbitc.graph.facts import Fact
+from kbitc.sensitivity.moments import Moments
+
+T = TypeVar("T")
+
+BUCKETS = 8
+"""Mixtures of a look-up's and the logits' moments that the rows of a tied embedding are sorted into."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Of the inputs of one weight ``(rows, in_features)``, or of one expert's.
+
+    Attributes:
+        inputs: ``(in_features, in_features)`` float32: H, the mean of x^ x^T over tokens.
+        cross: the same of x x^T, rows the source's; None where both inputs are one.
+        tokens: how many tokens the means are of.
+        held_out: the same of tokens that nothing is fitted to; None without.
+    """
+
+    inputs: Tensor
+    cross: Tensor | None = None
+    tokens: int = 0
+    held_out: Gram | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made of the moments, kept for the next weight that has the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a weight whose inputs have the same moments.
+
+    Attributes:
+        rows: ``(count,)`` int64 indices, experts' rows one after another.
+        gram: the moments.
+        residual: ``(count, in_features)`` float32: mean of (r - r^) x^T, where the rows' outputs are added to
+            r in the source model and to r^ in the packed one; None where they are added to nothing.
+        held_out: the same of tokens that nothing is fitted to.
+    """
+
+    rows: Tensor
+    gram: Gram
+    residual: Tensor | None = None
+    held_out: Tensor | None = None
+
+    def aims(self, weight: Tensor) -> Judged:
+        """What held-out tokens say of the rows, given them as the source has them, float32."""
+        gram, residual = self.gram, self.residual
+        if gram.held_out is not None:
+            gram, residual = gram.held_out, self.held_out
+        wanted = weight @ (gram.inputs if gram.cross is None else gram.cross)
+        return Judged(gram.inputs, wanted if residual is None else wanted + residual)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Moments by which rows are judged.
+
+    Attributes:
+        inputs: H of the judging tokens.
+        wanted: ``(rows, in_features)``: mean of (w x + r - r^) x^T.
+    """
+
+    inputs: Tensor
+    wanted: Tensor
+
+    def error(self, back: Tensor, part: slice | Tensor = slice(None)) -> float:
+        """Squared error of the outputs of some rows, summed, up to what no choice changes.
+
+        Args:
+            back: ``(count, in_features)``, as they are dequantized.
+            part: which rows they are.
+        """
+        return float((((back @ self.inputs) - 2 * self.wanted[part]) * back).double().sum())
+
+
+GRAM: Fact[Mapping[str, tuple[RowGroup, ...]]] = Fact("gram")
+"""Of a weight, by name, groups that have every row once. Known only while the weight is quantized."""
+
+
+def equal_groups(grams: Sequence[Gram], rows: int) -> tuple[RowGroup, ...]:
+    """Each expert's rows, or all rows of a weight without experts."""
+    parts = torch.arange(rows).chunk(len(grams))
+    return tuple(RowGroup(part, gram) for part, gram in zip(parts, grams, strict=True))
+
+
+def groups_of_moments(moments: Moments, rows: int) -> tuple[RowGroup, ...] | None:
+    """Of a weight that is read as rows, and perhaps gives the logits too; None where no full moments are.
+
+    An error of row v costs ``sum over uses of rows_v * gram``: a few mixtures of two uses serve all rows.
+    """
+    uses = [(factor.rows.double(), factor.gram) for factor in moments.factors if factor.gram is not None]
+    if len(uses) != len(moments.factors) or len(uses) > 2:
+        return None
+    first, gram = uses[0]
+    if len(uses) == 1:
+        return (RowGroup(torch.arange(rows), Gram(gram)),)
+    second, other = uses[1]
+    least = 1e-12 * max(float(first.max()), float(second.max()))
+    ratio = ((second + least) / (first + least)).log()
+    bucket = ((ratio - ratio.min()) / (ratio.max() - ratio.min()).clamp_min(1e-9) * BUCKETS).long()
+    groups = []
+    for i in range(BUCKETS):
+        own = (bucket.clamp_max(BUCKETS - 1) == i).nonzero()[:, 0]
+        if len(own):
+            groups.append(RowGroup(own, Gram(gram + other * ratio[own].mean().exp().float())))
+    return tuple(groups)
+
+
+def gram_of(inputs: Iterable[Tensor], others: Iterable[Tensor] | None = None) -> Tensor:
+    """``sum of a^T b`` over windows, float64 sums of float32 products; b = a without ``others``.
+
+    Args:
+        inputs: ``(tokens, m)`` float32 each.
+        others: ``(tokens, n)`` float32 each.
+    """
+    pairs = ((a, a) for a in inputs) if others is None else zip(inputs, others, strict=True)
+    total: Tensor | None = None
+    for a, b in pairs:
+        product = (a.mT @ b).double()
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
