@@ -8,14 +8,14 @@ from kbitc.artifact.reader import Artifact
 
 
 def test_an_artifact_is_tuned_and_verified(kbitc, compiled, tmp_path):
-    options = ("--windows", "2", "--steps", "1")  # two windows of 16 tokens that the model samples: conftest
+    options = ("--windows", "2", "--steps", "1", "--calibrate", "random")
     done = kbitc("tune", compiled[0], "-o", tmp_path / "tuned", *options, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     plan = Artifact.open(tmp_path / "tuned").plan
     assert plan.tuning is not None
     assert told["held_out_before"] == plan.tuning.before
-    assert plan.tuning.calibration == "10 windows that the model sampled itself"
+    assert plan.tuning.calibration == "10 random inputs"
     assert kbitc("verify", tmp_path / "tuned").returncode == 0
     again = kbitc("tune", compiled[0], "-o", tmp_path / "tuned", *options)
     assert again.returncode == 2
