@@ -16,9 +16,9 @@ descent CDQuant's (2406.17542).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.gram import GRAM, Gram, RowGroup
 from kbitc.tensor.cores import side_by_side
 from kbitc.tensor.packing import Draft, draft
+
+T = TypeVar("T")
 
 TILE = 512  # rows that one core rounds at a time; a fixed number, so that sums are the same
 
@@ -88,10 +90,11 @@ class Feedback:
         """The rows that fit x^ best, as far as held-out tokens agree."""
         if not self.target or gram.cross is None:
             return rows
-        shift = gram.once(
-            ("shift", self.damping), lambda: side_by_side(lambda gram: _shift(gram, self.damping), [gram])[0]
+        root = gram.once(
+            ("root", self.damping), lambda: side_by_side(lambda gram: _root(gram, self.damping), [gram])[0]
         )
-        way = torch.cat(_over_tiles(lambda tile: tile @ shift, rows))
+        difference = gram.cross - gram.inputs
+        way = torch.cat(_over_tiles(lambda tile: _shifted(tile @ difference, root), rows))
         return way.mul_(_part(rows, way, gram.held_out or gram)).add_(rows)
 
 
@@ -116,12 +119,15 @@ def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
     return of_rows
 
 
-def _shift(gram: Gram, damping: float) -> Tensor:
-    """``(C - H) (H + l I)^-1``."""
-    assert gram.cross is not None
-    difference = gram.cross.double() - gram.inputs.double()
-    solved: Tensor = torch.linalg.solve(damped(gram.inputs, damping), difference.mT)
-    return solved.mT.float()
+def _root(gram: Gram, damping: float) -> Tensor:
+    """Lower R with ``R R^T = H + l I``."""
+    root: Tensor = torch.linalg.cholesky(damped(gram.inputs, damping))
+    return root
+
+
+def _shifted(rows: Tensor, root: Tensor) -> Tensor:
+    """``rows (R R^T)^-1``."""
+    return torch.cholesky_solve(rows.mT.double(), root).mT.float()
 
 
 def _part(rows: Tensor, way: Tensor, judge: Gram) -> float:
@@ -168,6 +174,9 @@ class _Work:
             _Tile(rows, i) for i, group in enumerate(groups) for rows in group.rows.split(TILE) if len(rows)
         ]
         self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
+        self.wanted = self._each(lambda i: self._judge(i).wanted(source[self.tiles[i].rows].float()))
+        refits = options.refit and options.polish > 0
+        self.drawn = self._each(lambda i: self._against(i).moments @ self.targets[i]) if refits else []
 
     def packed(self) -> Packed:
         """The best that was found."""
@@ -184,6 +193,18 @@ class _Work:
             found, error = (stored, best), now
         return self._finished(*found)
 
+    def _each(self, function: Callable[[int], T]) -> list[T]:
+        """Of each tile, by its index; one core works on one tile."""
+        return side_by_side(function, range(len(self.tiles)))
+
+    def _against(self, index: int) -> Damped:
+        return self.against[self.tiles[index].group]
+
+    def _judge(self, index: int) -> Gram:
+        """Of held-out tokens where there are some."""
+        gram = self.groups[self.tiles[index].group].gram
+        return gram.held_out or gram
+
     def _grid(self, stored: _Stored, tile: _Tile) -> Grid:
         kept = self.aimed.outlier_index
         values = self.aimed.outlier_values
@@ -198,23 +219,23 @@ class _Work:
 
     def _rounded(self, stored: _Stored, before: list[Rounded] | None) -> list[Rounded]:
         def one(index: int) -> Rounded:
-            tile = self.tiles[index]
-            target, against, grid = self.targets[index], self.against[tile.group], self._grid(stored, tile)
+            target, against = self.targets[index], self._against(index)
+            grid = self._grid(stored, self.tiles[index])
             if before is not None:
                 return descend(target, against, grid, _revalued(before[index], grid))
             if self.options.feedback:
                 return feed_back(target, against, grid)
             return nearest(target, grid)
 
-        return side_by_side(one, range(len(self.tiles)))
+        return self._each(one)
 
     def _refitted(self, stored: _Stored, rounded: list[Rounded]) -> _Stored:
         def one(index: int) -> Grid:
-            tile = self.tiles[index]
-            grid, against = self._grid(stored, tile), self.against[tile.group]
-            return refitted(self.targets[index], against, grid, rounded[index], self.options.ridge)
+            grid, ridge = self._grid(stored, self.tiles[index]), self.options.ridge
+            target, drawn = self.targets[index], self.drawn[index]
+            return refitted(target, self._against(index), grid, rounded[index], ridge, drawn)
 
-        grids = side_by_side(one, range(len(self.tiles)))
+        grids = self._each(one)
         scales = self._whole([grid.scales for grid in grids])
         zeros = self._whole([grid.zeros for grid in grids if grid.zeros is not None])
         return _Stored.of(replace(self.aimed, scales=scales, zeros=zeros))
@@ -229,15 +250,10 @@ class _Work:
         return whole
 
     def _error(self, rounded: list[Rounded]) -> float:
-        """On held-out tokens where there are some."""
-
         def one(index: int) -> float:
-            tile = self.tiles[index]
-            gram = self.groups[tile.group].gram
-            errors = (gram.held_out or gram).error(self.source[tile.rows].float(), rounded[index].values.mT)
-            return float(errors.sum())
+            return float(self._judge(index).error_from(self.wanted[index], rounded[index].values.mT).sum())
 
-        return sum(side_by_side(one, range(len(self.tiles))))
+        return sum(self._each(one))
 
     def _finished(self, stored: _Stored, rounded: list[Rounded]) -> Packed:
         made, spec = self.aimed, self.aimed.spec
@@ -289,12 +305,13 @@ def _revalued(rounded: Rounded, grid: Grid) -> Rounded:
 
 def nearest(target: Tensor, grid: Grid) -> Rounded:
     """Codes without feedback."""
-    codes = torch.zeros(target.shape, dtype=torch.uint8)
-    values = target.to(grid.kept_dtype).float()
-    for column in range(len(target)):
-        if column not in grid.kept_columns:
-            codes[column], values[column] = grid.nearest(column, target[column])
-    return Rounded(codes, values)
+    width = len(target)
+    centred = target if grid.zeros is None else target - grid.spread(grid.zeros, width)
+    centred = centred * grid.spread(grid.inverse, width)
+    codes = torch.bucketize(centred, grid.bounds, out_int32=True).to(torch.uint8)
+    if grid.kept is not None:
+        codes[grid.kept] = 0
+    return _revalued(Rounded(codes, target.to(grid.kept_dtype).float()), grid)
 
 
 QUANTIZER = Feedback

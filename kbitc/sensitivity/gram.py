@@ -61,9 +61,15 @@ class Gram:
             weight: ``(rows, in_features)`` float32, of the source.
             back: the same as it is dequantized.
         """
+        return self.error_from(self.wanted(weight), back)
+
+    def wanted(self, weight: Tensor) -> Tensor:
+        """``(rows, in_features)`` float32: mean of the source's output times x^, which errors go by."""
         wanted = weight @ (self.inputs if self.cross is None else self.cross)
-        if self.residual is not None:
-            wanted = wanted + self.residual
+        return wanted if self.residual is None else wanted + self.residual
+
+    def error_from(self, wanted: Tensor, back: Tensor) -> Tensor:
+        """What :meth:`error` says of ``back``, where what is :meth:`wanted` is known already."""
         return ((back @ self.inputs - 2 * wanted) * back).double().sum(-1)
 
 
