@@ -1,4 +1,4 @@
-"""The environment that peers of kbitc run in, apart from kbitc's own."""
+"""The environments that peers of kbitc run in, apart from kbitc's own."""
 
 from __future__ import annotations
 
@@ -6,43 +6,67 @@ import json
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import last_line
 from kbitc.cache import cache_folder
 
 PINS = ("onnxruntime==1.32.0", "onnx==1.23.2", "bitsandbytes==0.50.2")
+PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 
 
-def environment(given: Path | None, torch_version: str) -> Path:
-    """The Python that has the peers: the given one, or that of a cached environment, made now if need be.
+def environment(
+    given: Path | None,
+    torch_version: str,
+    *,
+    pins: Sequence[str] = PINS,
+    folder: Path | None = None,
+    options: Sequence[str] = (),
+) -> Path:
+    """The Python that has the peers: the given one, or that of an environment, made now if need be.
+
+    Args:
+        given: a Python, taken as it is.
+        torch_version: that the environment gets, before all else.
+        pins: packages that it gets.
+        folder: where it lies, or is made; by default in the cache folder.
+        options: of pip, for the packages.
 
     Raises:
         RuntimeError: it could not be made.
     """
     if given is not None:
         return given
-    folder = cache_folder() / "benchmark-peers"
+    folder = folder or cache_folder() / "benchmark-peers"
     python = folder / "bin" / "python"
     stamp = folder / "installed.json"
-    wanted = [*PINS, f"torch=={torch_version}"]
+    wanted = [*pins, f"torch=={torch_version}"]
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
         return python
     sys.stderr.write(f"making {folder}: {', '.join(wanted)}\n")
     try:
         venv.create(folder, with_pip=True, clear=True)
-        _install(python, wanted)
+        torch = _install_torch(python, torch_version)
+        # torch is named again: no package may bring another build of it.
+        _install(python, [*options, *pins, torch])
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"no environment in {folder}: {last_line(error)}") from error
     stamp.write_text(json.dumps(wanted), encoding="utf-8")
     return python
 
 
-def _install(python: Path, wanted: list[str]) -> None:
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+def _install_torch(python: Path, version: str) -> str:
+    """Install it, with what building a package may need; returns the requirement that was met."""
+    build = ["setuptools", "wheel", "numpy"]
     try:
-        subprocess.run([*command, *wanted], check=True, capture_output=True, text=True)
+        _install(python, [f"torch=={version}", *build])
     except subprocess.CalledProcessError:
         # An index may not have torch's build for CPUs ("2.13.0+cpu") under that name.
-        public = [name.partition("+")[0] for name in wanted]
-        subprocess.run([*command, *public], check=True, capture_output=True, text=True)
+        version = version.partition("+")[0]
+        _install(python, [f"torch=={version}", *build])
+    return f"torch=={version}"
+
+
+def _install(python: Path, wanted: Sequence[str]) -> None:
+    subprocess.run([str(python), *PIP, *wanted], check=True, capture_output=True, text=True)

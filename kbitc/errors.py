@@ -50,12 +50,13 @@ def out_of_memory(doing: str, instead: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not _is_shortage(error):
+        if not is_shortage(error):
             raise
         raise MemoryShortage(f"memory ended while {doing} ({first_line(error)}); {instead}") from error
 
 
-def _is_shortage(error: BaseException) -> bool:
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ended."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     said = str(error).lower()  # torch has no class of its own for the allocator of the CPU

@@ -32,10 +32,10 @@ from kbitc.graph.stored import rest_bytes
 from kbitc.kernels.cpu.build import work_alone
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.planning.packable import check_packable
-from kbitc.quantizers import find_quantizer, settled_quantizer
+from kbitc.quantizers import settled_quantizer
+from kbitc.replay.choice import ordered_quantizer
 from kbitc.replay.pricing import Pricing
 from kbitc.sensitivity.evidence import Evidence
-from kbitc.sensitivity.gram import GRAM
 from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
 from kbitc.sensitivity.sampled_error import Sample
@@ -122,7 +122,7 @@ class ScoreSensitivity:
                 options[name] = own
                 done += weight.numel
                 program.context.on_progress(f"pricing {name}", done, total)
-        options = self._repriced(program, options) if moments else options
+        options = self._repriced(program, options)
         scores = ScoreTable(
             _in_nats(program, options, moments),
             {name: weight.numel for name, weight in program.weights.items()},
@@ -156,8 +156,8 @@ class ScoreSensitivity:
     ) -> dict[str, tuple[Option, ...]]:
         """Prices of a quantizer that needs the second moments of the inputs."""
         source = program.context.calibration
-        quantizer = find_quantizer(self.quantizer or "absmax")
-        if GRAM not in quantizer.requires or source is None or program.untraced:
+        quantizer = ordered_quantizer(program, [self.quantizer])
+        if quantizer is None or source is None:
             return options
         feeds = source.feeds(FEEDS)
         traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))

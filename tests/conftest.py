@@ -189,6 +189,8 @@ def _short_calibration() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kbitc.compiler.calibrator.COUNT", 2)
         patch.setattr("kbitc.compiler.calibrator.LENGTH", 16)
+        patch.setattr("kbitc.replay.ordered.FITTED", 3)
+        patch.setattr("kbitc.replay.ordered.HELD_OUT", 1)
         yield
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kbitc.artifact.in_order import in_order, wants_order
+from kbitc.artifact.in_order import in_order
 from kbitc.artifact.stored import packed_of, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint.finite import check_finite
@@ -23,6 +23,7 @@ from kbitc.graph.context import Progress, ReadTensor
 from kbitc.graph.program import Program, Rest, Weight
 from kbitc.graph.stored import CODEBOOKS
 from kbitc.quantizers import Evidence, choose_quantizer, settled_quantizer
+from kbitc.replay.choice import goes_in_order
 from kbitc.sensitivity.sampled_error import packed_error, relative_error
 from kbitc.system.checksums import digest
 
@@ -44,8 +45,7 @@ def pack_to(program: Program, writer: Writer) -> None:
         assert program.plan is not None
         shared = shared_codebooks(choice.spec for choice in program.plan.weights.values())
         writer.put(CODEBOOKS, shared, {})
-    if wants_order(program):
-        _pack_in_order(program, writer, read)
+    _pack_in_order(program, writer, read)
     tensors: dict[str, Weight | Rest] = {**program.weights, **program.rest}
     waiting = [name for name in tensors if name not in writer.done]
     progress = _Counted(program.context.on_progress, {name: _source_bytes(t) for name, t in tensors.items()})
@@ -69,22 +69,29 @@ def pack_to(program: Program, writer: Writer) -> None:
 
 
 def _pack_in_order(program: Program, writer: Writer, read: ReadTensor) -> None:
-    """The weights of the plan, as the graph reads them."""
+    """The weights of the plan as the graph reads them, if a quantizer wants them so."""
     assert program.plan is not None
     choices = program.plan.weights
     shared = shared_codebooks(choice.spec for choice in choices.values())
 
     def known(name: str) -> Packed | None:
+        if name in program.packed:
+            return program.packed[name]
         if name not in writer.done or choices[name].spec.is_left_alone:
             return None
         fields = {key.removeprefix(f"{name}."): tensor for key, tensor in writer.get(name).items()}
         return packed_of(fields, choices[name].spec, program.weights[name].in_features, shared)
 
-    sizes = {name: _source_bytes(program.weights[name]) for name in choices if name not in program.packed}
+    way = in_order(program, known)
+    if way is None:
+        return
+    sizes = {
+        name: _source_bytes(program.weights[name]) for name, c in choices.items() if not c.spec.is_left_alone
+    }
     progress = _Counted(program.context.on_progress, sizes)
-    for name in sizes.keys() & writer.done.keys():
+    for name in [name for name in sizes if name in writer.done]:
         progress.add(name)
-    for name, used, packed in in_order(program, known).run():
+    for name, used, packed in way.run():
         source = read(name)
         oriented = program.weights[name].oriented(program.as_stored(read)(name))
         stored, note = _stored_weight(name, oriented, packed)
@@ -158,7 +165,8 @@ def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, P
     if name in program.packed:
         return choice.quantizer, program.packed[name]
     evidence = Evidence.of(program, name, choice.spec)
-    choose = settled_quantizer if wants_order(program) else choose_quantizer
+    # What goes through the graph has had its turn: here are the weights that the graph does not show.
+    choose = settled_quantizer if goes_in_order(choice.quantizer) else choose_quantizer
     used, quantizer = choose(choice.quantizer, evidence)
     return used, quantizer.quantize(oriented, choice.spec, evidence)
 

@@ -7,7 +7,7 @@ encodes them stays inside the reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -61,6 +61,13 @@ class Checkpoint(Protocol):
             SourceError: the source changed or broke since it was opened.
         """
         ...
+
+    def pieces(self, name: str, rows: int) -> Iterator[Tensor]:
+        """The tensor that ``read`` gives, so many rows at a time, each in memory that the next may take.
+
+        Only a piece of it is in memory, unless the source has to be converted.
+        """
+        yield from self.read(name).split(rows)
 
     def transient(self, name: str) -> Tensor | None:
         """A buffer that no checkpoint holds (rotary frequencies), or None if the model leaves it open."""

@@ -83,20 +83,23 @@ def tokenizer_in(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def token_ids(tokenizer: Any, text: str, model: nn.Module | None = None) -> Tensor:
+def token_ids(tokenizer: Any, text: str, model: nn.Module | None = None, *, is_bare: bool = False) -> Tensor:
     """The token ids of a text, ``(tokens,)``.
 
     Args:
         tokenizer: of a folder, whose files nobody vouches for.
         text: of any length.
         model: that is to read them, if it is known.
+        is_bare: leave out what the tokenizer puts around a text.
 
     Raises:
         SourceError: the tokenizer fails, or has tokens that the model has not.
     """
     with foreign("its tokenizer cannot read the text", f"its files may be damaged; {AGAIN}"):
         # It would warn of texts longer than the model's context, which are cut by whoever asks.
-        ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        options = {"add_special_tokens": False} if is_bare else {}
+        made = tokenizer(text, return_tensors="pt", verbose=False, **options)["input_ids"][0]
+        ids: Tensor = made.to(torch.int64)  # of no tokens, it is a tensor of floats
         largest = int(ids.max()) if len(ids) else 0
     count = None if model is None else vocabulary_size(model)
     if count is not None and largest >= count:

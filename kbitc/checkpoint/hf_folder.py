@@ -7,7 +7,7 @@ data: shards, sizes, shapes, missing tensors. After that a read can only fail if
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,11 @@ class HfFolder(Checkpoint):
     def read(self, name: str) -> Tensor:
         """See `Checkpoint`."""
         return self._linked.read(name)
+
+    def pieces(self, name: str, rows: int) -> Iterator[Tensor]:
+        """See `Checkpoint`."""
+        source = self._linked.source_name(name)
+        yield from super().pieces(name, rows) if source is None else self.stored[source].pieces(rows)
 
     def ignored(self) -> list[str]:
         """See `Checkpoint`."""

@@ -57,6 +57,11 @@ class Linked:
             return self.defaults[name].clone()
         return self.recipes[name].make(self.model, self.read_source)
 
+    def source_name(self, name: str) -> str | None:
+        """The source's name of a tensor that it holds just so; None where it has to be made."""
+        recipe = self.recipes.get(name) if name not in self.defaults else None
+        return recipe.sources[0][1] if recipe is not None and recipe.rule is None else None
+
 
 def link(
     model: nn.Module,

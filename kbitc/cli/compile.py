@@ -59,7 +59,8 @@ def compile(  # noqa: A001  # the command's name, and its options
         typer.Option(
             metavar="auto|self|random|none|TEXT",
             help="What says which errors matter: text that the model samples itself (the default with --bits "
-            "for language models), random inputs (for other models), a UTF-8 file, or nothing.",
+            "for language models), random inputs (for other models), a UTF-8 file (for every model with a "
+            "tokenizer: encoders and encoder-decoders, too), or nothing.",
         ),
     ] = "auto",
     agree: Agree = "",

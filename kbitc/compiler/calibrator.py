@@ -1,37 +1,41 @@
 """What to calibrate a model on: the user's text, what the model itself samples, or random inputs.
 
 The one thing to know: only a text file is data of the user's. Whatever is drawn has a random generator of
-its own: the global one is never touched. What was measured is kept in the cache, so that another budget for
-the same model begins at once.
+its own: the global one is never touched. What was sampled and what was measured is kept in the cache, so that
+another budget for the same model begins at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kbitc.cache import cache_folder, check_private, make_private
+from kbitc.cache import cache_folder
 from kbitc.checkpoint import Checkpoint
-from kbitc.checkpoint.dense import token_ids, tokenizer_of
-from kbitc.checkpoint.kept_tensors import read_tensors, write_tensors
+from kbitc.checkpoint.dense import tokenizer_of
 from kbitc.checkpoint.tensor_digests import digest_of_tensors
-from kbitc.compiler.sampling import SEED, sample_windows
+from kbitc.compiler.calibration_text import (
+    is_language_model,
+    read_text,
+    takes_text,
+    text_windows,
+    with_decoder_text,
+)
+from kbitc.compiler.kept_results import kept
+from kbitc.compiler.sampling import SEED, SamplingError, sample_windows
 from kbitc.compiler.stored_model import stored_model, widened
-from kbitc.errors import BackendUnavailable, SourceError, UsageError, out_of_memory
+from kbitc.errors import SourceError, UsageError, out_of_memory
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import InputMaker, is_pretrained, tokens_before, tokens_of_media
 from kbitc.graph.given_inputs import drawn_like, named_inputs
-from kbitc.graph.input_shapes import Shape
-from kbitc.graph.media_tokens import run_on_meta
 from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.system.checksums import digest
@@ -63,55 +67,78 @@ class Calibrator:
         source: "self", "random", a text file, or token ids ``(windows, length)``.
         on_progress: told of the sampling.
         inputs: the user's own, by name, that random inputs are to be like.
+        most: windows that will be asked for at most, ``COUNT`` by default. As many the model samples, once:
+            who asks for fewer gets the first of them.
+        is_default: the user asked for no source: where the model cannot sample text, inputs are random.
     """
 
     checkpoint: Checkpoint
     source: str | Path | Tensor = SELF
     on_progress: Progress = silent
     inputs: Mapping[str, Any] | None = None
+    most: int | None = None
+    is_default: bool = False
+    _sampled: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def _used(self) -> str | Path | Tensor:
+        """The source, or random inputs in place of text that the model cannot sample."""
+        if self.is_default and not isinstance(self.source, Tensor) and self.source == SELF:
+            try:
+                self._sample(0)
+            except SamplingError as error:
+                _log.warning("%s. Calibrating on random inputs instead", error)
+                return RANDOM
+        return self.source
 
     @property
     def label(self) -> str:
         """How reports call the text."""
-        if isinstance(self.source, Tensor):
-            return f"{self.source.shape[0]} windows of {self.source.shape[1]} given tokens"
+        source = self._used
+        if isinstance(source, Tensor):
+            return f"{source.shape[0]} windows of {source.shape[1]} given tokens"
         if self.inputs is not None:
             return f"{COUNT} random inputs like the given ones"
         length = window_length(self.checkpoint.skeleton())
-        if self.source == RANDOM:
-            return f"{COUNT} random inputs of up to {length} tokens"
-        by = "that the model sampled itself" if self.source == SELF else f"of {Path(self.source).name}"
+        if source == RANDOM:
+            why = "" if self.source == RANDOM else ", as the model cannot sample text"
+            return f"{COUNT} random inputs of up to {length} tokens{why}"
+        by = "that the model sampled itself" if source == SELF else f"of {Path(source).name}"
         return f"up to {COUNT} windows of {length} tokens {by}"
 
     @property
     def is_text(self) -> bool:
-        """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
-        return isinstance(self.source, Tensor) or self.source != RANDOM
+        """Whether inputs are text; otherwise they are drawn."""
+        return isinstance(self._used, Tensor) or self._used != RANDOM
+
+    @cached_property
+    def _is_causal(self) -> bool:
+        return is_language_model(self.checkpoint.skeleton())
 
     def feeds(self, count: int | None = None) -> list[dict[str, Any]]:
         """Keyword inputs, all of the same shapes; of batch 1 unless the user gave them.
 
         Args:
-            count: of them at most; ``COUNT`` by default.
+            count: of them at most; by default ``COUNT``, or all tokens that were given.
 
         Raises:
             UsageError: see :meth:`windows`, or a model whose inputs cannot be made.
         """
         model, generator = self.checkpoint.skeleton(), torch.Generator().manual_seed(SEED)
-        count = COUNT if count is None else count
+        number = COUNT if count is None else count
         if self.inputs is not None:
-            return [drawn_like(self.inputs, generator) for _ in range(count)]
+            return [drawn_like(self.inputs, generator) for _ in range(number)]
         if not self.is_text:
             maker = InputMaker.of(model, window_length(model))
-            return [maker.draw(generator) for _ in range(count)]
+            return [maker.draw(generator) for _ in range(number)]
         windows = self.windows(count)
         maker = InputMaker.of(model, windows.shape[1])
-        return [maker.draw(generator, window[None]) for window in windows]
+        return [with_decoder_text(model, maker.draw(generator, window[None])) for window in windows]
 
     def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of; see `kbitc.sensitivity.losses`."""
         model: Any = self.checkpoint.skeleton()
-        if self.is_text:
+        if self.is_text and self._is_causal:
             return next_token_loss(feed["input_ids"], outputs, not_text=tokens_of_media(model))
         classes = None
         if is_pretrained(model):
@@ -121,26 +148,48 @@ class Calibrator:
     def windows(self, count: int | None = None) -> Tensor:
         """``(count, length)`` int64 token ids; of a short text, or given, there may be fewer.
 
+        Without a count, ``COUNT``, or all that were given.
+
         Raises:
             UsageError: the text cannot be read, is too short, or there is no tokenizer for it.
+            SamplingError: the model cannot sample text, which the user asked for.
         """
-        count = COUNT if count is None else count
         if isinstance(self.source, Tensor):
-            return self.source
-        length = window_length(self.checkpoint.skeleton())
+            return self.source[:count]
+        count = COUNT if count is None else count
         if self.source == SELF:
-            with out_of_memory("sampling text from the model", SPARING):
-                model = stored_model(self.checkpoint, self.on_progress)
-                with widened(model):
-                    return sample_windows(model, length, count, on_progress=self.on_progress)
+            return self._sample(count)
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:
+            instead = "'self'" if self._is_causal else "'random'"
             raise UsageError(
                 f"--calibrate {self.source}: {self.checkpoint.label} has no tokenizer; give token ids "
-                "(kbitc.compile(..., calibrate=ids)), or calibrate with 'self'"
+                f"(kbitc.compile(..., calibrate=ids)), or calibrate with {instead}"
             )
-        text, model = _read(Path(self.source)), self.checkpoint.skeleton()
-        return text_windows(tokenizer, text, length, count, label=str(self.source), model=model)
+        text, model, label = read_text(Path(self.source)), self.checkpoint.skeleton(), str(self.source)
+        length, has_ends = window_length(model), not self._is_causal
+        return text_windows(tokenizer, text, length, count, label, model, has_ends=has_ends)
+
+    def _sample(self, count: int) -> Tensor:
+        """The first windows of all that the model samples, in this run or an earlier one."""
+        from transformers import __version__ as transformers_version
+
+        number, length = max(count, self._number()), window_length(self.checkpoint.skeleton())
+        if number not in self._sampled:
+            key = self._digest(f"text {SEED}", str(number), str(length), transformers_version)
+            path = cache_folder() / "texts" / f"{key}.safetensors"
+            made = kept(path, lambda: {"ids": self._sample_anew(number, length)}, "Text that a model samples")
+            self._sampled[number] = made["ids"]
+        return self._sampled[number][:count]
+
+    def _number(self) -> int:
+        return max(COUNT, self.most or 0)
+
+    def _sample_anew(self, number: int, length: int) -> Tensor:
+        with out_of_memory("sampling text from the model", SPARING):
+            model = stored_model(self.checkpoint, self.on_progress)
+            with widened(model):
+                return sample_windows(model, length, number, on_progress=self.on_progress)
 
     def skeleton(self) -> nn.Module:
         """See `kbitc.graph.context.Calibration`."""
@@ -166,37 +215,26 @@ class Calibrator:
         ``options`` names whatever else the result depends on.
         """
         path = cache_folder() / "moments" / f"{self._key(options)}.safetensors"
-        try:
-            make_private(path.parent)
-            if path.exists():
-                check_private(path)
-                with contextlib.suppress(SourceError):  # damaged: it is measured and written again
-                    return read_tensors(path)
-        except (OSError, BackendUnavailable) as error:
-            _log.warning("%s. What calibration measures is not kept", error)
-            return measure()
-        measured = measure()
-        # A cache that cannot be written costs time, nothing else.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            scratch = Path(folder) / path.name
-            write_tensors(measured, scratch)
-            scratch.chmod(0o600)
-            scratch.replace(path)
-        return measured
+        return kept(path, measure, "What calibration measures")
 
     def _key(self, options: str) -> str:
-        if isinstance(self.source, Tensor):
-            text = digest_of_tensors({"ids": self.source})
-        elif self.source in {SELF, RANDOM}:
-            text = f"{self.source} {SEED}"
+        source = self._used
+        if isinstance(source, Tensor):
+            text = digest_of_tensors({"ids": source})
+        elif source in {SELF, RANDOM}:
+            text = f"{source} {SEED}"
+            text += f" of {self._number()}" if source == SELF and self._number() != COUNT else ""
             text += "" if self.inputs is None else _digest_of_inputs(self.inputs)
         else:
-            text = digest(_read(Path(self.source)).encode())
-        parts = [self.checkpoint.fingerprint(), text, str(COUNT), str(LENGTH), options]
+            text = digest(read_text(Path(source)).encode())
+        return self._digest(text, str(COUNT), str(LENGTH), options)
+
+    def _digest(self, *parts: str) -> str:
+        """Of the source, of parts, and of all that else makes numbers differ."""
         # Sums of float32 differ in their last bits between machines and counts of threads.
         machine = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
-        parts += [str(FORMAT), VERSION, torch.__version__, machine]
-        return digest("\0".join(parts).encode())[:24]
+        known = [self.checkpoint.fingerprint(), *parts, str(FORMAT), VERSION, torch.__version__, machine]
+        return digest("\0".join(known).encode())[:24]
 
 
 def make_calibrator(
@@ -206,6 +244,7 @@ def make_calibrator(
     *,
     is_wanted: bool,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> Calibrator | None:
     """The calibrator that was asked for; None for none.
 
@@ -213,17 +252,19 @@ def make_calibrator(
         checkpoint: of the model.
         calibrate: the user's choice.
         on_progress: told of long work.
-        is_wanted: what "auto" means: for a causal language model "self", for another model of transformers
-            or one with example inputs "random"; or "none".
+        is_wanted: what "auto" means: for a causal language model "self" (random inputs where that fails), for
+            another model of transformers or one with example inputs "random"; or "none".
         example_inputs: the user's; where they are more than text, what random inputs are like.
+        most: inputs that a pass will ask for at most; see `Calibrator`.
 
     Raises:
-        UsageError: text for a model that is no causal language model, random inputs for a module whose inputs
-            nobody knows, or bad token ids.
+        UsageError: text for a model that takes none, random inputs for a module whose inputs nobody knows, or
+            bad token ids.
     """
     model = checkpoint.skeleton()
     given = named_inputs(model, example_inputs)
     is_text = is_language_model(model) and (given is None or set(given) <= TEXT)
+    is_default = isinstance(calibrate, str) and calibrate == AUTO
     if isinstance(calibrate, str) and calibrate == AUTO:
         known = RANDOM if given is not None or is_pretrained(model) else NONE
         calibrate = (SELF if is_text else known) if is_wanted else NONE
@@ -238,16 +279,28 @@ def make_calibrator(
             )
         return Calibrator(checkpoint, RANDOM, on_progress, given)
     if not is_text:
-        raise UsageError(
-            f"--calibrate: {checkpoint.label} is no causal language model of transformers, or is given other "
-            "inputs than tokens, and calibration on text needs one; use --calibrate random"
-        )
+        _check_text(checkpoint, calibrate, given)
     if isinstance(calibrate, Tensor) and (calibrate.dim() != 2 or calibrate.dtype != torch.int64):
         raise UsageError(
             f"calibrate: expected int64 token ids of shape (windows, length), got {calibrate.dtype} of shape "
             f"{tuple(calibrate.shape)}"
         )
-    return Calibrator(checkpoint, calibrate, on_progress)
+    return Calibrator(checkpoint, calibrate, on_progress, most=most, is_default=is_default)
+
+
+def _check_text(checkpoint: Checkpoint, calibrate: Calibrate, given: Mapping[str, Any] | None) -> None:
+    """That a model which is no causal language model, or has inputs of its own, can have this text."""
+    is_self = isinstance(calibrate, str) and calibrate == SELF
+    if not is_self and (given is None or set(given) <= TEXT) and takes_text(checkpoint.skeleton()):
+        return
+    if is_self:
+        lacks, wants = "is no causal language model of transformers", "no other samples text"
+    else:
+        lacks, wants = "takes no token ids (input_ids, as models of transformers)", "text has nothing else"
+    raise UsageError(
+        f"--calibrate: {checkpoint.label} {lacks}, or is given other inputs than tokens, and {wants}; use "
+        "--calibrate random"
+    )
 
 
 def _digest_of_inputs(inputs: Mapping[str, Any]) -> str:
@@ -257,60 +310,9 @@ def _digest_of_inputs(inputs: Mapping[str, Any]) -> str:
     return digest("\n".join([*forms, digest_of_tensors(held)]).encode())
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text: {error}") from error
-
-
 def window_length(model: nn.Module) -> int:
     """Tokens of a window of text: ``LENGTH``, or what the model can take if that is less."""
     longest = usable_positions(model)
     if longest is None:
         return LENGTH
     return min(LENGTH, max(1, longest - (tokens_before(model) if is_pretrained(model) else 0)))
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether it is a causal language model of transformers: tokens in, next-token logits out."""
-    config: Any = getattr(model, "config", None)
-    can_generate = getattr(model, "can_generate", lambda: False)
-    if config is None or not is_pretrained(model) or getattr(config, "is_encoder_decoder", False):
-        return False
-    return bool(can_generate()) and hasattr(config.get_text_config(), "vocab_size") and _tells_tokens(model)
-
-
-def _tells_tokens(model: Any) -> bool:
-    """Whether its logits are of the tokens that it takes: what makes sound of text has them of codes."""
-    outputs = run_on_meta(model, {"input_ids": Shape((1, 2), torch.int64)})
-    logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor):
-        return model.get_output_embeddings() is not None  # it does not run on text alone
-    taken = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    return logits.shape[-1] in {model.config.get_text_config().vocab_size, taken}
-
-
-def text_windows(
-    tokenizer: Any,
-    text: str,
-    length: int,
-    count: int,
-    label: str = "the calibration text",
-    model: nn.Module | None = None,
-) -> Tensor:
-    """``(count, length)`` token ids, evenly spread over a text.
-
-    Raises:
-        UsageError: the text is shorter than one window.
-        SourceError: the tokenizer fails, or is not the model's, if that is given.
-    """
-    ids = token_ids(tokenizer, text, model)
-    available = len(ids) // length
-    if available == 0:
-        raise UsageError(
-            f"{label} has {len(ids)} tokens, fewer than one window of {length}; give a longer one"
-        )
-    picked = torch.arange(min(count, available)) * available // min(count, available)
-    windows: Tensor = ids[: available * length].view(available, length)[picked]
-    return windows

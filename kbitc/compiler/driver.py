@@ -148,6 +148,7 @@ def compile_to(
             manager,
             request.calibrate,
             is_measured=request.wants_moments(),
+            most=request.most_inputs,
             without=lambda: unmeasured(request),
             example_inputs=example_inputs,
             on_progress=on_progress,

@@ -23,6 +23,7 @@ from kbitc.pipeline.registry import Pass, name_of, provided
 from kbitc.planning.allocation import DEFAULT_BUDGET, check_budget
 from kbitc.quantizers import AUTO as ANY_QUANTIZER
 from kbitc.quantizers import find_quantizer
+from kbitc.replay import choice, ordered
 from kbitc.sensitivity.moments import MOMENTS
 
 
@@ -39,8 +40,9 @@ class Request:
             usual pipeline means the pass there, with its options.
         disabled: names of passes to leave out.
         calibrate: on what to measure what errors cost: "auto" (where a budget is to be spent, text that a
-            language model samples itself, random inputs of another model of transformers; otherwise nothing),
-            "self", "random", "none", a UTF-8 text file, or int64 token ids ``(windows, length)``.
+            language model samples itself, random inputs of another model of transformers or of one that
+            cannot sample; otherwise nothing), "self", "random", "none", a UTF-8 text file, or int64 token ids
+            ``(windows, length)``; text and ids for every model that takes them.
         agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
         quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and
             the plan to what is known of each weight.
@@ -83,13 +85,29 @@ class Request:
         is_open = bits is None and spec is None and plan is None
         return cls(DEFAULT_BUDGET if is_open else bits, spec, plan, **options)
 
-    def needs_moments(self) -> bool:
-        """Whether a quantizer that is named, here or in the plan, needs what calibration measures."""
+    @cached_property
+    def named_quantizers(self) -> frozenset[str]:
+        """The quantizers that are named, here or in the plan."""
         named = {self.quantizer}
         if self.quantizer == ANY_QUANTIZER and self.plan is not None:
             entries = self.rules["weights"].values()
             named = {str(entry.get("quantizer", "")) for entry in entries if isinstance(entry, Mapping)}
-        return any(MOMENTS in find_quantizer(name).requires for name in named - {"", ANY_QUANTIZER})
+        return frozenset(named - {"", ANY_QUANTIZER})
+
+    def needs_moments(self) -> bool:
+        """Whether a quantizer that is named needs what calibration measures."""
+        return any(MOMENTS in find_quantizer(name).requires for name in self.named_quantizers)
+
+    def most_inputs(self, parameters: int) -> int | None:
+        """How many inputs a quantizer may ask the calibration for; None for as many as measuring takes.
+
+        Args:
+            parameters: of the model.
+        """
+        is_open = not self.named_quantizers and parameters <= choice.LIMIT
+        if is_open or any(map(choice.goes_in_order, self.named_quantizers)):
+            return ordered.FITTED + ordered.HELD_OUT
+        return None
 
     def is_measured(self) -> bool:
         """Whether something is measured for it, if the model has something to measure on."""

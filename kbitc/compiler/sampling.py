@@ -7,19 +7,26 @@ distribution, at temperature 1, an end of text among them, after which the next 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kbitc.errors import KbitcError, SourceError, first_line
+from kbitc.errors import KbitcError, SourceError, first_line, is_shortage
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import as_text, tokens_of_media
 
 SEED = 0
 PROBED = 3  # tokens on which the ways of sampling are compared
 CLOSE = 1e-2  # of the logits' own spread: a state that is wrong is off by about 1
+TOGETHER = 16  # windows that are sampled at once, whatever memory their states take
+STATES = 1 << 30  # bytes of the states of more windows than these, of which each step reads all weights once
 INSTEAD = "calibrate on a text file (--calibrate TEXT), on random inputs (random), or not at all (none)"
+
+
+class SamplingError(SourceError):
+    """A model cannot sample text of its own."""
 
 
 @torch.no_grad()  # not inference_mode: autograd will look at what was sampled
@@ -38,7 +45,7 @@ def sample_windows(
         on_progress: told of each token.
 
     Raises:
-        SourceError: the model cannot generate, or its logits are not finite.
+        SamplingError: the model cannot generate, or its logits are not finite.
     """
     from transformers import GenerationConfig
 
@@ -62,7 +69,7 @@ def sample_windows(
             torch.manual_seed(seed)
             vocabulary = config.get_text_config().vocab_size
             first = as_text(torch.randint(vocabulary, (count, 1)), special, vocabulary)
-            size, chosen.use_cache = _trusted(generator, first)
+            size, chosen.use_cache = _trusted(generator, first, length)
             ids = torch.cat(
                 [
                     generator.generate(
@@ -77,21 +84,23 @@ def sample_windows(
     except KbitcError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise SourceError(
+        if is_shortage(error):
+            raise
+        raise SamplingError(
             f"{label}: its 'generate' fails ({type(error).__name__}: {first_line(error)}), so it cannot be "
             f"calibrated on text of its own; {INSTEAD}"
         ) from error
     finally:
         generator.generation_config = own
     if ids.shape != (count, length):
-        raise SourceError(
+        raise SamplingError(
             f"{label}: its 'generate' made {tuple(ids.shape)} tokens, not {(count, length)}; {INSTEAD}"
         )
     sampled: Tensor = ids
     return sampled
 
 
-def _trusted(model: Any, first: Tensor) -> tuple[int, bool]:
+def _trusted(model: Any, first: Tensor, length: int) -> tuple[int, bool]:
     """How many windows to sample at once, and whether with a cache.
 
     The quickest way that gives the logits of a whole forward, which not every model's own state does: RWKV's
@@ -100,7 +109,7 @@ def _trusted(model: Any, first: Tensor) -> tuple[int, bool]:
     probe = first[:2]
     count = len(first)
 
-    def follow(ids: Tensor, *, use_cache: bool) -> Tensor:
+    def follow(ids: Tensor, *, use_cache: bool) -> tuple[Tensor, Any]:
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -111,14 +120,39 @@ def _trusted(model: Any, first: Tensor) -> tuple[int, bool]:
             return_dict_in_generate=True,
         )
         logits: Tensor = torch.stack(out.logits, dim=1).float()
-        return logits
+        return logits, getattr(out, "past_key_values", None)
 
-    right = follow(probe, use_cache=False)
+    right, _ = follow(probe, use_cache=False)
     near = CLOSE * float(right.std())
-    if bool((follow(probe, use_cache=True) - right).abs().max() <= near):
-        return count, True
-    single = torch.cat([follow(each, use_cache=True) for each in probe.split(1)])
+    cached, state = follow(probe, use_cache=True)
+    if bool((cached - right).abs().max() <= near):
+        fitting = STATES // max(1, _state_bytes(state, length) // len(probe))
+        return min(count, max(TOGETHER, fitting)), True
+    single = torch.cat([follow(each, use_cache=True)[0] for each in probe.split(1)])
     return (1, True) if bool((single - right).abs().max() <= near) else (count, False)
+
+
+def _state_bytes(state: Any, length: int) -> int:
+    """Bytes of a cache once windows are full, by what it takes of those that were probed.
+
+    Keys and values grow with tokens, ``(windows, heads, tokens, size)``; other states stay as they are.
+    """
+    read = PROBED  # the first token and those that were made, of which nobody read the last
+    return sum(
+        each.nbytes * (length if each.dim() == 4 and each.shape[2] == read else read) // read
+        for each in _tensors_in(state)
+    )
+
+
+def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Of an object of any class: lists, dictionaries and attributes, as deep as caches are."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inner = value if isinstance(value, (list, tuple, dict)) else getattr(value, "__dict__", ())
+    parts = inner.values() if isinstance(inner, dict) else inner
+    for part in parts if depth else ():
+        yield from _tensors_in(part, depth - 1)
 
 
 class _Watched:
@@ -130,7 +164,7 @@ class _Watched:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         done = input_ids.shape[1] + 1
         if not bool((scores.amax(-1).isfinite()).all()):
-            raise SourceError(
+            raise SamplingError(
                 f"{self.label}: the logits of token {done} are not finite although its weights are, so "
                 f"nothing can be sampled from them; {INSTEAD}"
             )

@@ -6,6 +6,7 @@ that torch.compile found go through the same statements; they differ in what cap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -60,6 +61,7 @@ def run_passes(
     captured: Capture | None = None,
     example_inputs: Inputs = None,
     on_progress: Progress = silent,
+    most: Callable[[int], int | None] = lambda _: None,
 ) -> Run:
     """Capture an open source and run passes on it.
 
@@ -72,13 +74,20 @@ def run_passes(
         captured: makes the first program; by default the model's own.
         example_inputs: the user's; else inputs that fit the model are made.
         on_progress: told of long work.
+        most: how many inputs the calibration is asked for at most, of a model of so many stored values; None
+            for no more than measuring takes.
 
     Raises:
         UsageError: a calibration that the model cannot have, or what a pass says.
         SourceError: the model cannot be captured.
     """
     calibrator = make_calibrator(
-        checkpoint, calibrate, on_progress, is_wanted=is_measured, example_inputs=example_inputs
+        checkpoint,
+        calibrate,
+        on_progress,
+        is_wanted=is_measured,
+        example_inputs=example_inputs,
+        most=most(sum(math.prod(info.shape) for info in checkpoint.tensors().values())),
     )
     if calibrator is None:
         manager = manager.without(without())

@@ -35,11 +35,14 @@ class Calibration(Protocol):
 
     @property
     def is_text(self) -> bool:
-        """Whether inputs are text, whose next tokens are the outcomes; otherwise those are drawn."""
+        """Whether inputs are text; otherwise they are drawn."""
         ...
 
     def feeds(self, count: int | None = None) -> list[dict[str, Any]]:
-        """Keyword inputs, all of the same shapes: ``count`` at most, or as many as measuring takes."""
+        """Keyword inputs, all of the same shapes: ``count`` at most, or as many as measuring takes.
+
+        Of text that the model samples, fewer are the first of more.
+        """
         ...
 
     def skeleton(self) -> nn.Module:

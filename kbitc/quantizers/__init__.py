@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         find_quantizer,
         quantizer_names,
         settled_quantizer,
+        strongest_quantizer,
     )
     from kbitc.quantizers._tensors import quantize, quantize_weight
     from kbitc.sensitivity.evidence import Evidence
@@ -31,6 +32,7 @@ __all__ = [
     "quantize_weight",
     "quantizer_names",
     "settled_quantizer",
+    "strongest_quantizer",
 ]
 
 __getattr__, __dir__ = exports(

@@ -18,7 +18,7 @@ from kbitc.sensitivity.evidence import Evidence
 AUTO = "auto"
 """The strongest quantizer of `PREFERRED` for which there is evidence."""
 
-PREFERRED = ("weighted", "absmax")
+PREFERRED = ("feedback", "weighted", "absmax")
 
 QUANTIZERS = Registry("quantizer", "kbitc.quantizers", "QUANTIZER", KbitcError)
 
@@ -92,6 +92,11 @@ def choose_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:
             "is not known; calibrate (--calibrate self, random or TEXT), or choose another quantizer"
         )
     return name, quantizer
+
+
+def strongest_quantizer() -> Quantizer:
+    """The first of `PREFERRED`, whatever it needs."""
+    return find_quantizer(PREFERRED[0])
 
 
 def settled_quantizer(name: str, evidence: Evidence) -> tuple[str, Quantizer]:

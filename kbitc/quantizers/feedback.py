@@ -30,7 +30,8 @@ from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
 from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
 from kbitc.sensitivity.evidence import Evidence
-from kbitc.sensitivity.gram import GRAM, Gram, RowGroup
+from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
+from kbitc.sensitivity.moments import MOMENTS
 from kbitc.tensor.cores import side_by_side
 from kbitc.tensor.packing import Draft, draft
 
@@ -45,6 +46,7 @@ class Feedback:
 
     Attributes:
         target: fit the inputs of the partly quantized model, and not those of the source.
+        residual: and what the output is added to in it.
         search: search the scales; absmax otherwise.
         order: columns by falling second moment; as they stand otherwise.
         feedback: pass errors on; nearest codes otherwise.
@@ -55,6 +57,7 @@ class Feedback:
     """
 
     target: bool = True
+    residual: bool = True
     search: bool = True
     order: bool = True
     feedback: bool = True
@@ -63,14 +66,14 @@ class Feedback:
     damping: float = 0.05
     ridge: float = 0.01
 
-    requires: ClassVar[tuple[Fact[Any], ...]] = (GRAM,)
+    requires: ClassVar[tuple[Fact[Any], ...]] = (MOMENTS, GRAM)
 
     def quantize(self, weight: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         """See `kbitc.quantizers.Quantizer`."""
         groups = evidence.get(GRAM)
         assert groups is not None
         made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
-        parts = [self._target(made.rows[group.rows].float(), group.gram) for group in groups]
+        parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
         aimed = replace(made, rows=_scattered(parts, groups))
         if self.search:
             aimed = aimed.searched(_importance(groups, aimed))
@@ -86,16 +89,24 @@ class Feedback:
 
         return gram.once(("damped", *key), lambda: side_by_side(make, [gram])[0])
 
-    def _target(self, rows: Tensor, gram: Gram) -> Tensor:
+    def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
         """The rows that fit x^ best, as far as held-out tokens agree."""
+        gram = group.gram
         if not self.target or gram.cross is None:
             return rows
+        residual = group.residual if self.residual else None
         root = gram.once(
             ("root", self.damping), lambda: side_by_side(lambda gram: _root(gram, self.damping), [gram])[0]
         )
         difference = gram.cross - gram.inputs
-        way = torch.cat(_over_tiles(lambda tile: _shifted(tile @ difference, root), rows))
-        return way.mul_(_part(rows, way, gram.held_out or gram)).add_(rows)
+
+        def way(tile: slice) -> Tensor:
+            pulled = rows[tile] @ difference
+            return _solved(pulled if residual is None else pulled.add_(residual[tile]), root)
+
+        ways = torch.cat(side_by_side(way, _tiles(rows)))
+        judge = replace(group, residual=residual, held_out=group.held_out if self.residual else None)
+        return ways.mul_(_part(rows, ways, judge)).add_(rows)
 
 
 def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
@@ -109,52 +120,50 @@ def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
 
 
 def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
-    """``(groups, in_features)`` for the scale search: one for all rows, or one for each of equal groups."""
+    """``(groups, in_features)`` for the scale search: of each expert, or of all rows together."""
     every = torch.stack([group.gram.inputs.diagonal() for group in groups])
-    if len(groups) == 1 or made.lead.numel() != made.lead[-1]:
+    if made.lead.numel() != made.lead[-1]:
         return every
-    of_rows = torch.empty(made.rows.shape)
-    for group, own in zip(groups, every, strict=True):
-        of_rows[group.rows] = own
-    return of_rows
+    counts = torch.tensor([[float(len(group.rows))] for group in groups])
+    return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
 
 
 def _root(gram: Gram, damping: float) -> Tensor:
-    """Lower R with ``R R^T = H + l I``."""
+    """Lower R with ``R R^T = H + l I``, float64."""
     root: Tensor = torch.linalg.cholesky(damped(gram.inputs, damping))
     return root
 
 
-def _shifted(rows: Tensor, root: Tensor) -> Tensor:
+def _solved(rows: Tensor, root: Tensor) -> Tensor:
     """``rows (R R^T)^-1``."""
     return torch.cholesky_solve(rows.mT.double(), root).mT.float()
 
 
-def _part(rows: Tensor, way: Tensor, judge: Gram) -> float:
+def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
     """The a in [0, 1] of ``rows + a way`` that leaves least error on the judge's tokens."""
-    assert judge.cross is not None
-    inputs, cross = judge.inputs, judge.cross
 
     def sums(tile: slice) -> tuple[float, float]:
-        pushed = way[tile] @ inputs
-        falls = (way[tile] * (rows[tile] @ cross)).double().sum() - (pushed * rows[tile]).double().sum()
-        return float(falls), float((pushed * way[tile]).double().sum())
+        judged, own = judge.aims(rows[tile]), way[tile]
+        pushed = own @ judged.inputs
+        falls = (own * judged.wanted).double().sum() - (pushed * rows[tile]).double().sum()
+        return float(falls), float((pushed * own).double().sum())
 
-    parts = side_by_side(sums, [slice(start, start + TILE) for start in range(0, len(rows), TILE)])
+    parts = side_by_side(sums, _tiles(rows))
     falls, bends = (sum(part[i] for part in parts) for i in (0, 1))
     return min(1.0, max(0.0, falls / bends)) if bends > 0 else 0.0
 
 
-def _over_tiles(function: Any, rows: Tensor) -> list[Any]:
-    return side_by_side(function, rows.split(TILE))
+def _tiles(rows: Tensor) -> list[slice]:
+    return [slice(start, start + TILE) for start in range(0, len(rows), TILE)]
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows of one group."""
+    """Rows of one group, from its ``first`` on."""
 
     rows: Tensor
     group: int
+    first: int
 
 
 class _Work:
@@ -171,12 +180,20 @@ class _Work:
         self.options, self.source, self.aimed = options, source, aimed
         self.groups, self.against = groups, against
         self.tiles = [
-            _Tile(rows, i) for i, group in enumerate(groups) for rows in group.rows.split(TILE) if len(rows)
+            _Tile(group.rows[tile], i, tile.start)
+            for i, group in enumerate(groups)
+            for tile in _tiles(group.rows)
         ]
         self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
-        self.wanted = self._each(lambda i: self._judge(i).wanted(source[self.tiles[i].rows].float()))
+        self.judged = self._each(lambda i: self._judged(self.tiles[i]))
         refits = options.refit and options.polish > 0
         self.drawn = self._each(lambda i: self._against(i).moments @ self.targets[i]) if refits else []
+
+    def _judged(self, tile: _Tile) -> Judged:
+        group = self.groups[tile.group]
+        own = slice(tile.first, tile.first + len(tile.rows))
+        part = [None if all_ is None else all_[own] for all_ in (group.residual, group.held_out)]
+        return replace(group, residual=part[0], held_out=part[1]).aims(self.source[tile.rows].float())
 
     def packed(self) -> Packed:
         """The best that was found."""
@@ -199,11 +216,6 @@ class _Work:
 
     def _against(self, index: int) -> Damped:
         return self.against[self.tiles[index].group]
-
-    def _judge(self, index: int) -> Gram:
-        """Of held-out tokens where there are some."""
-        gram = self.groups[self.tiles[index].group].gram
-        return gram.held_out or gram
 
     def _grid(self, stored: _Stored, tile: _Tile) -> Grid:
         kept = self.aimed.outlier_index
@@ -251,7 +263,7 @@ class _Work:
 
     def _error(self, rounded: list[Rounded]) -> float:
         def one(index: int) -> float:
-            return float(self._judge(index).error_from(self.wanted[index], rounded[index].values.mT).sum())
+            return self.judged[index].error(rounded[index].values.mT)
 
         return sum(self._each(one))
 

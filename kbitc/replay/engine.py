@@ -24,7 +24,7 @@ from kbitc.sensitivity.streaming import each_expert
 from kbitc.system.stopping import WorkerPool
 from kbitc.tensor.cores import core_pool
 
-ROOM = 3 << 28  # bytes of values that wait in memory; more go to a file
+ROOM = 1 << 29  # bytes of values that wait in memory; more go to a file
 
 Dequantized = Callable[[str], Tensor | None]
 """A weight's packed values, with its input dimension last; None where it is to stay as the source has it."""
@@ -51,24 +51,31 @@ class Replay:
     dequantized: Dequantized | None = None
     room: int = ROOM
 
-    def run(self, outputs: Outputs | None = None, judged: Collection[int] = frozenset()) -> Iterator[Inputs]:
+    def run(
+        self,
+        outputs: Outputs | None = None,
+        judged: Collection[int] = frozenset(),
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Iterator[Inputs]:
         """Each stop with its inputs at hand; whoever iterates quantizes its weights before going on.
 
         Args:
             outputs: called at the end for some inputs, in their order. Without, nothing runs after the last
                 stop.
             judged: indices of those.
+            wanted: whether a weight is to be quantized; stops without such are passed by.
         """
-        cuts = sorted(stops(self.program), key=lambda stop: stop.position)
+        every = (stop for stop in stops(self.program) if any(map(wanted, stop.names)))
+        cuts = sorted(every, key=lambda stop: stop.position)
         nodes = list(self.program.graph.graph.nodes)
         last_use = _last_uses(nodes)
         shelf = Shelf(self.room)
         start = 0
-        every = range(len(self.feeds))
+        inputs = range(len(self.feeds))
         with core_pool() as pool:
             try:
                 for stop in cuts:
-                    shelf = self._step(pool, shelf, _Span(nodes, start, stop.position, last_use), every)
+                    shelf = self._step(pool, shelf, _Span(nodes, start, stop.position, last_use), inputs)
                     start = stop.position
                     yield Inputs(stop, shelf, pool)
                 if outputs is not None:

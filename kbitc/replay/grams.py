@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kbitc.replay.engine import Inputs
+from kbitc.replay.stops import added_to
+from kbitc.replay.values import Pair
 from kbitc.sensitivity.gram import Gram, gram_of
 from kbitc.sensitivity.streaming import expert_slices
 
@@ -30,6 +32,36 @@ def grams(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tup
         return _of_experts(inputs, fitted, held_out)
     parts = [_gram(inputs, _windows(inputs, indices)) for indices in (fitted, held_out) if indices]
     return (_joined(parts),)
+
+
+def residual(inputs: Inputs, name: str, indices: Sequence[int]) -> Tensor | None:
+    """``(rows, in_features)``: mean of (r - r^) x^T, r what a weight's output is added to; None of nothing.
+
+    Args:
+        inputs: at a stop.
+        name: one of its weights.
+        indices: of the inputs to take the mean over.
+    """
+    (read,) = (read for read in inputs.stop.reads if read.name == name)
+    node = added_to(read) if read.kind == "linear" else None
+    if node is None or not indices or not isinstance(inputs.value(indices[0], node), Pair):
+        return None
+
+    def difference(index: int) -> Tensor:
+        pair = inputs.value(index, node)
+        lost: Tensor = pair.source - pair.packed
+        return lost.flatten(0, -2)
+
+    tokens = sum(len(inputs.pair(index)[1]) for index in indices)
+    if difference(indices[0]).shape[0] != len(inputs.pair(indices[0])[1]):
+        return None  # broadcast over tokens
+
+    def part(start: int) -> Tensor:
+        columns = (difference(index)[:, start : start + WIDTH] for index in indices)
+        return gram_of(columns, (inputs.pair(index)[1] for index in indices)) / tokens
+
+    width = difference(indices[0]).shape[1]
+    return torch.cat([part.float() for part in inputs.pool.map(part, range(0, width, WIDTH))])
 
 
 def _joined(parts: Sequence[Gram]) -> Gram:

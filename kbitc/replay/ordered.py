@@ -7,7 +7,7 @@ run goes on with what it has: it replays, and packs what is left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from kbitc.formats.packed import Packed
 from kbitc.graph.program import Program
 from kbitc.quantizers import Evidence, settled_quantizer
 from kbitc.replay.engine import Inputs, Outputs, Replay
-from kbitc.replay.grams import grams
+from kbitc.replay.grams import grams, residual
 from kbitc.replay.stops import stops
 from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
 from kbitc.sensitivity.moments import MOMENTS
@@ -54,15 +54,14 @@ class InOrder:
         Args:
             outputs: see `Replay.run`; called for the held-out inputs.
         """
-        every = stops(self.traced)
-        later = {name for stop in every for name in stop.names if self._is_packed(name)}
-        for name in self._wanted():
-            if name not in later and self.known(name) is None:
+        later = {name for stop in stops(self.traced) for name in stop.names}
+        for name in filter(self._is_waiting, self.program.weights):
+            if name not in later:
                 moments = (self.program.get(MOMENTS) or {}).get(name)
                 rows = self.program.weights[name].rows
                 yield self._packed(name, None if moments is None else groups_of_moments(moments, rows))
         replay = Replay(self.traced, self.read, self.feeds, self._dequantized)
-        for inputs in replay.run(outputs, self.held_out):
+        for inputs in replay.run(outputs, self.held_out, self._is_waiting):
             yield from self._at(inputs)
 
     @property
@@ -78,11 +77,13 @@ class InOrder:
         return [(2 * i + 1) * len(self.feeds) // (2 * count) for i in range(count)]
 
     def _at(self, inputs: Inputs) -> Iterator[tuple[str, str, Packed]]:
-        names = [name for name in inputs.stop.names if self._is_packed(name) and self.known(name) is None]
-        if names:
-            own = grams(inputs, self.fitted, self.held_out)
-            for name in names:
-                yield self._packed(name, equal_groups(own, self.program.weights[name].rows))
+        own = grams(inputs, self.fitted, self.held_out)
+        for name in filter(self._is_waiting, inputs.stop.names):
+            groups = equal_groups(own, self.program.weights[name].rows)
+            if len(groups) == 1:
+                fitted, held_out = (residual(inputs, name, i) for i in (self.fitted, self.held_out))
+                groups = (replace(groups[0], residual=fitted, held_out=held_out),)
+            yield self._packed(name, groups)
 
     def _packed(self, name: str, groups: tuple[RowGroup, ...] | None) -> tuple[str, str, Packed]:
         assert self.program.plan is not None
@@ -93,13 +94,13 @@ class InOrder:
         data = self.program.weights[name].oriented(self.read(name))
         return name, used, quantizer.quantize(data, choice.spec, evidence)
 
-    def _wanted(self) -> list[str]:
-        return [name for name in self.program.weights if self._is_packed(name)]
-
     def _is_packed(self, name: str) -> bool:
         assert self.program.plan is not None
         choice = self.program.plan.weights.get(name)
         return choice is not None and not choice.spec.is_left_alone
+
+    def _is_waiting(self, name: str) -> bool:
+        return self._is_packed(name) and self.known(name) is None
 
     def _dequantized(self, name: str) -> Tensor | None:
         packed = self.known(name)

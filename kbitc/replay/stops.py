@@ -7,12 +7,21 @@ no such place; it is quantized before.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from kbitc.graph.program import CANONICAL, Program
+
+ADDITIONS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
+VIEWS = {
+    *(torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default),
+    *(torch.ops.aten.alias.default, torch.ops.aten.clone.default, torch.ops.aten.contiguous.default),
+    *(torch.ops.aten.dropout.default, torch.ops.aten.to.dtype),
+}
 
 
 @dataclass(frozen=True)
@@ -87,3 +96,18 @@ def stops(program: Program) -> list[Stop]:
             rest = read.node.args[2:] if read.kind == "grouped_linear" else ()
             groups.setdefault((read.kind, read.node.args[0], *rest), []).append(read)
     return [Stop(tuple(own), order[own[0].node]) for own in groups.values()]
+
+
+def added_to(read: WeightRead) -> fx.Node | None:
+    """The node whose value a read's output is added to, with no more than views between; None for none."""
+    node = read.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in ADDITIONS:
+            first, second = user.args[:2]
+            other = second if first is node else first
+            return other if isinstance(other, fx.Node) and other is not node else None
+        if user.target not in VIEWS or user.args[0] is not node:
+            return None
+        node = user
+    return None

@@ -5,7 +5,8 @@ partly quantized model. With H = E[x^ x^T] and C = E[x x^T-hat], the squared err
 
     E (w x - q x^)²  =  q H q^T - 2 w C q^T + w E[x x^T] w^T
 
-says all that there is to say of codes q for w; its last term depends on no choice.
+(and with what the output is added to, r in the source model and r^ in the other, w C + E[(r - r^) x^T] in the
+place of w C) says all that there is to say of codes q for w; its last term depends on no choice.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from kbitc.sensitivity.moments import Moments
 
 T = TypeVar("T")
 
-BUCKETS = (
-    8  # mixtures of a look-up's and the logits' moments that the rows of a tied embedding are sorted into
-)
+BUCKETS = 8
+"""Mixtures of a look-up's and the logits' moments that the rows of a tied embedding are sorted into."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,12 @@ class Gram:
         cross: the same of x x^T, rows the source's; None where both inputs are one.
         tokens: how many tokens the means are of.
         held_out: the same of tokens that nothing is fitted to; None without.
-        residual: ``(rows, in_features)`` float32: mean of (r - r^) x^T, where the output is added to r; None
-            where it is added to nothing, or r and r^ are one.
     """
 
     inputs: Tensor
     cross: Tensor | None = None
     tokens: int = 0
     held_out: Gram | None = None
-    residual: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -54,24 +51,6 @@ class Gram:
         made: T = self._made[key]
         return made
 
-    def error(self, weight: Tensor, back: Tensor) -> Tensor:
-        """``(rows,)`` float64: the squared error of each row's output, up to what no choice changes.
-
-        Args:
-            weight: ``(rows, in_features)`` float32, of the source.
-            back: the same as it is dequantized.
-        """
-        return self.error_from(self.wanted(weight), back)
-
-    def wanted(self, weight: Tensor) -> Tensor:
-        """``(rows, in_features)`` float32: mean of the source's output times x^, which errors go by."""
-        wanted = weight @ (self.inputs if self.cross is None else self.cross)
-        return wanted if self.residual is None else wanted + self.residual
-
-    def error_from(self, wanted: Tensor, back: Tensor) -> Tensor:
-        """What :meth:`error` says of ``back``, where what is :meth:`wanted` is known already."""
-        return ((back @ self.inputs - 2 * wanted) * back).double().sum(-1)
-
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -80,10 +59,45 @@ class RowGroup:
     Attributes:
         rows: ``(count,)`` int64 indices, experts' rows one after another.
         gram: the moments.
+        residual: ``(count, in_features)`` float32: mean of (r - r^) x^T, where the rows' outputs are added to
+            r in the source model and to r^ in the packed one; None where they are added to nothing.
+        held_out: the same of tokens that nothing is fitted to.
     """
 
     rows: Tensor
     gram: Gram
+    residual: Tensor | None = None
+    held_out: Tensor | None = None
+
+    def aims(self, weight: Tensor) -> Judged:
+        """What held-out tokens say of the rows, given them as the source has them, float32."""
+        gram, residual = self.gram, self.residual
+        if gram.held_out is not None:
+            gram, residual = gram.held_out, self.held_out
+        wanted = weight @ (gram.inputs if gram.cross is None else gram.cross)
+        return Judged(gram.inputs, wanted if residual is None else wanted + residual)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Moments by which rows are judged.
+
+    Attributes:
+        inputs: H of the judging tokens.
+        wanted: ``(rows, in_features)``: mean of (w x + r - r^) x^T.
+    """
+
+    inputs: Tensor
+    wanted: Tensor
+
+    def error(self, back: Tensor, part: slice | Tensor = slice(None)) -> float:
+        """Squared error of the outputs of some rows, summed, up to what no choice changes.
+
+        Args:
+            back: ``(count, in_features)``, as they are dequantized.
+            part: which rows they are.
+        """
+        return float((((back @ self.inputs) - 2 * self.wanted[part]) * back).double().sum())
 
 
 GRAM: Fact[Mapping[str, tuple[RowGroup, ...]]] = Fact("gram")

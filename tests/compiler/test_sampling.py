@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as T  # noqa: N812
 
 from kbitc.checkpoint import open_checkpoint
+from kbitc.checkpoint.base import TensorInfo
 from kbitc.checkpoint.dense import dense_model
 from kbitc.compiler.calibrator import Calibrator
-from kbitc.compiler.sampling import sample_windows
-from kbitc.compiler.stored_model import stored_model, widened
+from kbitc.compiler.sampling import SamplingError, sample_windows
+from kbitc.compiler.stored_model import _held, _Unread, stored_model, widened
 from kbitc.errors import MemoryShortage, SourceError, UsageError, out_of_memory
 from kbitc.graph.example_inputs import InputMaker
 
@@ -102,17 +104,30 @@ def half(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("held", "share"), [(0, 1.0), (100_000, 1.2), (1 << 28, 2.0)])
-def test_what_is_beyond_the_room_stays_as_stored_and_numbers_are_those_of_float32(
-    half, held, share, monkeypatch
-):
+def in_memory(model):
+    """Bytes of a model's parameters, those that lie in the source left out."""
+    return sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("held", "kept", "most"),
+    [
+        (0, 0, 0.01),
+        (0, 1 << 40, 1.0),
+        (100_000, 400_000, 0.4),
+        (100_000, 1 << 40, 1.2),
+        (1 << 28, 1 << 40, 2.0),
+    ],
+)
+def test_memory_is_bounded_and_numbers_are_those_of_float32(half, held, kept, most, monkeypatch):
     monkeypatch.setattr("kbitc.compiler.stored_model.HELD", held)
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", kept)
     monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 1 << 12)
     ids = torch.arange(12)[None]
     with open_checkpoint(half) as checkpoint:
         stored = sum(info.nbytes for info in checkpoint.tensors().values())
         model = stored_model(checkpoint)
-        assert sum(p.numel() * p.dtype.itemsize for p in model.parameters()) <= share * stored
+        assert in_memory(model) <= most * stored
         with torch.no_grad(), widened(model):
             got = model(input_ids=ids).logits
         with torch.no_grad():
@@ -121,12 +136,105 @@ def test_what_is_beyond_the_room_stays_as_stored_and_numbers_are_those_of_float3
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mixtral", "llama", "qwen3_next", "mamba"])
+def test_what_is_sampled_does_not_depend_on_what_is_held(name, dtype, tiny_model, tmp_path, monkeypatch):
+    """Convolutions, experts, tied heads, transposed weights: each is read wherever it is used."""
+    torch.manual_seed(0)
+    (MODELS[name]() if name in MODELS else tiny_model(name)).to(dtype).save_pretrained(tmp_path)
+    monkeypatch.setattr("kbitc.compiler.stored_model.HELD", 0)
+    monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 300)  # some rows
+    sampled = []
+    for kept in (0, 20_000, 1 << 40):
+        monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", kept)
+        with open_checkpoint(tmp_path) as checkpoint:
+            model = stored_model(checkpoint)
+            unread = sum(isinstance(p, _Unread) for p in model.parameters())
+            with widened(model):
+                sampled.append((unread, sample_windows(model, 9, 3)))
+    assert len(list(model.parameters())) == sampled[0][0] > sampled[1][0] > sampled[2][0] == 0
+    assert torch.equal(sampled[0][1], sampled[2][1])
+    assert torch.equal(sampled[1][1], sampled[2][1])
+
+
+def test_a_weight_that_was_not_read_gives_no_numbers(half, monkeypatch):
+    """Not those of another weight, nor zeros: sampling refuses what is not finite."""
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", 0)
+    with open_checkpoint(half) as checkpoint:
+        model = stored_model(checkpoint)
+        weight = model.lm_head.weight
+        with widened(model):
+            assert weight.shape == (700, 256)
+            assert weight.dtype is torch.float16
+            assert torch.equal(weight.data.clone(), checkpoint.read("lm_head.weight"))
+            assert torch.equal(weight[3], checkpoint.read("lm_head.weight")[3])
+            ids, table = torch.tensor([[699, 0], [3, 3]]), model.model.embed_tokens.weight
+            wanted = F.embedding(ids, checkpoint.read("model.embed_tokens.weight"), max_norm=0.1)
+            assert torch.equal(F.embedding(ids, table, max_norm=0.1), wanted.float())
+            assert torch.equal(F.embedding(ids, weight=table, max_norm=0.1), wanted.float())
+        with pytest.raises(SamplingError, match="logits of token 2 are not finite"):
+            sample_windows(model.float(), 8, 2)  # without `widened`
+
+
+def test_what_is_held(monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.stored_model.HELD", 100)
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", 600)
+    half, single, whole = (torch.float16, torch.float32, torch.int64)
+    sizes = {
+        "a": (90, half),
+        "b": (20, half),
+        "c": (10, half),
+        "d": (50, single),
+        "e": (30, single),
+        "f": (9, whole),
+    }
+    infos = {name: TensorInfo.of((size,), dtype) for name, (size, dtype) in sizes.items()}
+    # 400 bytes of a and c, widened; 40 of b as it is; 120 of e, d has no room. Integers are always held.
+    assert _held(infos) == {"a": True, "c": True, "b": False, "e": False, "f": False}
+
+
+def test_states_of_many_windows_are_bounded(monkeypatch):
+    """Each window follows from its own tokens, however many are sampled at once."""
+    torch.manual_seed(0)
+    model = sharp(T.LlamaForCausalLM(T.LlamaConfig(**SIZES, **HEADS)))
+    whole = sample_windows(model, 16, 7)
+    own, batches = model.generate, []
+
+    def generate(input_ids, **options):
+        batches.append(len(input_ids))
+        return own(input_ids=input_ids, **options)
+
+    model.generate = generate
+    window = 2 * 2 * 32 * 16 * 4  # keys and values of two layers of 32 values in float32
+    monkeypatch.setattr("kbitc.compiler.sampling.TOGETHER", 2)
+    monkeypatch.setattr("kbitc.compiler.sampling.STATES", 3 * window)
+    ids = sample_windows(model, 16, 7)
+    assert batches[-3:] == [3, 3, 1]
+    assert torch.equal(ids[:, 0], whole[:, 0])
+    with torch.no_grad():
+        likeliest = model(input_ids=ids).logits[:, :-1].argmax(-1)
+    assert float((likeliest == ids[:, 1:]).float().mean()) > 0.8
+    monkeypatch.setattr("kbitc.compiler.sampling.TOGETHER", 7)
+    assert torch.equal(sample_windows(model, 16, 7), whole)
+
+
 def test_a_module_in_memory_is_not_copied(tiny_model):
     model = tiny_model("llama")
     with open_checkpoint(model) as checkpoint:
         shared = stored_model(checkpoint)
     own = dict(model.named_parameters())
     assert all(p.data_ptr() == own[name].data_ptr() for name, p in shared.named_parameters())
+
+
+def test_a_weight_that_is_not_held_is_checked_too(tiny_model, monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.stored_model.KEPT", 0)
+    monkeypatch.setattr("kbitc.compiler.stored_model.PIECE", 100)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, 5] = float("inf")
+    with open_checkpoint(model) as checkpoint:
+        with pytest.raises(UsageError, match=r"^model.layers.1.mlp.up_proj.weight: holds a NaN or infinite"):
+            stored_model(checkpoint)
 
 
 @pytest.mark.parametrize("source", ["self", "random", torch.zeros(1, 8, dtype=torch.int64)])
@@ -140,16 +248,21 @@ def test_a_weight_that_is_not_a_number_is_named(source, tiny_model):
         kbitc.compile(model, bits=6, calibrate=source)
 
 
-def test_memory_that_ends_is_one_error_that_says_what_to_do(tiny_model, monkeypatch):
+def test_memory_that_ends_is_one_error_that_says_what_to_do(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(MemoryShortage, match=r"memory ended while dreaming \(.*\); wake up"):
         with out_of_memory("dreaming", "wake up"):
             torch.empty(1 << 58)
     with pytest.raises(RuntimeError, match="other"), out_of_memory("dreaming", "wake up"):
         raise RuntimeError("other")
 
-    def no_room(*_):
+    def no_room(*_, **__):
         torch.empty(1 << 58)
 
+    model = tiny_model("llama")
+    model.generate = no_room
+    with pytest.raises(RuntimeError, match="memory"):  # not that the model cannot generate
+        sample_windows(model, 8, 2)
+    monkeypatch.setattr("kbitc.compiler.calibrator.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("kbitc.compiler.calibrator.stored_model", no_room)
     with open_checkpoint(tiny_model("llama")) as checkpoint:
         with pytest.raises(MemoryShortage, match=r"sampling text from the model.*--calibrate none"):

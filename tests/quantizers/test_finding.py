@@ -28,7 +28,7 @@ BARE = Evidence("layers.3.weight")
 
 
 def test_names_are_the_files_of_the_room():
-    assert quantizer_names() == ["absmax", "weighted"]
+    assert quantizer_names() == ["absmax", "feedback", "weighted"]
     assert find_quantizer("absmax") == Absmax()
     assert find_quantizer("weighted") == Weighted()
 
@@ -52,7 +52,7 @@ def test_another_package_adds_its_own_by_an_entry_point(monkeypatch):
     monkeypatch.setattr("kbitc.pipeline.registry.entry_points", lambda group: [Point()])
     find_quantizer.cache_clear()
     try:
-        assert quantizer_names() == ["absmax", "half_of_it", "weighted"]
+        assert quantizer_names() == ["absmax", "feedback", "half_of_it", "weighted"]
         packed = quantize_weight(weight, "nf4:64", quantizer="half_of_it")
     finally:
         find_quantizer.cache_clear()
