@@ -91,6 +91,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     calibrate: str | Path | Tensor = "auto",
     agree: str = "",
     quantizer: str = "auto",
+    equalize: str = "off",
+    rotate: str = "off",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Compile a model to k-bit weights.
@@ -113,6 +115,9 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
             keys and values; gate and up), "role" for those at one place of every layer.
         quantizer: what chooses scales and codes: a name (``kbitc.quantizers``), or "auto": what the plan
             says, and "weighted" where something was measured, "absmax" elsewhere.
+        equalize: scale features between weights, a change of weights that leaves the function as it is:
+            "off", "on", or "auto": if inputs that are held out say that it helps.
+        rotate: the same of turning the residual stream.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know, or in place of those that are made from a config. Where they are more than text,
             errors are measured on them: noise stands for floats of one value throughout, as of
@@ -146,6 +151,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         calibrate=calibrate,
         agree=agree,
         quantizer=quantizer,
+        equalize=equalize,
+        rotate=rotate,
     )
     target = None if out is None else LocalPath(out)
     if isinstance(model, torch_nn.Module):

@@ -27,15 +27,13 @@ from kbitc.errors import UsageError
 from kbitc.graph import weight_reads
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.facts import Fact
+from kbitc.graph.feature_flow import SCALES, SHIFT
 from kbitc.graph.program import CANONICAL, Program, Stage
 from kbitc.graph.weight_reads import keeps_features, op_name, reads_of, value_of
 from kbitc.pipeline.records import Fired
 from kbitc.sensitivity.moments import MOMENTS
 
 FACT: Fact[Fired] = Fact("fold_norms")
-SCALES = {"aten.mul": (0, 1), "aten.layer_norm": (2,), "aten.rms_norm": (2,)}
-"""Calls that multiply by a parameter, and which of their arguments that is."""
-SHIFT = 3  # the argument of aten.layer_norm that is added
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +36,7 @@ from kbitc.sensitivity.moments import (
     to_tensors,
 )
 from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
+from kbitc.tensor.cores import core_pool
 
 MAGNITUDE = 6.0
 
@@ -81,31 +81,25 @@ class MeasureMoments:
     def _measure(self, program: Program, source: Calibration) -> dict[str, Moments]:
         feeds = source.feeds()
         traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
-        sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
-        seen: dict[str, _Seen] = {}
-        watch = partial(_watch, program, sums, seen, self.magnitude)
         read = program.as_stored(source.read)
-        streamed: Streamed | EagerStreamed = (
-            EagerStreamed(program, source.skeleton(), read, watch)
-            if traced.untraced
-            else Streamed(traced, read, watch)
-        )
-        tokens = 0
-        for i, feed in enumerate(feeds):
+        eager = EagerStreamed(program, source.skeleton(), read) if traced.untraced else None
+
+        def one(job: tuple[int, dict[str, Any]]) -> _Notes:
+            notes = _Notes(program, self.magnitude)
+            streamed = Streamed(traced, read, notes.watch) if eager is None else eager.watched_by(notes.watch)
             with torch.enable_grad():
-                outputs = _outputs(streamed, feed)
-                source.loss(feed, outputs, i).backward()
-            tokens += positions(outputs)
-            del outputs
-            program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
-        return {
-            name: replace(
-                _moments(own, tokens, is_text=source.is_text),
-                reach=seen[name].reach() if name in seen else None,
-            )
-            for name, own in sums.items()
-            if any(use.rows.any() for use in own.values())  # of the others nothing reaches the loss
-        }
+                outputs = _outputs(streamed, job[1])
+                source.loss(job[1], outputs, job[0]).backward()
+            notes.tokens = positions(outputs)
+            return notes
+
+        every = _Notes(program, self.magnitude)
+        # Inputs side by side, one core each; a model that runs itself is one, and takes one at a time.
+        with core_pool(None if eager is None else 1) as pool:
+            for i, notes in enumerate(pool.map(one, enumerate(feeds))):
+                every.add(notes)
+                program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
+        return every.moments(is_text=source.is_text)
 
 
 class _Failed(Exception):
@@ -138,6 +132,14 @@ class _Sums:
         by_row, by_column, energy = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         gram = torch.zeros(columns, columns, dtype=torch.float64) if is_full else None
         return _Sums(by_row, by_column, energy, gram)
+
+    def merge(self, other: _Sums) -> None:
+        """Add those of another input."""
+        self.rows += other.rows
+        self.columns += other.columns
+        self.energy += other.energy
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
         """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
@@ -173,47 +175,82 @@ class _Seen:
             self.counts = self.counts + (size >= self.magnitude).sum(0)
             self.tokens += len(size)
 
+    def merge(self, other: _Seen) -> None:
+        """Add those of another input."""
+        if isinstance(other.peaks, Tensor):
+            self.peaks = other.peaks.clamp_min(self.peaks)
+            self.counts = self.counts + other.counts
+            self.tokens += other.tokens
+
     def reach(self) -> Reach | None:
         if not isinstance(self.peaks, Tensor) or not isinstance(self.counts, Tensor):
             return None
         return Reach(self.peaks, (self.counts / self.tokens).float(), self.magnitude)
 
 
-def _watch(
-    program: Program,
-    sums: dict[str, dict[str, _Sums]],
-    seen: dict[str, _Seen],
-    magnitude: float,
-    name: str,
-    kind: str,
-    given: Any,
-    out: Tensor,
-) -> None:
-    """Note the input of a use, and arrange that the gradient of its output is noted in the backward pass."""
-    is_turned, kind = kind.startswith(TURNED), kind.removeprefix(TURNED)
-    if kind != "embedding" and not is_turned:
-        x = given[0] if kind == "grouped_linear" else given
-        seen.setdefault(name, _Seen(magnitude)).add(x.detach())
-    weight = program.weights[name]
-    lead = weight.matrix[0] if len(weight.matrix) == 3 else 1
-    sizes = (weight.rows // lead, weight.in_features)
-    size = sizes[::-1] if is_turned else sizes
-    is_full = "embedding" in weight.kinds and lead == 1 and not is_turned
-    own = sums[name].setdefault(TURNED + kind if is_turned else kind, _Sums.of(lead, *size, is_full=is_full))
+class _Notes:
+    """What one input, or all of them, say of every weight."""
 
-    def note(grad: Tensor) -> None:
-        grad = grad.detach().flatten(0, -2)
-        if kind == "embedding":
-            own.look_up(given.flatten(), grad)
-        elif kind == "linear":
-            own.add(0, given.detach().flatten(0, -2), grad)
-        else:
-            x, offsets = given
-            for expert, tokens in expert_slices(offsets):
-                if tokens.stop > tokens.start:
-                    own.add(expert, x[tokens].detach(), grad[tokens])
+    def __init__(self, program: Program, magnitude: float) -> None:
+        self.program = program
+        self.magnitude = magnitude
+        self.sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
+        self.seen: dict[str, _Seen] = {}
+        self.tokens = 0
 
-    out.register_hook(note)
+    def add(self, other: _Notes) -> None:
+        """Those of another input."""
+        self.tokens += other.tokens
+        for name, uses in other.sums.items():
+            for kind, sums in uses.items():
+                if kind in self.sums[name]:
+                    self.sums[name][kind].merge(sums)
+                else:
+                    self.sums[name][kind] = sums
+        for name, seen in other.seen.items():
+            self.seen.setdefault(name, _Seen(self.magnitude)).merge(seen)
+
+    def moments(self, *, is_text: bool) -> dict[str, Moments]:
+        """Of the weights that the loss depends on."""
+        return {
+            name: replace(
+                _moments(own, self.tokens, is_text=is_text),
+                reach=self.seen[name].reach() if name in self.seen else None,
+            )
+            for name, own in self.sums.items()
+            if any(use.rows.any() for use in own.values())  # of the others nothing reaches the loss
+        }
+
+    def watch(self, name: str, kind: str, given: Any, out: Tensor) -> None:
+        """Note the input of a use, and arrange that its output's gradient is noted in the backward pass."""
+        is_turned, kind = kind.startswith(TURNED), kind.removeprefix(TURNED)
+        if kind != "embedding" and not is_turned:
+            x = given[0] if kind == "grouped_linear" else given
+            self.seen.setdefault(name, _Seen(self.magnitude)).add(x.detach())
+        own = self._sums(name, kind, is_turned=is_turned)
+
+        def note(grad: Tensor) -> None:
+            grad = grad.detach().flatten(0, -2)
+            if kind == "embedding":
+                own.look_up(given.flatten(), grad)
+            elif kind == "linear":
+                own.add(0, given.detach().flatten(0, -2), grad)
+            else:
+                x, offsets = given
+                for expert, tokens in expert_slices(offsets):
+                    if tokens.stop > tokens.start:
+                        own.add(expert, x[tokens].detach(), grad[tokens])
+
+        out.register_hook(note)
+
+    def _sums(self, name: str, kind: str, *, is_turned: bool) -> _Sums:
+        weight = self.program.weights[name]
+        lead = weight.matrix[0] if len(weight.matrix) == 3 else 1
+        sizes = (weight.rows // lead, weight.in_features)
+        rows, columns = sizes[::-1] if is_turned else sizes
+        is_full = "embedding" in weight.kinds and lead == 1 and not is_turned
+        made = _Sums.of(lead, rows, columns, is_full=is_full)
+        return self.sums[name].setdefault(TURNED + kind if is_turned else kind, made)
 
 
 def _moments(uses: dict[str, _Sums], tokens: int, *, is_text: bool) -> Moments:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
         "kbitc compile ./SmolLM2-135M --bits 4 --agree input",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
-        "kbitc compile ./SmolLM2-135M --bits 4 --quantizer absmax",
+        "kbitc compile ./SmolLM2-135M --bits 4 --quantizer weighted",
+        "kbitc compile ./SmolLM2-135M --bits 3 --quantizer 'feedback(no-target)'",
+        "kbitc compile ./SmolLM2-135M --bits 3 --equalize on",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
         "kbitc compile ./whisper-tiny --bits 4 --example-inputs sound.safetensors",
         "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
@@ -72,6 +74,21 @@ def compile(  # noqa: A001  # the command's name, and its options
             "weighted where something was measured and absmax elsewhere.",
         ),
     ] = "auto",
+    equalize: Annotated[
+        str,
+        typer.Option(
+            metavar="off|on|auto",
+            help="Scale features between weights, which changes no function and costs nothing at run time. "
+            "auto: if inputs that are held out say that it helps.",
+        ),
+    ] = "off",
+    rotate: Annotated[
+        str,
+        typer.Option(
+            metavar="off|on|auto",
+            help="The same of turning the residual stream, where the head is not tied to the embedding.",
+        ),
+    ] = "off",
     example_inputs: Annotated[
         Path | None,
         typer.Option(
@@ -122,6 +139,8 @@ def compile(  # noqa: A001  # the command's name, and its options
         calibrate=calibrate,
         agree=agree,
         quantizer=quantizer,
+        equalize=equalize,
+        rotate=rotate,
     )
     page = None
     if passes_html is not None:
@@ -202,6 +221,9 @@ def _print_result(result: Result) -> None:
         f"{result.payload_bytes / 1e6:,.2f} MB of tensors; the source: {result.source_bytes / 1e6:,.2f} MB "
         f"({result.source_bytes / result.payload_bytes:.2f} times)"
     )
+    for trial in result.trials:
+        passes = " and ".join(trial.transforms) or "no change"
+        console.out.print(f"tried with {passes}: {trial.divergence:.4g} from the source on held-out inputs")
     note = untraced_note(program, result.skipped)
     if note:
         console.out.print(f"[yellow]not traced[/]: {escape(note)}", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +31,7 @@ from kbitc.compiler.lowering import lower
 from kbitc.compiler.modules import packed_weights, plan_module, with_packed
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Inputs, Manage, run_passes
+from kbitc.compiler.transform_trials import Trial, settled
 from kbitc.errors import out_of_memory
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.program import Program
@@ -61,6 +62,7 @@ class Result:
         fusions: what fusion and clean-up passes did and left, by the pass.
         seconds: wall time by phase.
         skipped: names of the passes that were left out, since the model could not be traced.
+        trials: of passes that were made as far as held-out inputs gain by them.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Result:
     fusions: Mapping[str, Fired] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def bits_per_param(self) -> float:
@@ -95,6 +98,7 @@ class Result:
             "untraced": program.untraced or None,
             "skipped": list(self.skipped),
             "fusions": {name: record.to_json() for name, record in self.fusions.items()},
+            "trials": [asdict(trial) for trial in self.trials],
         }
 
 
@@ -143,6 +147,12 @@ def compile_to(
         started = perf_counter()
         checkpoint = stack.enter_context(open_checkpoint(source))
         seconds = {"open": perf_counter() - started}
+        started = perf_counter()
+        asked = request
+        request, trials = settled(asked, checkpoint, example_inputs=example_inputs, on_progress=on_progress)
+        if request is not asked:
+            manager = manage(pipeline_of(request))
+            seconds["try"] = perf_counter() - started
         run = run_passes(
             checkpoint,
             manager,
@@ -169,6 +179,7 @@ def compile_to(
             records(lowered),
             seconds,
             skipped_passes(lowered),
+            trials,
         )
         if claim is None:
             return result
@@ -203,6 +214,7 @@ def _writer(
         "torch": torch.__version__,
         "calibration": program.get(CALIBRATION),
         "changed": sorted(name for changes in program.changes for name in changes),
+        "changes": {name: record.digest for name, record in records(program).items()},
         "packed": {
             name: [digest_of_tensor(tensor) for tensor in stored_tensors(packed).values()]
             for name, packed in program.packed.items()

@@ -15,6 +15,7 @@ from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Capture, Inputs, run_passes
+from kbitc.compiler.transform_trials import settled
 from kbitc.formats.packed import Packed
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
@@ -33,11 +34,12 @@ def plan_module(
             default the whole module's, traced on the inputs.
         example_inputs: the user's, to trace and measure on; else such that fit the module.
     """
-    manager = PassManager(pipeline_of(request))
+    pipeline_of(request)  # what is wrong with the request is said before the module is looked at
     with open_checkpoint(module) as checkpoint:
+        request, _ = settled(request, checkpoint, captured=captured, example_inputs=example_inputs)
         run = run_passes(
             checkpoint,
-            manager,
+            PassManager(pipeline_of(request)),
             request.calibrate,
             is_measured=request.wants_moments(),
             most=request.most_inputs,

@@ -6,8 +6,11 @@ model turns out to have nothing to measure on, :func:`unmeasured` says which of 
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ from kbitc.quantizers import AUTO as ANY_QUANTIZER
 from kbitc.quantizers import find_quantizer
 from kbitc.replay import choice, ordered
 from kbitc.sensitivity.moments import MOMENTS
+
+OFF, ON, AS_MEASURED = "off", "on", "auto"
+TRANSFORMS = ("rotate", "equalize")
+"""Passes that change weights and not the function, in their order; each is an attribute of a request."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ class Request:
         agree: weights that a budget's plan gives one spec, see `kbitc.passes.allocate_bits.AllocateBits`.
         quantizer: name of what packs the weights, see `kbitc.quantizers`; "auto" leaves it to the plan, and
             the plan to what is known of each weight.
+        equalize: scale features between weights, see `kbitc.passes.equalize`: "off", "on", or "auto": as
+            held-out inputs say, see `kbitc.compiler.transform_trials`.
+        rotate: the same of turning the residual stream, see `kbitc.passes.rotate`.
     """
 
     bits: float | None = None
@@ -57,6 +67,8 @@ class Request:
     calibrate: Calibrate = AUTO
     agree: str = ""
     quantizer: str = ANY_QUANTIZER
+    equalize: str = OFF
+    rotate: str = OFF
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -72,6 +84,12 @@ class Request:
             raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
         if self.quantizer != ANY_QUANTIZER:
             find_quantizer(self.quantizer)
+        for name in TRANSFORMS:
+            mode = getattr(self, name)
+            if mode not in (OFF, ON, AS_MEASURED):
+                raise UsageError(f"--{name}: {did_you_mean('choice', mode, (OFF, ON, AS_MEASURED))}")
+            if mode != OFF and self.passes is not None:
+                raise UsageError(f"--{name} is for the usual passes; name '{name}' among --passes instead")
 
     @classmethod
     def of(
@@ -117,7 +135,11 @@ class Request:
 
     def wants_moments(self) -> bool:
         """Whether measuring is worth its time where the user says nothing of it."""
-        return self.bits is not None or self.needs_moments()
+        return self.bits is not None or self.needs_moments() or bool(self.transforms())
+
+    def transforms(self) -> tuple[str, ...]:
+        """Names of the transforms that may be made."""
+        return tuple(name for name in TRANSFORMS if getattr(self, name) != OFF)
 
     def asks_for_outliers(self) -> bool:
         """Whether a spec that the user gave keeps outlier features."""
@@ -139,6 +161,23 @@ class Request:
     def options(self) -> dict[str, dict[str, Any]]:
         """Options of the default passes, by the passes' names."""
         quantizer = "" if self.quantizer == ANY_QUANTIZER else self.quantizer
+        equalize = {"equalize": {"spec": self._typical_spec()}}
+        return equalize | self._planning_options(quantizer)
+
+    def _typical_spec(self) -> str:
+        """What a weight is tried under before there is a plan: of a given one what it says most often."""
+        count: Counter[str] = Counter()
+        entries = (
+            [self.spec] if self.spec is not None else self.rules["weights"].values() if self.plan else []
+        )
+        for entry in entries:
+            text = entry.get("spec") if isinstance(entry, Mapping) else entry
+            with contextlib.suppress(UsageError):  # who applies the plan says what is wrong with it
+                count[str(replace(parse_wish(str(text)).spec, outliers=0.0))] += 1
+        del count["fp16"]
+        return count.most_common(1)[0][0] if count else f"nf{math.floor(self.bits or DEFAULT_BUDGET)}:64+dq"
+
+    def _planning_options(self, quantizer: str) -> dict[str, dict[str, Any]]:
         if self.bits is not None:
             return {
                 "score_sensitivity": {"quantizer": quantizer},
@@ -165,10 +204,16 @@ def pipeline_of(request: Request) -> list[Pass]:
             "--calibrate none: the quantizer that was asked for, or that the plan names, needs calibration; "
             "calibrate with self, random or a text, or give --quantizer absmax"
         )
+    if request.transforms() and not request.is_measured():
+        raise UsageError(
+            f"--calibrate none: --{request.transforms()[0]} proves on inputs that the model stays the same "
+            "function; calibrate with self, random or a text"
+        )
     usual = planning_pipeline(
         with_budget=request.bits is not None,
         is_measured=request.is_measured(),
         finds_outliers=request.asks_for_outliers(),
+        transforms=request.transforms(),
         options=request.options(),
     )
     passes = edit_pipeline(usual, request.passes, request.disabled)
@@ -206,5 +251,12 @@ def unmeasured(request: Request) -> tuple[str, ...]:
             "this model has nothing to calibrate on by itself, which the quantizer that was asked for, or "
             "that the plan names, needs; calibrate on token ids, or give --quantizer absmax"
         )
+    on = [name for name in request.transforms() if getattr(request, name) == ON]
+    if on:
+        raise UsageError(
+            f"--{on[0]}: this model has nothing to calibrate on by itself, on which it could be proven that "
+            "it stays the same function; calibrate on token ids, or give example inputs"
+        )
     kept = request.asks_for_outliers()
-    return ("measure_moments",) if kept else ("measure_moments", "find_outliers")
+    measuring = ("measure_moments",) if kept else ("measure_moments", "find_outliers")
+    return (*measuring, *request.transforms())

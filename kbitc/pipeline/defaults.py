@@ -29,6 +29,7 @@ def planning_pipeline(
     with_budget: bool = True,
     is_measured: bool = True,
     finds_outliers: bool = False,
+    transforms: Collection[str] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Pass]:
     """From a captured program to a plan.
@@ -37,11 +38,16 @@ def planning_pipeline(
         with_budget: the plan of a budget; otherwise one that is given, by ``apply_plan``.
         is_measured: there is something to measure on.
         finds_outliers: look for outlier features even without.
+        transforms: of "rotate" and "equalize" those that are to be made, if anything is measured.
         options: of passes, by name.
     """
     names = [name for name in COMPILING if is_measured or name not in MEASURING]
     if finds_outliers and not is_measured:
         names.insert(1, "find_outliers")
+    if is_measured and "rotate" in transforms:  # before anything is measured of what it changes
+        names.insert(1, "rotate")
+    if is_measured and "equalize" in transforms:
+        names.insert(names.index("measure_moments") + 1, "equalize")
     if not with_budget:
         names = [name for name in names if name not in ("score_sensitivity", "allocate_bits")]
         names.append("apply_plan")

@@ -22,24 +22,29 @@ class Fired:
         groups: names of what was rewritten together, one tuple for each time that the pass fired: nodes
             of the graph before the pass, or stored tensors where the pass changes those.
         left: name to reason, for every other candidate.
+        digest: of the numbers by which stored tensors were changed, where the pass chose some; a run that is
+            resumed must have the same.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it back."""
-        return {"groups": [list(names) for names in self.groups], "left": dict(self.left)}
+        digest = {"digest": self.digest} if self.digest else {}
+        return {"groups": [list(names) for names in self.groups], "left": dict(self.left), **digest}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Fired:
         """The inverse of :meth:`to_json`.
 
         >>> Fired.from_json(Fired((("q", "k"),), {"o": "alone"}).to_json())
-        Fired(groups=(('q', 'k'),), left={'o': 'alone'})
+        Fired(groups=(('q', 'k'),), left={'o': 'alone'}, digest='')
         """
         left = {str(name): str(reason) for name, reason in data["left"].items()}
-        return Fired(tuple(tuple(map(str, names)) for names in data["groups"]), left)
+        groups = tuple(tuple(map(str, names)) for names in data["groups"])
+        return Fired(groups, left, str(data.get("digest", "")))
 
 
 def records(program: Program) -> dict[str, Fired]:

@@ -29,11 +29,14 @@ class EagerStreamed:
         program: canonical; its weights are streamed, everything else is read at once, in float32.
         skeleton: the model on the meta device, in float32; it is changed.
         read: a tensor by name.
-        seen: called for each use of a weight whose direction is that of the program.
+        seen: called for each use of a weight whose direction is that of the program; see `watched_by`.
     """
 
-    def __init__(self, program: Program, skeleton: nn.Module, read: ReadTensor, seen: Seen) -> None:
+    def __init__(
+        self, program: Program, skeleton: nn.Module, read: ReadTensor, seen: Seen = lambda *_: None
+    ) -> None:
         make_traceable(skeleton, experts="eager")
+        self.seen = seen
         first = first_names(skeleton)
 
         def load(name: str) -> Tensor:
@@ -47,12 +50,20 @@ class EagerStreamed:
                 value: Any = (
                     nn.Parameter(load(name), requires_grad=False)
                     if weight is None
-                    else StreamedWeight(weight, weight.shape, partial(load, name), seen)
+                    else StreamedWeight(weight, weight.shape, partial(load, name), self._tell)
                 )
                 module._parameters[leaf] = value
             for leaf in [leaf for leaf, tensor in module._buffers.items() if tensor is not None]:
                 module._buffers[leaf] = load(first[f"{path}.{leaf}".lstrip(".")])
         self.model = skeleton.eval()
+
+    def watched_by(self, seen: Seen) -> EagerStreamed:
+        """This model, from now on with another one to be told of its weights' uses."""
+        self.seen = seen
+        return self
+
+    def _tell(self, name: str, kind: str, given: Any, out: Tensor) -> None:
+        self.seen(name, kind, given, out)
 
     def call(self, **inputs: Tensor) -> list[Tensor]:
         """The model's outputs, flat."""

@@ -97,6 +97,17 @@ class Sample:
             price += float(rows.double() @ (squared * columns).sum(-1).double())
         return price / 2, error
 
+    def scaled(self, columns: Tensor) -> Sample:
+        """The sample of the same function with its input features divided by ``columns``.
+
+        Args:
+            columns: ``(in_features,)``, or ``(rows, in_features)`` where the rows are of several experts.
+        """
+        square = columns.square()
+        importance = None if self.importance is None else self.importance / square
+        factors = tuple((rows, parts / square) for rows, parts in self.factors)
+        return Sample(self.values * columns, self.plain * columns, importance, factors)
+
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor]:
         """The values in float64 and their norm: the same for a hundred options."""

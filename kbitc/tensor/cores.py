@@ -21,9 +21,9 @@ R = TypeVar("R")
 _here = threading.local()
 
 
-def core_pool() -> WorkerPool:
-    """A pool of as many threads as torch uses, each of which works alone."""
-    return WorkerPool(torch.get_num_threads(), initializer=_begin)
+def core_pool(count: int | None = None) -> WorkerPool:
+    """A pool of ``count`` threads, or of as many as torch uses, each of which works alone."""
+    return WorkerPool(count or torch.get_num_threads(), initializer=_begin)
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -215,7 +215,7 @@ def test_a_plan_from_its_own_text(tiny_model, cache):
 
 
 def test_measured_again_where_sums_could_differ(tiny_model, cache, monkeypatch):
-    """Of the same model and text: with other threads or instructions the last bits of a sum are others."""
+    """Of the same model and text: with other instructions the last bits of a sum are others."""
     with open_checkpoint(tiny_model("llama")) as checkpoint:
         calibrator = Calibrator(checkpoint, RANDOM)
 
@@ -226,7 +226,7 @@ def test_measured_again_where_sums_could_differ(tiny_model, cache, monkeypatch):
 
         assert [measured(), measured()] == [True, False]
         monkeypatch.setattr("torch.get_num_threads", lambda: 97)
-        assert [measured(), measured()] == [True, False]
+        assert not measured()
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "other")
         assert [measured(), measured()] == [True, False]
 
