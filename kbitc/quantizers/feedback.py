@@ -122,7 +122,7 @@ def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
 def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
     """``(groups, in_features)`` for the scale search: of each expert, or of all rows together."""
     every = torch.stack([group.gram.inputs.diagonal() for group in groups])
-    if made.lead.numel() != made.lead[-1]:
+    if len(groups) == 1 or made.lead.numel() != made.lead[-1]:
         return every
     counts = torch.tensor([[float(len(group.rows))] for group in groups])
     return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
@@ -136,7 +136,7 @@ def _root(gram: Gram, damping: float) -> Tensor:
 
 def _solved(rows: Tensor, root: Tensor) -> Tensor:
     """``rows (R R^T)^-1``."""
-    return torch.cholesky_solve(rows.mT.double(), root).mT.float()
+    return torch.cholesky_solve(rows.mT.double(), root).mT.float().contiguous()
 
 
 def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
