@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
