@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,8 +56,9 @@ def evaluator(ids, tmp_path):
 
 @pytest.fixture
 def campaign(tmp_path):
-    sizes = Sizes(calibration=2, test=2, context=16)
-    return open_campaign(DEMO, tmp_path / "work", TEXT, {"a": TEXT}, sizes, 1)
+    return open_campaign(
+        DEMO, tmp_path / "work", TEXT, {"a": TEXT}, Sizes(calibration=2, test=2, context=16), 1
+    )
 
 
 def outcome(label, *losses, bits=4.0):
