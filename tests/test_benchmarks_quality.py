@@ -56,9 +56,8 @@ def evaluator(ids, tmp_path):
 
 @pytest.fixture
 def campaign(tmp_path):
-    return open_campaign(
-        DEMO, tmp_path / "work", TEXT, {"a": TEXT}, Sizes(calibration=2, test=2, context=16), 1
-    )
+    sizes = Sizes(calibration=2, test=2, context=16)
+    return open_campaign(DEMO, tmp_path / "work", TEXT, {"a": TEXT}, sizes, 1)
 
 
 def outcome(label, *losses, bits=4.0):
@@ -130,8 +129,7 @@ def test_bytes_are_those_that_kbitc_counts_and_weights_those_that_it_runs(demo, 
 def test_linears_of_a_worker_leave_the_head_out(demo):
     names = [name for name, _ in linears(demo)]
     assert len(names) == 6 * 7
-    assert QUERY in names
-    assert "lm_head.weight" not in names
+    assert {QUERY, "lm_head.weight"} & set(names) == {QUERY}
 
 
 def test_bootstrap_of_three_windows_is_that_of_all_resamples():
