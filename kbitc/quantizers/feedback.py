@@ -143,7 +143,7 @@ def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
     """The a in [0, 1] of ``rows + a way`` that leaves least error on the judge's tokens."""
 
     def sums(tile: slice) -> tuple[float, float]:
-        judged, own = judge.aims(rows[tile]), way[tile]
+        judged, own = judge.aims(rows[tile], tile), way[tile]
         pushed = own @ judged.inputs
         falls = (own * judged.wanted).double().sum() - (pushed * rows[tile]).double().sum()
         return float(falls), float((pushed * own).double().sum())
@@ -190,10 +190,12 @@ class _Work:
         self.drawn = self._each(lambda i: self._against(i).moments @ self.targets[i]) if refits else []
 
     def _judged(self, tile: _Tile) -> Judged:
+        part = slice(tile.first, tile.first + len(tile.rows))
+        return self._group(tile).aims(self.source[tile.rows].float(), part)
+
+    def _group(self, tile: _Tile) -> RowGroup:
         group = self.groups[tile.group]
-        own = slice(tile.first, tile.first + len(tile.rows))
-        part = [None if all_ is None else all_[own] for all_ in (group.residual, group.held_out)]
-        return replace(group, residual=part[0], held_out=part[1]).aims(self.source[tile.rows].float())
+        return group if self.options.residual else replace(group, residual=None, held_out=None)
 
     def packed(self) -> Packed:
         """The best that was found."""
