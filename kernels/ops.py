@@ -13,6 +13,8 @@ for its device against the same op; where it has none, the reference here runs.
 ``select``          the weight, expert ids  -> planes, scales, zeros, outliers of those experts
 ``encode``          rows, scales            -> planes                 nearest codes, packed
 ``search_scales``   rows, importance        -> scales, zeros          least weighted squared error
+``feed_back_strip`` wanted (columns, rows)  -> codes, values, errors  errors passed on to later columns
+``descend_strip``   slope, values           -> codes, values, steps   the best for all others as they are
 ``input_grad``, ``grouped_input_grad``      gradients with respect to x
 """
 
@@ -34,7 +36,7 @@ from kbitc.formats import scale_search
 from kbitc.formats.bit_planes import row_bytes
 from kbitc.formats.encode import encode_rows
 from kbitc.formats.packed import NUMBER_FIELDS, TENSOR_FIELDS, Operands
-from kbitc.kernels import reference
+from kbitc.kernels import reference, rounding
 from kbitc.kernels.cpu import build as native
 
 IN_SCHEMAS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int"}
@@ -288,6 +290,42 @@ def _fake_search(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor
 def _search_scales(*given: Any) -> tuple[Tensor, Tensor]:
     scales, zeros = scale_search.search_scales(*given)
     return scales, scales.new_empty(0) if zeros is None else zeros
+
+
+LEVELS = (
+    "Tensor blocks, Tensor scales, Tensor inverse, Tensor? zeros, "
+    "Tensor codebook, Tensor bounds, ScalarType kept"
+)
+"""The part of a schema that is `kbitc.kernels.rounding.Levels`."""
+
+
+def _fake_strip(given: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del rest
+    return (
+        given.new_empty(given.shape, dtype=torch.uint8),
+        given.new_empty(given.shape),
+        given.new_empty(given.shape),
+    )
+
+
+@_op(
+    "feed_back_strip",
+    f"(Tensor wanted, Tensor factor, {LEVELS}) -> (Tensor codes, Tensor values, Tensor errors)",
+    _fake_strip,
+)
+def _feed_back_strip(wanted: Tensor, factor: Tensor, *levels: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return rounding.feed_back_strip(wanted, factor, rounding.Levels(*levels))
+
+
+@_op(
+    "descend_strip",
+    f"(Tensor slope, Tensor start, Tensor moments, {LEVELS}) -> (Tensor codes, Tensor values, Tensor steps)",
+    _fake_strip,
+)
+def _descend_strip(
+    slope: Tensor, start: Tensor, moments: Tensor, *levels: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rounding.descend_strip(slope, start, moments, rounding.Levels(*levels))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -36,7 +36,7 @@ from kbitc.sensitivity.moments import (
     to_tensors,
 )
 from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
-from kbitc.tensor.cores import core_pool
+from kbitc.tensor.cores import cores
 
 MAGNITUDE = 6.0
 
@@ -94,11 +94,11 @@ class MeasureMoments:
             return notes
 
         every = _Notes(program, self.magnitude)
-        # Inputs side by side, one core each; a model that runs itself is one, and takes one at a time.
-        with core_pool(None if eager is None else 1) as pool:
-            for i, notes in enumerate(pool.map(one, enumerate(feeds))):
-                every.add(notes)
-                program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
+        # Inputs side by side, one core each; a model that runs itself is one, and takes one after another.
+        made = cores().map(one, enumerate(feeds)) if eager is None else map(one, enumerate(feeds))
+        for i, notes in enumerate(made):
+            every.add(notes)
+            program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
         return every.moments(is_text=source.is_text)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kbitc.formats.encoder import Encoder
+from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
+from kbitc.kernels.rounding import KEPT, Levels
 from kbitc.sensitivity.gram import Gram
 
 STRIP = 128  # columns whose errors are passed on one by one; later ones get them together
@@ -65,8 +67,12 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     """Upper U with ``U^T U = moments^-1``: the inverse of R where ``moments = R R^T``, R upper."""
     backwards = torch.linalg.cholesky(moments.flip(0, 1))
     upper = backwards.flip(0, 1)
-    eye = torch.eye(len(upper), dtype=upper.dtype)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse = torch.zeros_like(upper)
+    # Below its last column a strip of columns is zero, which spares two thirds of the work.
+    for start in range(0, len(upper), STRIP):
+        stop = min(start + STRIP, len(upper))
+        unit = torch.eye(stop, dtype=upper.dtype)[:, start:]
+        inverse[:stop, start:stop] = torch.linalg.solve_triangular(upper[:stop, :stop], unit, upper=True)
     return inverse
 
 
@@ -101,13 +107,14 @@ class Grid:
         inverse = torch.where(self.scales == 0, 0.0, 1.0 / self.scales)
         return torch.where(inverse.isfinite(), inverse, 0.0)
 
-    def nearest(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (int32) and values of what is nearest to ``values``, ``(rows,)``, in an unkept column."""
-        at = column // self.block
-        centred = values if self.zeros is None else values - self.zeros[at]
-        codes = torch.bucketize(centred * self.inverse[at], self.bounds, out_int32=True)
-        back = self.codebook.index_select(0, codes).mul_(self.scales[at])
-        return codes, back if self.zeros is None else back.add_(self.zeros[at])
+    def of_columns(self, columns: Tensor) -> Levels:
+        """What codes can mean in some columns, int64."""
+        blocks = columns // self.block
+        if self.kept is not None:
+            blocks = torch.where(torch.isin(columns, self.kept), KEPT, blocks)
+        return Levels(
+            blocks, self.scales, self.inverse, self.zeros, self.codebook, self.bounds, self.kept_dtype
+        )
 
     def levels(self, codes: Tensor) -> Tensor:
         """``(in_features, rows)``: of the codes, before scale and zero; 0 in kept columns."""
@@ -119,11 +126,6 @@ class Grid:
     def spread(self, of_blocks: Tensor, width: int) -> Tensor:
         """``(blocks, rows)`` as ``(in_features, rows)``."""
         return of_blocks.repeat_interleave(self.block, dim=0)[:width]
-
-    @cached_property
-    def kept_columns(self) -> frozenset[int]:
-        """The kept ones, to be asked for one by one."""
-        return frozenset(() if self.kept is None else self.kept.tolist())
 
 
 @dataclass(frozen=True)
@@ -147,23 +149,14 @@ def feed_back(target: Tensor, against: Damped, grid: Grid) -> Rounded:
         against: the moments.
         grid: of the tile.
     """
-    order, factor = against.order.tolist(), against.factor
-    rest = target[against.order]
-    codes = torch.zeros(target.shape, dtype=torch.uint8)
-    values = torch.empty_like(target)
-    for start in range(0, len(order), STRIP):
-        stop = min(start + STRIP, len(order))
-        errors = torch.empty(stop - start, target.shape[1])
-        for i in range(start, stop):
-            column, wanted = order[i], rest[i]
-            if column in grid.kept_columns:
-                back = wanted.to(grid.kept_dtype).float()
-            else:
-                chosen, back = grid.nearest(column, wanted)
-                codes[column] = chosen
-            values[column] = back
-            error = torch.sub(wanted, back, out=errors[i - start]).div_(factor[i, i])
-            rest[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1.0)
+    factor, rest = against.factor, target[against.order]
+    codes, values = torch.empty(target.shape, dtype=torch.uint8), torch.empty_like(target)
+    for start in range(0, len(target), STRIP):
+        stop = min(start + STRIP, len(target))
+        columns = against.order[start:stop]
+        codes[columns], values[columns], errors = torch.ops.kbit.feed_back_strip(
+            rest[start:stop], factor[start:stop, start:stop], *grid.of_columns(columns)
+        )
         rest[stop:].addmm_(factor[start:stop, stop:].mT, errors, alpha=-1.0)
     return Rounded(codes, values)
 
@@ -174,29 +167,26 @@ def descend(target: Tensor, against: Damped, grid: Grid, start: Rounded) -> Roun
     The loss ``(q - target) H (q - target)^T`` of a row never rises but by rounding.
     """
     moments = against.moments
-    codes, values = start.codes.clone(), start.values.clone()
-    slope = moments @ (values - target)
-    curve = moments.diagonal()
+    codes, values = torch.empty_like(start.codes), torch.empty_like(start.values)
+    slope = moments @ (start.values - target)
     for first in range(0, len(target), STRIP):
         stop = min(first + STRIP, len(target))
-        local = slope[first:stop].clone()
-        steps = torch.empty(stop - first, target.shape[1])
-        for column in range(first, stop):
-            i = column - first
-            wanted = values[column] - local[i] / curve[column]
-            if column in grid.kept_columns:
-                back = wanted.to(grid.kept_dtype).float()
-            else:
-                chosen, back = grid.nearest(column, wanted)
-                codes[column] = chosen
-            torch.sub(back, values[column], out=steps[i])
-            values[column] = back
-            local[i + 1 :].addr_(moments[column, column + 1 : stop], steps[i])
-        slope.addmm_(moments[:, first:stop], steps)
+        here, levels = slice(first, stop), grid.of_columns(torch.arange(first, stop))
+        codes[here], values[here], steps = torch.ops.kbit.descend_strip(
+            slope[here], start.values[here], moments[here, here], *levels
+        )
+        slope[stop:].addmm_(moments[stop:, here], steps)
     return Rounded(codes, values)
 
 
-def refitted(target: Tensor, against: Damped, grid: Grid, rounded: Rounded, ridge: float) -> Grid:
+def refitted(
+    target: Tensor,
+    against: Damped,
+    grid: Grid,
+    rounded: Rounded,
+    ridge: float,
+    drawn: Tensor | None = None,
+) -> Grid:
     """Scales and zeros that lose least for the codes as they are: each row's normal equations.
 
     Args:
@@ -205,9 +195,11 @@ def refitted(target: Tensor, against: Damped, grid: Grid, rounded: Rounded, ridg
         grid: with the scales that a ridge draws to.
         rounded: the codes.
         ridge: how much, relative to the equations' diagonal.
+        drawn: the moments times the target, where that is known already.
     """
     levels, block = grid.levels(rounded.codes), grid.block
     width, rows = target.shape
+    drawn = against.moments @ target if drawn is None else drawn
     blocks = grid.scales.shape[0]
     parts = [levels]
     if grid.zeros is not None:
@@ -215,19 +207,19 @@ def refitted(target: Tensor, against: Damped, grid: Grid, rounded: Rounded, ridg
         if grid.kept is not None:
             ones[grid.kept] = 0.0
         parts.append(ones)
-    wanted = target
     if grid.kept is not None:
-        wanted = target.clone()
-        wanted[grid.kept] -= rounded.values[grid.kept]
-    drawn = against.moments @ wanted
+        drawn = drawn - against.moments[:, grid.kept] @ rounded.values[grid.kept]
     right = torch.cat([_by_block(part * drawn, block) for part in parts]).double()
-    matrix = torch.empty(rows, len(right), len(right), dtype=torch.float64)
-    for i, part in enumerate(parts):
-        for b in range(blocks):
-            here = slice(b * block, min((b + 1) * block, width))
-            pushed = against.moments[:, here] @ part[here]
-            rising = torch.cat([_by_block(other * pushed, block) for other in parts])
-            matrix[:, :, i * blocks + b] = rising.mT.double()
+    matrix = torch.empty(rows, len(parts), blocks, len(parts), blocks, dtype=torch.float64)
+    for b in range(blocks):  # the blocks from b on, and the others by symmetry
+        later, here = slice(b * block, width), slice(b * block, min((b + 1) * block, width))
+        for i, part in enumerate(parts):
+            pushed = against.moments[later, here] @ part[here]
+            for j, other in enumerate(parts):
+                rising = _by_block(other[later] * pushed, block).mT.double()
+                matrix[:, j, b:, i, b] = rising
+                matrix[:, i, b, j, b:] = rising
+    matrix = matrix.view(rows, len(right), len(right))
     old = grid.scales if grid.zeros is None else torch.cat([grid.scales, grid.zeros])
     weight = matrix.diagonal(dim1=1, dim2=2) * ridge + 1e-12
     matrix.diagonal(dim1=1, dim2=2).add_(weight)

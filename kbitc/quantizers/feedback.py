@@ -16,9 +16,9 @@ descent CDQuant's (2406.17542).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
 from kbitc.sensitivity.moments import MOMENTS
 from kbitc.tensor.cores import side_by_side
 from kbitc.tensor.packing import Draft, draft
+
+T = TypeVar("T")
 
 TILE = 512  # rows that one core rounds at a time; a fixed number, so that sums are the same
 
@@ -93,13 +95,14 @@ class Feedback:
         if not self.target or gram.cross is None:
             return rows
         residual = group.residual if self.residual else None
-        inverse, shift = gram.once(
-            ("shift", self.damping), lambda: side_by_side(lambda gram: _shift(gram, self.damping), [gram])[0]
+        root = gram.once(
+            ("root", self.damping), lambda: side_by_side(lambda gram: _root(gram, self.damping), [gram])[0]
         )
+        difference = gram.cross - gram.inputs
 
         def way(tile: slice) -> Tensor:
-            to_input = rows[tile] @ shift
-            return to_input if residual is None else to_input.addmm_(residual[tile], inverse)
+            pulled = rows[tile] @ difference
+            return _solved(pulled if residual is None else pulled.add_(residual[tile]), root)
 
         ways = torch.cat(side_by_side(way, _tiles(rows)))
         judge = replace(group, residual=residual, held_out=group.held_out if self.residual else None)
@@ -119,25 +122,28 @@ def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
 def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
     """``(groups, in_features)`` for the scale search: of each expert, or of all rows together."""
     every = torch.stack([group.gram.inputs.diagonal() for group in groups])
-    if made.lead.numel() != made.lead[-1]:
+    if len(groups) == 1 or made.lead.numel() != made.lead[-1]:
         return every
     counts = torch.tensor([[float(len(group.rows))] for group in groups])
     return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
 
 
-def _shift(gram: Gram, damping: float) -> tuple[Tensor, Tensor]:
-    """``(H + l I)^-1`` and ``(C - H) (H + l I)^-1``."""
-    assert gram.cross is not None
-    factor = torch.linalg.cholesky(damped(gram.inputs, damping))
-    inverse = torch.cholesky_inverse(factor)
-    return inverse.float(), ((gram.cross.double() - gram.inputs.double()) @ inverse).float()
+def _root(gram: Gram, damping: float) -> Tensor:
+    """Lower R with ``R R^T = H + l I``, float64."""
+    root: Tensor = torch.linalg.cholesky(damped(gram.inputs, damping))
+    return root
+
+
+def _solved(rows: Tensor, root: Tensor) -> Tensor:
+    """``rows (R R^T)^-1``."""
+    return torch.cholesky_solve(rows.mT.double(), root).mT.float().contiguous()
 
 
 def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
     """The a in [0, 1] of ``rows + a way`` that leaves least error on the judge's tokens."""
 
     def sums(tile: slice) -> tuple[float, float]:
-        judged, own = judge.aims(rows[tile]), way[tile]
+        judged, own = judge.aims(rows[tile], tile), way[tile]
         pushed = own @ judged.inputs
         falls = (own * judged.wanted).double().sum() - (pushed * rows[tile]).double().sum()
         return float(falls), float((pushed * own).double().sum())
@@ -179,12 +185,17 @@ class _Work:
             for tile in _tiles(group.rows)
         ]
         self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
+        self.judged = self._each(lambda i: self._judged(self.tiles[i]))
+        refits = options.refit and options.polish > 0
+        self.drawn = self._each(lambda i: self._against(i).moments @ self.targets[i]) if refits else []
 
     def _judged(self, tile: _Tile) -> Judged:
+        part = slice(tile.first, tile.first + len(tile.rows))
+        return self._group(tile).aims(self.source[tile.rows].float(), part)
+
+    def _group(self, tile: _Tile) -> RowGroup:
         group = self.groups[tile.group]
-        own = slice(tile.first, tile.first + len(tile.rows))
-        part = [None if all_ is None else all_[own] for all_ in (group.residual, group.held_out)]
-        return replace(group, residual=part[0], held_out=part[1]).aims(self.source[tile.rows].float())
+        return group if self.options.residual else replace(group, residual=None, held_out=None)
 
     def packed(self) -> Packed:
         """The best that was found."""
@@ -201,6 +212,13 @@ class _Work:
             found, error = (stored, best), now
         return self._finished(*found)
 
+    def _each(self, function: Callable[[int], T]) -> list[T]:
+        """Of each tile, by its index; one core works on one tile."""
+        return side_by_side(function, range(len(self.tiles)))
+
+    def _against(self, index: int) -> Damped:
+        return self.against[self.tiles[index].group]
+
     def _grid(self, stored: _Stored, tile: _Tile) -> Grid:
         kept = self.aimed.outlier_index
         values = self.aimed.outlier_values
@@ -215,23 +233,23 @@ class _Work:
 
     def _rounded(self, stored: _Stored, before: list[Rounded] | None) -> list[Rounded]:
         def one(index: int) -> Rounded:
-            tile = self.tiles[index]
-            target, against, grid = self.targets[index], self.against[tile.group], self._grid(stored, tile)
+            target, against = self.targets[index], self._against(index)
+            grid = self._grid(stored, self.tiles[index])
             if before is not None:
                 return descend(target, against, grid, _revalued(before[index], grid))
             if self.options.feedback:
                 return feed_back(target, against, grid)
             return nearest(target, grid)
 
-        return side_by_side(one, range(len(self.tiles)))
+        return self._each(one)
 
     def _refitted(self, stored: _Stored, rounded: list[Rounded]) -> _Stored:
         def one(index: int) -> Grid:
-            tile = self.tiles[index]
-            grid, against = self._grid(stored, tile), self.against[tile.group]
-            return refitted(self.targets[index], against, grid, rounded[index], self.options.ridge)
+            grid, ridge = self._grid(stored, self.tiles[index]), self.options.ridge
+            target, drawn = self.targets[index], self.drawn[index]
+            return refitted(target, self._against(index), grid, rounded[index], ridge, drawn)
 
-        grids = side_by_side(one, range(len(self.tiles)))
+        grids = self._each(one)
         scales = self._whole([grid.scales for grid in grids])
         zeros = self._whole([grid.zeros for grid in grids if grid.zeros is not None])
         return _Stored.of(replace(self.aimed, scales=scales, zeros=zeros))
@@ -246,12 +264,10 @@ class _Work:
         return whole
 
     def _error(self, rounded: list[Rounded]) -> float:
-        """On held-out tokens where there are some."""
-
         def one(index: int) -> float:
-            return self._judged(self.tiles[index]).error(rounded[index].values.mT)
+            return self.judged[index].error(rounded[index].values.mT)
 
-        return sum(side_by_side(one, range(len(self.tiles))))
+        return sum(self._each(one))
 
     def _finished(self, stored: _Stored, rounded: list[Rounded]) -> Packed:
         made, spec = self.aimed, self.aimed.spec
@@ -303,12 +319,13 @@ def _revalued(rounded: Rounded, grid: Grid) -> Rounded:
 
 def nearest(target: Tensor, grid: Grid) -> Rounded:
     """Codes without feedback."""
-    codes = torch.zeros(target.shape, dtype=torch.uint8)
-    values = target.to(grid.kept_dtype).float()
-    for column in range(len(target)):
-        if column not in grid.kept_columns:
-            codes[column], values[column] = grid.nearest(column, target[column])
-    return Rounded(codes, values)
+    width = len(target)
+    centred = target if grid.zeros is None else target - grid.spread(grid.zeros, width)
+    centred = centred * grid.spread(grid.inverse, width)
+    codes = torch.bucketize(centred, grid.bounds, out_int32=True).to(torch.uint8)
+    if grid.kept is not None:
+        codes[grid.kept] = 0
+    return _revalued(Rounded(codes, target.to(grid.kept_dtype).float()), grid)
 
 
 QUANTIZER = Feedback

@@ -21,8 +21,7 @@ from kbitc.graph.program import Program
 from kbitc.replay.stops import Stop, WeightRead, stops, weight_reads
 from kbitc.replay.values import Pair, Shelf, Values, has_pair, is_pair, of_packed, of_source, storages
 from kbitc.sensitivity.streaming import each_expert
-from kbitc.system.stopping import WorkerPool
-from kbitc.tensor.cores import core_pool
+from kbitc.tensor.cores import cores
 
 ROOM = 1 << 29  # bytes of values that wait in memory; more go to a file
 
@@ -72,21 +71,19 @@ class Replay:
         shelf = Shelf(self.room)
         start = 0
         inputs = range(len(self.feeds))
-        with core_pool() as pool:
-            try:
-                for stop in cuts:
-                    shelf = self._step(pool, shelf, _Span(nodes, start, stop.position, last_use), inputs)
-                    start = stop.position
-                    yield Inputs(stop, shelf, pool)
-                if outputs is not None:
-                    rest = _Span(nodes, start, len(nodes), last_use)
-                    self._step(pool, shelf, rest, sorted(judged), outputs)
-            finally:
-                shelf.close()
+        try:
+            for stop in cuts:
+                shelf = self._step(shelf, _Span(nodes, start, stop.position, last_use), inputs)
+                start = stop.position
+                yield Inputs(stop, shelf)
+            if outputs is not None:
+                rest = _Span(nodes, start, len(nodes), last_use)
+                self._step(shelf, rest, sorted(judged), outputs)
+        finally:
+            shelf.close()
 
     def _step(
         self,
-        pool: WorkerPool,
         before: Shelf,
         span: _Span,
         indices: Sequence[int],
@@ -102,10 +99,10 @@ class Replay:
             return step.run(values, self.feeds[index])
 
         # A few at a time: what is made has to wait for its turn.
-        ahead = 2 * pool._max_workers
+        ahead = 2 * torch.get_num_threads()
         for first in range(0, len(indices), ahead):
             some = indices[first : first + ahead]
-            for index, values in zip(some, pool.map(one, some), strict=True):
+            for index, values in zip(some, cores().map(one, some), strict=True):
                 if outputs is None:
                     after.put(index, values)
                 else:
@@ -136,12 +133,10 @@ class Inputs:
     Attributes:
         stop: which.
         shelf: the values that wait.
-        pool: of the replay; its threads work alone.
     """
 
     stop: Stop
     shelf: Shelf
-    pool: WorkerPool
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         """``(tokens, in_features)`` twice: of the source model and of the packed one; may be one tensor."""

@@ -12,6 +12,7 @@ from kbitc.replay.stops import added_to
 from kbitc.replay.values import Pair
 from kbitc.sensitivity.gram import Gram, gram_of
 from kbitc.sensitivity.streaming import expert_slices
+from kbitc.tensor.cores import cores
 
 WIDTH = 256  # columns of a moment that one core sums at a time; a fixed number, so that sums are the same
 PER_FEATURE = 4  # tokens an input feature below which an expert's moments are taken as uncorrelated
@@ -30,7 +31,7 @@ def grams(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tup
     """
     if inputs.stop.kind == "grouped_linear":
         return _of_experts(inputs, fitted, held_out)
-    parts = [_gram(inputs, _windows(inputs, indices)) for indices in (fitted, held_out) if indices]
+    parts = [_gram(_windows(inputs, indices)) for indices in (fitted, held_out) if indices]
     return (_joined(parts),)
 
 
@@ -61,7 +62,7 @@ def residual(inputs: Inputs, name: str, indices: Sequence[int]) -> Tensor | None
         return gram_of(columns, (inputs.pair(index)[1] for index in indices)) / tokens
 
     width = difference(indices[0]).shape[1]
-    return torch.cat([part.float() for part in inputs.pool.map(part, range(0, width, WIDTH))])
+    return torch.cat([part.float() for part in cores().map(part, range(0, width, WIDTH))])
 
 
 def _joined(parts: Sequence[Gram]) -> Gram:
@@ -84,7 +85,7 @@ def _of_experts(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) 
                 own = x[expert_slices(offsets)[expert][1]]
                 yield own, own
 
-        return _gram(inputs, windows)
+        return _gram(windows)
 
     count = len(inputs.expert_slices(0)[1])
     both = ([of(expert, indices) for indices in (fitted, held_out) if indices] for expert in range(count))
@@ -98,7 +99,7 @@ def _damped(gram: Gram) -> Gram:
     return Gram(gram.inputs.diagonal().diag_embed(), None, gram.tokens)
 
 
-def _gram(inputs: Inputs, windows: Windows) -> Gram:
+def _gram(windows: Windows) -> Gram:
     x, y = next(windows())
     width, is_one = x.shape[1], x is y
     tokens = sum(len(own) for own, _ in windows())
@@ -113,10 +114,10 @@ def _gram(inputs: Inputs, windows: Windows) -> Gram:
 
     starts = range(0, width, WIDTH)
     upper = torch.zeros(width, width)
-    for start, part in zip(starts, inputs.pool.map(symmetric, starts), strict=True):
+    for start, part in zip(starts, cores().map(symmetric, starts), strict=True):
         upper[start : start + WIDTH, start:] = part / max(1, tokens)
     moments = upper.triu() + upper.triu(1).mT
     if is_one:
         return Gram(moments, None, tokens)
-    crossed = torch.cat([(part / max(1, tokens)).float() for part in inputs.pool.map(cross, starts)])
+    crossed = torch.cat([(part / max(1, tokens)).float() for part in cores().map(cross, starts)])
     return Gram(moments, crossed, tokens)

@@ -69,13 +69,18 @@ class RowGroup:
     residual: Tensor | None = None
     held_out: Tensor | None = None
 
-    def aims(self, weight: Tensor) -> Judged:
-        """What held-out tokens say of the rows, given them as the source has them, float32."""
+    def aims(self, weight: Tensor, part: slice = slice(None)) -> Judged:
+        """What held-out tokens say of rows.
+
+        Args:
+            weight: ``(count, in_features)`` float32, the rows as the source has them.
+            part: which of the group's rows they are.
+        """
         gram, residual = self.gram, self.residual
         if gram.held_out is not None:
             gram, residual = gram.held_out, self.held_out
         wanted = weight @ (gram.inputs if gram.cross is None else gram.cross)
-        return Judged(gram.inputs, wanted if residual is None else wanted + residual)
+        return Judged(gram.inputs, wanted if residual is None else wanted + residual[part])
 
 
 @dataclass(frozen=True)

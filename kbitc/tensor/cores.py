@@ -6,6 +6,7 @@ number of them. Here each item is worked on by one thread that shares its work w
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -19,19 +20,29 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _here = threading.local()
+_pools: dict[tuple[int, int], WorkerPool] = {}
+_making = threading.Lock()
 
 
-def core_pool(count: int | None = None) -> WorkerPool:
-    """A pool of ``count`` threads, or of as many as torch uses, each of which works alone."""
-    return WorkerPool(count or torch.get_num_threads(), initializer=_begin)
+def cores() -> WorkerPool:
+    """A pool of as many threads as torch uses, each of which works alone; the same one as long as it fits.
+
+    New threads for each piece of work would each get a part of the memory allocator of their own, which keeps
+    what they gave back: gigabytes.
+    """
+    key = os.getpid(), torch.get_num_threads()
+    with _making:
+        if key not in _pools:
+            _pools.clear()
+            _pools[key] = WorkerPool(key[1], initializer=_begin)
+        return _pools[key]
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """``[function(item) for item in items]``, each on one core; from inside a pool's thread, one by one."""
     if getattr(_here, "is_alone", False):
         return [function(item) for item in items]
-    with core_pool() as pool:
-        return list(pool.map(function, items))
+    return list(cores().map(function, items))
 
 
 def _begin() -> None:

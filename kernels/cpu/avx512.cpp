@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "encode.h"
+#include "round.h"
 
 namespace kbit {
 namespace {
@@ -602,7 +603,7 @@ INLINE int32_t sum_ints(Vec v) {
 namespace kbit {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, multiply_bytes, decode, dot_floats, encode, search};
+  static const Kernels kernels = {"avx512", is_fast_weight, mode, prepare, gemv, gemm, multiply_bytes, decode, dot_floats, encode, search, round_strip};
   return &kernels;
 }
 

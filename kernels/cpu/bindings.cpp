@@ -14,6 +14,7 @@
 #include "bindings_gradients.h"
 #include "bindings_int8.h"
 #include "bindings_linear.h"
+#include "bindings_round.h"
 #include "bindings_rows.h"
 #include "bindings_sets.h"
 
@@ -34,6 +35,8 @@ TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("dequantize", kbit::dequantize);
   m.impl("encode", kbit::encode);
   m.impl("search_scales", kbit::search_scales);
+  m.impl("feed_back_strip", kbit::feed_back_strip);
+  m.impl("descend_strip", kbit::descend_strip);
 }
 
 TORCH_LIBRARY_IMPL(kbit, AutogradCPU, m) {

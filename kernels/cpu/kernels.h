@@ -98,6 +98,26 @@ inline int32_t cell_of(float value, int cells) {
   return static_cast<int32_t>(scaled > 0.0f ? (scaled < most ? scaled : most) : 0.0f);
 }
 
+// A strip of columns that get their codes one after another; `columns` by `rows` all but where it says otherwise.
+struct Strip {
+  const float* given;  // feedback: the values wanted; descent: the slopes
+  const float* start;  // descent: the values so far; null for feedback
+  const float* passes;  // (columns, columns): [j, i] is what column i passes on to a later j, [i, i] its own
+  const int64_t* block;  // (columns): -1 of a kept one
+  const float* scales;  // (all blocks, rows)
+  const float* inverse;
+  const float* zeros;  // null without
+  const float* codebook;  // one more than bounds
+  float bound[255];  // infinite after the last
+  int bounds;
+  Type kept;
+  int64_t columns, rows;
+  uint8_t* codes;
+  float* values;
+  float* changes;
+};
+constexpr int64_t STRIP_ROWS_MOST = 128;  // rows of a strip that are worked on at a time
+
 struct Kernels {
   const char* name;
   // Whether blocks of this size can use integer dot products; what cannot goes through `decode`.
@@ -124,6 +144,8 @@ struct Kernels {
   // Scales (and zeros, unless null) of one row that fit best by weighted squared error, from first ones.
   void (*search)(const Encoder& encoder, const float* levels, const float* x, const float* weight, int64_t cols,
                  int64_t block, const float* ratios, int64_t candidates, int rounds, float* scales, float* zeros);
+  // Codes, values and changes of a strip; `scratch` holds (columns, STRIP_ROWS_MOST), at a multiple of 64 bytes.
+  void (*round_strip)(const Strip& strip, float* scratch);
 };
 
 const Kernels* portable_kernels();

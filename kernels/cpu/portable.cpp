@@ -1,5 +1,6 @@
 // Any machine: rows are decoded to float32, a row at a time, and multiplied as they are.
 #include "encode.h"
+#include "round.h"
 
 namespace kbit {
 namespace {
@@ -76,7 +77,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, multiply_bytes, decode, dot, encode, search};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, multiply_bytes, decode, dot, encode, search, round_strip};
   return &kernels;
 }
 

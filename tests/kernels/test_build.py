@@ -168,6 +168,9 @@ def test_switched_off_every_op_runs_on_the_reference(cache):
         opcheck(ops.grouped_input_grad.default, (torch.randn(3, 6), *e, offsets))
         opcheck(ops.dequantize.default, (*e, torch.float16))
         opcheck(ops.encode.default, (torch.randn(6, 70), w.scales.float(), w.zeros.float(), w.codebook, None, 4, 64))
+        levels = (torch.tensor([0, -1, 1]), *torch.rand(3, 2, 5), w.codebook, w.codebook[1:], torch.float16)
+        opcheck(ops.feed_back_strip.default, (torch.randn(3, 5), torch.ones(3, 3), *levels))
+        opcheck(ops.descend_strip.default, (*torch.randn(2, 3, 5), torch.ones(3, 3), *levels))
         print("checked")
         """,
         KBITC_CPU="off",

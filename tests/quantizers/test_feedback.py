@@ -90,8 +90,10 @@ def test_a_target_that_held_out_tokens_do_not_confirm_is_left():
     )
 
 
-def test_what_the_output_is_added_to_is_mended():
+@pytest.mark.parametrize("tile", [16, 512])
+def test_what_the_output_is_added_to_is_mended(monkeypatch, tile):
     """y = r + w x where the packed model has r^ = r + b x^: the weight can take b back."""
+    monkeypatch.setattr("kbitc.quantizers.feedback.TILE", tile)
     x, y = FITTED
     wrong = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(9)) / 30
     lost = -(y @ wrong.mT)  # r - r^

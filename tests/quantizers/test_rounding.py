@@ -48,7 +48,7 @@ def plain_feedback(target, moments, grid, order):
     while left:
         column, *left = left
         wanted = rest[column]
-        if column in grid.kept_columns:
+        if grid.kept is not None and column in grid.kept:
             value = wanted.half().double()
         else:
             _, value = nearest(grid, column, wanted)
