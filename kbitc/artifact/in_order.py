@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from kbitc.formats.packed import Packed
 from kbitc.graph.capture import capture
 from kbitc.graph.program import Program
 from kbitc.passes.canonicalize import Canonicalize
@@ -28,3 +31,13 @@ def in_order(program: Program, known: Known) -> InOrder | None:
     feeds = source.feeds(ordered.FITTED + ordered.HELD_OUT)
     traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
     return InOrder(program, traced, feeds, program.as_stored(source.read), known)
+
+
+def packed_in_order(program: Program) -> Mapping[str, Packed]:
+    """What is packed already, and all that a quantizer wants packed in the order of the graph, in memory."""
+    packed = dict(program.packed)
+    way = in_order(program, packed.get)
+    if way is not None:
+        for name, _, made in way.run():
+            packed[name] = made  # noqa: PERF403  # the way asks for it before the next
+    return packed

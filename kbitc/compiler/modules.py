@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from kbitc.artifact.in_order import in_order
+from kbitc.artifact.in_order import packed_in_order
 from kbitc.artifact.pack import packed_weight
 from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Capture, Inputs, run_passes
 from kbitc.compiler.transform_trials import settled
-from kbitc.formats.packed import Packed
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
 from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
@@ -57,23 +56,13 @@ def packed_weights(module: nn.Module, program: Program) -> Iterator[tuple[str, K
     parameters = dict(module.named_parameters(remove_duplicate=False))
     read = program.as_stored(lambda name: parameters[name].detach())
     choices = program.plan.weights
-    program = replace(program, packed=_packed_in_order(program))
+    program = replace(program, packed=packed_in_order(program))
     for name, choice in choices.items():
         if not choice.spec.is_left_alone:
             weight, data = program.weights[name], read(name)
             _, packed = packed_weight(program, name, weight.oriented(data))
             is_turned, shape = weight.is_transposed, weight.shape
             yield name, packed_as(packed, data.dtype, shape, is_transposed=is_turned)
-
-
-def _packed_in_order(program: Program) -> Mapping[str, Packed]:
-    """What is packed already, and what a quantizer wants packed in the order of the graph."""
-    packed = dict(program.packed)
-    way = in_order(program, packed.get)
-    if way is not None:
-        for name, _, made in way.run():
-            packed[name] = made  # noqa: PERF403  # the way asks for it before the next
-    return packed
 
 
 def with_packed(module: nn.Module, program: Program, packed: Iterable[tuple[str, KbitTensor]]) -> nn.Module:

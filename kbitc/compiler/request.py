@@ -104,17 +104,17 @@ class Request:
         return cls(DEFAULT_BUDGET if is_open else bits, spec, plan, **options)
 
     @cached_property
-    def named_quantizers(self) -> frozenset[str]:
-        """The quantizers that are named, here or in the plan."""
+    def quantizers(self) -> frozenset[str]:
+        """The quantizers that are named, here or in the plan; "" where one is left open."""
         named = {self.quantizer}
         if self.quantizer == ANY_QUANTIZER and self.plan is not None:
             entries = self.rules["weights"].values()
-            named = {str(entry.get("quantizer", "")) for entry in entries if isinstance(entry, Mapping)}
-        return frozenset(named - {"", ANY_QUANTIZER})
+            named = {str(e.get("quantizer", "")) if isinstance(e, Mapping) else "" for e in entries}
+        return frozenset("" if name == ANY_QUANTIZER else name for name in named)
 
     def needs_moments(self) -> bool:
         """Whether a quantizer that is named needs what calibration measures."""
-        return any(MOMENTS in find_quantizer(name).requires for name in self.named_quantizers)
+        return any(MOMENTS in find_quantizer(name).requires for name in self.quantizers - {""})
 
     def most_inputs(self, parameters: int) -> int | None:
         """How many inputs a quantizer may ask the calibration for; None for as many as measuring takes.
@@ -122,8 +122,8 @@ class Request:
         Args:
             parameters: of the model.
         """
-        is_open = not self.named_quantizers and parameters <= choice.LIMIT
-        if is_open or any(map(choice.goes_in_order, self.named_quantizers)):
+        is_open = "" in self.quantizers and parameters <= choice.LIMIT
+        if is_open or any(map(choice.goes_in_order, self.quantizers)):
             return ordered.FITTED + ordered.HELD_OUT
         return None
 

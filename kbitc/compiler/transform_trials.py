@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kbitc.artifact.pack import checked_plain
+from kbitc.artifact.in_order import packed_in_order
+from kbitc.artifact.pack import checked_plain, packed_weight
 from kbitc.checkpoint import Checkpoint
 from kbitc.compiler.request import AS_MEASURED, OFF, ON, TRANSFORMS, Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Capture, Inputs, run_passes
@@ -25,7 +26,6 @@ from kbitc.graph.program import Program
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import records
-from kbitc.quantizers import Evidence, settled_quantizer
 from kbitc.sensitivity.streaming import Streamed
 from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
@@ -163,8 +163,10 @@ def stored_reader(program: Program, read: ReadTensor) -> ReadTensor:
     assert program.plan is not None
     stored = program.as_stored(read)
     packed: dict[str, KbitTensor] = {}
-    for i, (name, choice) in enumerate(program.plan.weights.items()):
-        program.context.on_progress("packing for a trial", i, len(program.plan.weights))
+    choices = program.plan.weights
+    program = replace(program, packed=packed_in_order(program))
+    for i, (name, choice) in enumerate(choices.items()):
+        program.context.on_progress("packing for a trial", i, len(choices))
         if not choice.spec.is_left_alone:
             packed[name] = _packed(program, name, stored(name))
 
@@ -180,13 +182,8 @@ def stored_reader(program: Program, read: ReadTensor) -> ReadTensor:
 
 
 def _packed(program: Program, name: str, data: Tensor) -> KbitTensor:
-    assert program.plan is not None
-    weight, choice = program.weights[name], program.plan.weights[name]
-    packed = program.packed.get(name)
-    if packed is None:
-        evidence = Evidence.of(program, name, choice.spec)
-        quantizer = settled_quantizer(choice.quantizer, evidence)[1]
-        packed = quantizer.quantize(weight.oriented(data), choice.spec, evidence)
+    weight = program.weights[name]
+    _, packed = packed_weight(program, name, weight.oriented(data))
     return packed_as(packed, data.dtype, weight.shape, is_transposed=weight.is_transposed)
 
 

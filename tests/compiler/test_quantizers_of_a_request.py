@@ -74,7 +74,9 @@ def test_a_plan_that_names_one_is_calibrated_for_it(tiny_model, tmp_path):
     plan = compiled(tiny_model("llama"), tmp_path, plan=WEIGHTED)
     assert "that the model sampled itself" in plan.calibration
     # What the plan leaves open takes the strongest that there is evidence for.
-    assert quantizers(plan) == {"weighted"}
+    used = {name: entry.choice.quantizer for name, entry in plan.packed.items()}
+    assert {quantizer for name, quantizer in used.items() if "up_proj" in name} == {"weighted"}
+    assert {quantizer for name, quantizer in used.items() if "up_proj" not in name} == {"feedback"}
     assert compiled(tiny_model("llama"), tmp_path, plan={"weights": {"*": "int3:32"}}).calibration is None
 
 
@@ -82,12 +84,12 @@ def test_what_a_plan_says_is_used_where_more_is_known(tiny_model, tmp_path):
     rules = {"weights": {"*.up_proj.*": {"spec": "int3:32", "quantizer": "absmax"}, "*": "int3:32"}}
     plan = compiled(tiny_model("llama"), tmp_path, plan=rules, calibrate=IDS)
     for name, entry in plan.weights.items():
-        assert entry.choice.quantizer == ("absmax" if "up_proj" in name else "weighted")
+        assert entry.choice.quantizer == ("absmax" if "up_proj" in name else "feedback")
 
 
 def test_an_artifacts_own_plan_packs_the_same_again(tiny_model, tmp_path):
     first = compiled(tiny_model("llama"), tmp_path, bits=5, calibrate=IDS)
-    assert quantizers(first) == {"weighted"}
+    assert quantizers(first) == {"feedback"}
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(first.to_json()))
     assert compiled(tiny_model("llama"), tmp_path, plan=path, calibrate=IDS).checksums == first.checksums
@@ -95,7 +97,7 @@ def test_an_artifacts_own_plan_packs_the_same_again(tiny_model, tmp_path):
 
 def test_absmax_prices_and_packs_although_moments_are_known(tiny_model, tmp_path, monkeypatch):
     model = tiny_model("llama")
-    searched = compiled(model, tmp_path, bits=5, calibrate=IDS)
+    searched = compiled(model, tmp_path, bits=5, calibrate=IDS, quantizer="weighted")
     dear = ScoreTable.open(tmp_path / "out")
     assert quantizers(searched) == {"weighted"}
 
