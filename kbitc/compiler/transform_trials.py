@@ -85,22 +85,22 @@ def settled(
     open_ = [name for name in TRANSFORMS if getattr(request, name) == AS_MEASURED]
     if not open_:
         return request, ()
-    settled_ = _with(request, **dict.fromkeys(open_, OFF))
-    first = attempt(settled_)
+    decided = _with(request, **dict.fromkeys(open_, OFF))
+    first = attempt(decided)
     if first.context.calibration is None or first.untraced:
-        return settled_, ()
+        return decided, ()
     feeds = held_out(first.context.calibration)
     trials = [Trial((), divergence(first, feeds))]
     for name in open_:
-        tried = _with(settled_, **{name: ON})
+        tried = _with(decided, **{name: ON})
         program = attempt(tried)
         if not records(program)[name].groups:
             continue  # nothing to do for this model
-        found = Trial((*_kept(settled_, open_), name), divergence(program, feeds))
+        found = Trial((*_kept(decided, open_), name), divergence(program, feeds))
         if found.divergence < min(trial.divergence for trial in trials):
-            settled_ = tried
+            decided = tried
         trials.append(found)
-    return settled_, tuple(trials)
+    return decided, tuple(trials)
 
 
 def _with(request: Request, **modes: Any) -> Request:

@@ -15,6 +15,7 @@ from kbitc.sensitivity.streaming import expert_slices
 from kbitc.tensor.cores import cores
 
 WIDTH = 256  # columns of a moment that one core sums at a time; a fixed number, so that sums are the same
+PARTS = 8  # that wide inputs are split into
 PER_FEATURE = 4  # tokens an input feature below which an expert's moments are taken as uncorrelated
 
 Windows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -35,12 +36,13 @@ def grams(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tup
     return (_joined(parts),)
 
 
-def residual(inputs: Inputs, name: str, indices: Sequence[int]) -> Tensor | None:
+def residual(inputs: Inputs, name: str, rows: int, indices: Sequence[int]) -> Tensor | None:
     """``(rows, in_features)``: mean of (r - r^) x^T, r what a weight's output is added to; None of nothing.
 
     Args:
         inputs: at a stop.
         name: one of its weights.
+        rows: of that weight.
         indices: of the inputs to take the mean over.
     """
     (read,) = (read for read in inputs.stop.reads if read.name == name)
@@ -48,21 +50,22 @@ def residual(inputs: Inputs, name: str, indices: Sequence[int]) -> Tensor | None
     if node is None or not indices or not isinstance(inputs.value(indices[0], node), Pair):
         return None
 
-    def difference(index: int) -> Tensor:
+    def both(index: int) -> tuple[Tensor, Tensor]:
         pair = inputs.value(index, node)
         lost: Tensor = pair.source - pair.packed
-        return lost.flatten(0, -2)
+        return lost.flatten(0, -2), inputs.pair(index)[1]
 
-    tokens = sum(len(inputs.pair(index)[1]) for index in indices)
-    if difference(indices[0]).shape[0] != len(inputs.pair(indices[0])[1]):
-        return None  # broadcast over tokens
+    lost, x = both(indices[0])
+    if lost.shape != (len(x), rows):
+        return None  # what is added is one for all tokens, or for all rows
 
     def part(start: int) -> Tensor:
-        columns = (difference(index)[:, start : start + WIDTH] for index in indices)
-        return gram_of(columns, (inputs.pair(index)[1] for index in indices)) / tokens
+        windows = (both(index) for index in indices)
+        return gram_of((lost[:, start : start + WIDTH], x) for lost, x in windows)
 
-    width = difference(indices[0]).shape[1]
-    return torch.cat([part.float() for part in cores().map(part, range(0, width, WIDTH))])
+    tokens = sum(len(inputs.pair(index)[1]) for index in indices)
+    parts = cores().map(part, range(0, rows, WIDTH))
+    return torch.cat([(part / tokens).float() for part in parts])
 
 
 def _joined(parts: Sequence[Gram]) -> Gram:
@@ -103,19 +106,19 @@ def _gram(windows: Windows) -> Gram:
     x, y = next(windows())
     width, is_one = x.shape[1], x is y
     tokens = sum(len(own) for own, _ in windows())
+    # Of wide inputs larger parts, as what waits in a file is read for each of them.
+    step = max(WIDTH, -(-width // PARTS // WIDTH) * WIDTH)
 
     def symmetric(start: int) -> Tensor:
-        return gram_of(
-            (y[:, start : start + WIDTH] for _, y in windows()), (y[:, start:] for _, y in windows())
-        )
+        return gram_of((y[:, start : start + step], y[:, start:]) for _, y in windows())
 
     def cross(start: int) -> Tensor:
-        return gram_of((x[:, start : start + WIDTH] for x, _ in windows()), (y for _, y in windows()))
+        return gram_of((x[:, start : start + step], y) for x, y in windows())
 
-    starts = range(0, width, WIDTH)
+    starts = range(0, width, step)
     upper = torch.zeros(width, width)
     for start, part in zip(starts, cores().map(symmetric, starts), strict=True):
-        upper[start : start + WIDTH, start:] = part / max(1, tokens)
+        upper[start : start + step, start:] = part / max(1, tokens)
     moments = upper.triu() + upper.triu(1).mT
     if is_one:
         return Gram(moments, None, tokens)

@@ -79,9 +79,10 @@ class InOrder:
     def _at(self, inputs: Inputs) -> Iterator[tuple[str, str, Packed]]:
         own = grams(inputs, self.fitted, self.held_out)
         for name in filter(self._is_waiting, inputs.stop.names):
-            groups = equal_groups(own, self.program.weights[name].rows)
+            rows = self.program.weights[name].rows
+            groups = equal_groups(own, rows)
             if len(groups) == 1:
-                fitted, held_out = (residual(inputs, name, i) for i in (self.fitted, self.held_out))
+                fitted, held_out = (residual(inputs, name, rows, i) for i in (self.fitted, self.held_out))
                 groups = (replace(groups[0], residual=fitted, held_out=held_out),)
             yield self._packed(name, groups)
 

@@ -138,14 +138,12 @@ def groups_of_moments(moments: Moments, rows: int) -> tuple[RowGroup, ...] | Non
     return tuple(groups)
 
 
-def gram_of(inputs: Iterable[Tensor], others: Iterable[Tensor] | None = None) -> Tensor:
-    """``sum of a^T b`` over windows, float64 sums of float32 products; b = a without ``others``.
+def gram_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """``sum of a^T b`` over windows, float64 sums of float32 products.
 
     Args:
-        inputs: ``(tokens, m)`` float32 each.
-        others: ``(tokens, n)`` float32 each.
+        pairs: ``(tokens, m)`` and ``(tokens, n)`` float32 of each window.
     """
-    pairs = ((a, a) for a in inputs) if others is None else zip(inputs, others, strict=True)
     total: Tensor | None = None
     for a, b in pairs:
         product = (a.mT @ b).double()
