@@ -38,14 +38,13 @@ from kbitc.graph.context import ReadTensor
 from kbitc.graph.facts import Fact
 from kbitc.graph.feature_flow import Flow, Reader, flows
 from kbitc.graph.program import Program, Stage, Weight
-from kbitc.kernels.cpu.build import work_alone
 from kbitc.passes._proof import proven
 from kbitc.pipeline.records import Fired
 from kbitc.quantizers import choose_quantizer
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.moments import MOMENTS, Factor, Moments
 from kbitc.sensitivity.sampled_error import PRICED, Sample, sample_rows
-from kbitc.system.stopping import WorkerPool
+from kbitc.tensor.cores import cores
 
 FACT: Fact[Fired] = Fact("equalize")
 GRID = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)))
@@ -85,14 +84,13 @@ class Equalize:
         left = {flow.name: reason for flow in found if (reason := _obstacle(program, flow))}
         able = [flow for flow in found if flow.name not in left]
         scales: dict[str, Tensor] = {}
-        with WorkerPool(torch.get_num_threads(), initializer=work_alone) as pool:
-            chosen = pool.map(lambda flow: self._scale(flow, program), able)
-            for i, (flow, scale) in enumerate(zip(able, chosen, strict=True)):
-                program.context.on_progress("equalizing features", i + 1, len(able))
-                if scale is None:
-                    left[flow.name] = "no scale that was tried makes the error smaller"
-                else:
-                    scales[flow.name] = scale
+        chosen = cores().map(lambda flow: self._scale(flow, program), able)
+        for i, (flow, scale) in enumerate(zip(able, chosen, strict=True)):
+            program.context.on_progress("equalizing features", i + 1, len(able))
+            if scale is None:
+                left[flow.name] = "no scale that was tried makes the error smaller"
+            else:
+                scales[flow.name] = scale
         flowing = [flow for flow in able if flow.name in scales]
         groups = tuple((flow.name, *(reader.weight.name for reader in flow.readers)) for flow in flowing)
         factors = _factors(flowing, scales)

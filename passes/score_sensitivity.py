@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError
@@ -29,7 +28,6 @@ from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
-from kbitc.kernels.cpu.build import work_alone
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.planning.packable import check_packable
 from kbitc.quantizers import settled_quantizer
@@ -40,7 +38,7 @@ from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
 from kbitc.sensitivity.sampled_error import Sample
 from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable, monotone
-from kbitc.system.stopping import WorkerPool
+from kbitc.tensor.cores import cores
 
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
@@ -104,24 +102,22 @@ class ScoreSensitivity:
             raise UsageError("scoring needs the weights; this program has no source")
         read = program.read
         moments, outliers = program.get(MOMENTS) or {}, program.get(OUTLIERS) or {}
-        # Samples are small, so weights run side by side, one thread each.
-        workers = torch.get_num_threads()
         options = {}
-        with WorkerPool(workers, initializer=work_alone) as pool:
-            tables = pool.map(
-                lambda weight: self._options(
-                    weight,
-                    read(weight.name),
-                    moments.get(weight.name),
-                    outliers.get(weight.name, OutlierFeatures()),
-                ),
-                program.weights.values(),
-            )
-            done, total = 0, sum(weight.numel for weight in program.weights.values())
-            for (name, weight), own in zip(program.weights.items(), tables, strict=True):
-                options[name] = own
-                done += weight.numel
-                program.context.on_progress(f"pricing {name}", done, total)
+        # Samples are small, so weights run side by side, one core each.
+        tables = cores().map(
+            lambda weight: self._options(
+                weight,
+                read(weight.name),
+                moments.get(weight.name),
+                outliers.get(weight.name, OutlierFeatures()),
+            ),
+            program.weights.values(),
+        )
+        done, total = 0, sum(weight.numel for weight in program.weights.values())
+        for (name, weight), own in zip(program.weights.items(), tables, strict=True):
+            options[name] = own
+            done += weight.numel
+            program.context.on_progress(f"pricing {name}", done, total)
         options = self._repriced(program, options)
         scores = ScoreTable(
             _in_nats(program, options, moments),

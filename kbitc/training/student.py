@@ -17,7 +17,7 @@ from torch import Tensor
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program
-from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, expert_slices
+from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, each_expert, expert_slices
 from kbitc.training.tunable import BlockSums
 
 
@@ -147,7 +147,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Tensor, offsets: Tensor) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.offsets = weight, kept, offsets
-        return _each_expert(x, weight.matrix(x.dtype), offsets)
+        return each_expert(x, weight.matrix(x.dtype), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,15 +156,8 @@ class _GroupedLinear(torch.autograd.Function):
                 ctx.weight.note(grad[tokens], ctx.kept[tokens], expert)
         back = None
         if ctx.needs_input_grad[0]:
-            back = _each_expert(grad, ctx.weight.matrix(grad.dtype).mT, ctx.offsets)
+            back = each_expert(grad, ctx.weight.matrix(grad.dtype).mT, ctx.offsets)
         return back, None, None, None, None
-
-
-def _each_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, tokens in expert_slices(offsets):
-        out[tokens] = x[tokens] @ weight[expert].mT
-    return out
 
 
 class _Embedding(torch.autograd.Function):
