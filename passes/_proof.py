@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from kbitc.errors import PassError, UsageError
-from kbitc.graph.capture import capture
 from kbitc.graph.context import Calibration, ReadTensor
 from kbitc.graph.program import Program
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.sensitivity.streaming import Streamed
 
 TOLERANCE = 1e-4
@@ -52,7 +51,7 @@ def proven(before: Program, after: Program, name: str) -> float:
 
 def _outputs(program: Program, source: Calibration) -> list[Tensor]:
     feed = source.feeds(1)[0]
-    traced = Canonicalize().run(capture(source.skeleton(), feed))
+    traced = traced_on(source, feed)
     read = program.as_stored(_widely(source.read))
     with torch.no_grad():
         return [out for out in Streamed(traced, read).call(**feed) if _is_float(out)]

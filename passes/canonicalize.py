@@ -11,13 +11,16 @@ in ``rest``, each with the reason. Tied weights are one `Weight`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
 
+from kbitc.graph.capture import capture
 from kbitc.graph.computed_weights import computed_of, with_tables_looked_up
+from kbitc.graph.context import Calibration
 from kbitc.graph.contraction import Contraction, contraction
 from kbitc.graph.contraction_nodes import build_contraction
 from kbitc.graph.layers import written_as_matmuls
@@ -299,6 +302,11 @@ def _feeds_output(node: fx.Node, stored: set[fx.Node]) -> bool:
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def traced_on(source: Calibration, feed: Mapping[str, Any]) -> Program:
+    """The canonical program of what is calibrated, in float32, at the shapes of an input."""
+    return Canonicalize().run(capture(source.skeleton(), feed))
 
 
 PASS = Canonicalize

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError, first_line
-from kbitc.graph.capture import capture
 from kbitc.graph.context import Calibration
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.planning.packable import check_packable
 from kbitc.sensitivity.eager import EagerStreamed
 from kbitc.sensitivity.losses import positions
@@ -80,7 +79,7 @@ class MeasureMoments:
 
     def _measure(self, program: Program, source: Calibration) -> dict[str, Moments]:
         feeds = source.feeds()
-        traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
+        traced = traced_on(source, feeds[0])
         read = program.as_stored(source.read)
         eager = EagerStreamed(program, source.skeleton(), read) if traced.untraced else None
 

@@ -23,12 +23,11 @@ from kbitc.formats import datatypes
 from kbitc.formats.layout import weight_bytes
 from kbitc.formats.packed import Packed
 from kbitc.formats.spec import LEFT_ALONE, Spec, parse
-from kbitc.graph.capture import capture
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.planning.packable import check_packable
 from kbitc.quantizers import settled_quantizer
 from kbitc.replay.choice import ordered_quantizer
@@ -156,7 +155,7 @@ class ScoreSensitivity:
         if quantizer is None or source is None:
             return options
         feeds = source.feeds(FEEDS)
-        traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
+        traced = traced_on(source, feeds[0])
         return Pricing(program, traced, feeds, program.as_stored(source.read), quantizer).run(options)
 
     def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kbitc.formats.packed import Packed
-from kbitc.graph.capture import capture
 from kbitc.graph.program import Program
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.replay import ordered
 from kbitc.replay.choice import ordered_quantizer
 from kbitc.replay.ordered import InOrder, Known
@@ -29,7 +28,7 @@ def in_order(program: Program, known: Known) -> InOrder | None:
     if ordered_quantizer(program, (choice.quantizer for choice in chosen)) is None or source is None:
         return None
     feeds = source.feeds(ordered.FITTED + ordered.HELD_OUT)
-    traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
+    traced = traced_on(source, feeds[0])
     return InOrder(program, traced, feeds, program.as_stored(source.read), known)
 
 

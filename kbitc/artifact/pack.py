@@ -6,13 +6,14 @@ writing the last), so memory holds about three tensors, and the order of work ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kbitc.artifact.in_order import in_order
+from kbitc.artifact.in_order import in_order, packed_in_order
 from kbitc.artifact.stored import packed_of, stored_tensors
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint.finite import check_finite
@@ -26,6 +27,7 @@ from kbitc.quantizers import Evidence, choose_quantizer, settled_quantizer
 from kbitc.replay.choice import goes_in_order
 from kbitc.sensitivity.sampled_error import packed_error, relative_error
 from kbitc.system.checksums import digest
+from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
 
 def pack_to(program: Program, writer: Writer) -> None:
@@ -169,6 +171,23 @@ def packed_weight(program: Program, name: str, oriented: Tensor) -> tuple[str, P
     choose = settled_quantizer if goes_in_order(choice.quantizer) else choose_quantizer
     used, quantizer = choose(choice.quantizer, evidence)
     return used, quantizer.quantize(oriented, choice.spec, evidence)
+
+
+def packed_tensors(program: Program, stored: ReadTensor) -> Iterator[tuple[str, KbitTensor]]:
+    """Every weight that the plan packs, by its first name, in memory.
+
+    Args:
+        program: planned.
+        stored: reads the source's tensors as they are to be stored.
+    """
+    assert program.plan is not None
+    choices = program.plan.weights
+    program = replace(program, packed=packed_in_order(program))
+    for name, choice in choices.items():
+        if not choice.spec.is_left_alone:
+            weight, data = program.weights[name], stored(name)
+            _, packed = packed_weight(program, name, weight.oriented(data))
+            yield name, packed_as(packed, data.dtype, weight.shape, is_transposed=weight.is_transposed)
 
 
 def checked_plain(

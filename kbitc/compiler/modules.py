@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from kbitc.artifact.in_order import packed_in_order
-from kbitc.artifact.pack import packed_weight
+from kbitc.artifact.pack import packed_tensors
 from kbitc.checkpoint import open_checkpoint
 from kbitc.compiler.checks import check_request
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
@@ -18,7 +16,7 @@ from kbitc.compiler.source_path import Capture, Inputs, run_passes
 from kbitc.compiler.transform_trials import settled
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
-from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 
 def plan_module(
@@ -52,17 +50,8 @@ def plan_module(
 
 def packed_weights(module: nn.Module, program: Program) -> Iterator[tuple[str, KbitTensor]]:
     """Every weight that the plan packs, by its first name, made from the module's parameter in turn."""
-    assert program.plan is not None
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    read = program.as_stored(lambda name: parameters[name].detach())
-    choices = program.plan.weights
-    program = replace(program, packed=packed_in_order(program))
-    for name, choice in choices.items():
-        if not choice.spec.is_left_alone:
-            weight, data = program.weights[name], read(name)
-            _, packed = packed_weight(program, name, weight.oriented(data))
-            is_turned, shape = weight.is_transposed, weight.shape
-            yield name, packed_as(packed, data.dtype, shape, is_transposed=is_turned)
+    return packed_tensors(program, program.as_stored(lambda name: parameters[name].detach()))
 
 
 def with_packed(module: nn.Module, program: Program, packed: Iterable[tuple[str, KbitTensor]]) -> nn.Module:

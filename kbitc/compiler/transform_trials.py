@@ -14,20 +14,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kbitc.artifact.in_order import packed_in_order
-from kbitc.artifact.pack import checked_plain, packed_weight
+from kbitc.artifact.pack import checked_plain, packed_tensors
 from kbitc.checkpoint import Checkpoint
 from kbitc.compiler.request import AS_MEASURED, OFF, ON, TRANSFORMS, Request, pipeline_of, unmeasured
 from kbitc.compiler.source_path import Capture, Inputs, run_passes
 from kbitc.errors import UsageError
-from kbitc.graph.capture import capture
 from kbitc.graph.context import Calibration, Progress, ReadTensor, silent
 from kbitc.graph.program import Program
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import records
 from kbitc.sensitivity.streaming import Streamed
-from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
+from kbitc.tensor.kbit_tensor import KbitTensor
 
 HELD_OUT = 8  # inputs, beside those that calibration measures on
 
@@ -116,8 +114,8 @@ def divergence(program: Program, feeds: Sequence[Mapping[str, Any]]) -> float:
 
     Of a language model calibrated on text the mean KL divergence of its next-token distributions, in nats; of
     others the mean squared error of their outputs relative to the outputs' own mean square, half of it, which
-    is the same of a normal law as wide as the outputs. The strongest quantizer that moments are enough for
-    stands in for one that needs more.
+    is the same of a normal law as wide as the outputs. Weights are packed as the artifact's will be; a
+    quantizer that goes through the graph may have fitted codes to inputs that are compared here.
 
     Args:
         program: planned, with something to measure on.
@@ -125,7 +123,7 @@ def divergence(program: Program, feeds: Sequence[Mapping[str, Any]]) -> float:
     """
     source = program.context.calibration
     assert source is not None
-    traced = Canonicalize().run(capture(source.skeleton(), feeds[0]))
+    traced = traced_on(source, feeds[0])
     plain = Streamed(traced, source.read)
     packed = Streamed(traced, stored_reader(program, source.read))
     total = 0.0
@@ -163,12 +161,9 @@ def stored_reader(program: Program, read: ReadTensor) -> ReadTensor:
     assert program.plan is not None
     stored = program.as_stored(read)
     packed: dict[str, KbitTensor] = {}
-    choices = program.plan.weights
-    program = replace(program, packed=packed_in_order(program))
-    for i, (name, choice) in enumerate(choices.items()):
-        program.context.on_progress("packing for a trial", i, len(choices))
-        if not choice.spec.is_left_alone:
-            packed[name] = _packed(program, name, stored(name))
+    for name, tensor in packed_tensors(program, stored):
+        packed[name] = tensor
+        program.context.on_progress("packing for a trial", len(packed), len(program.plan.weights))
 
     def as_stored(name: str) -> Tensor:
         if name in packed:
@@ -179,12 +174,6 @@ def stored_reader(program: Program, read: ReadTensor) -> ReadTensor:
         return tensor if rest is None or rest.stored is None else tensor.to(rest.stored)
 
     return as_stored
-
-
-def _packed(program: Program, name: str, data: Tensor) -> KbitTensor:
-    weight = program.weights[name]
-    _, packed = packed_weight(program, name, weight.oriented(data))
-    return packed_as(packed, data.dtype, weight.shape, is_transposed=weight.is_transposed)
 
 
 def _distance(source: Sequence[Any], packed: Sequence[Any], *, is_text: bool) -> float:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kbitc.formats.blocks import inverse_scales
 from kbitc.formats.encoder import Encoder
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.kernels.rounding import KEPT, Levels
@@ -104,8 +105,7 @@ class Grid:
     @cached_property
     def inverse(self) -> Tensor:
         """``(blocks, rows)``: of the scales; 0 of 0."""
-        inverse = torch.where(self.scales == 0, 0.0, 1.0 / self.scales)
-        return torch.where(inverse.isfinite(), inverse, 0.0)
+        return inverse_scales(self.scales)
 
     def of_columns(self, columns: Tensor) -> Levels:
         """What codes can mean in some columns, int64."""

@@ -32,7 +32,7 @@ from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, f
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
 from kbitc.sensitivity.moments import MOMENTS
-from kbitc.tensor.cores import side_by_side
+from kbitc.tensor.cores import alone, side_by_side
 from kbitc.tensor.packing import Draft, draft
 
 T = TypeVar("T")
@@ -72,6 +72,8 @@ class Feedback:
         """See `kbitc.quantizers.Quantizer`."""
         groups = evidence.get(GRAM)
         assert groups is not None
+        if not self.residual:
+            groups = tuple(replace(group, residual=None, held_out=None) for group in groups)
         made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
         parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
         aimed = replace(made, rows=_scattered(parts, groups))
@@ -84,29 +86,25 @@ class Feedback:
         """What rows are rounded against; the same for all weights that multiply one input."""
         key = (self.damping, self.order, None if kept is None else tuple(kept.tolist()))
 
-        def make(gram: Gram) -> Damped:
+        def make() -> Damped:
             return Damped.of(gram, self.damping, is_ordered=self.order, last=kept)
 
-        return gram.once(("damped", *key), lambda: side_by_side(make, [gram])[0])
+        return gram.once(("damped", *key), lambda: alone(make))
 
     def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
         """The rows that fit x^ best, as far as held-out tokens agree."""
         gram = group.gram
         if not self.target or gram.cross is None:
             return rows
-        residual = group.residual if self.residual else None
-        root = gram.once(
-            ("root", self.damping), lambda: side_by_side(lambda gram: _root(gram, self.damping), [gram])[0]
-        )
+        root = gram.once(("root", self.damping), lambda: alone(lambda: _root(gram, self.damping)))
         difference = gram.cross - gram.inputs
 
         def way(tile: slice) -> Tensor:
             pulled = rows[tile] @ difference
-            return _solved(pulled if residual is None else pulled.add_(residual[tile]), root)
+            return _solved(pulled if group.residual is None else pulled.add_(group.residual[tile]), root)
 
         ways = torch.cat(side_by_side(way, _tiles(rows)))
-        judge = replace(group, residual=residual, held_out=group.held_out if self.residual else None)
-        return ways.mul_(_part(rows, ways, judge)).add_(rows)
+        return ways.mul_(_part(rows, ways, group)).add_(rows)
 
 
 def _scattered(parts: Sequence[Tensor], groups: Sequence[RowGroup]) -> Tensor:
@@ -191,11 +189,7 @@ class _Work:
 
     def _judged(self, tile: _Tile) -> Judged:
         part = slice(tile.first, tile.first + len(tile.rows))
-        return self._group(tile).aims(self.source[tile.rows].float(), part)
-
-    def _group(self, tile: _Tile) -> RowGroup:
-        group = self.groups[tile.group]
-        return group if self.options.residual else replace(group, residual=None, held_out=None)
+        return self.groups[tile.group].aims(self.source[tile.rows].float(), part)
 
     def packed(self) -> Packed:
         """The best that was found."""

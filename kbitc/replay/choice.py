@@ -15,7 +15,7 @@ from kbitc.sensitivity.gram import GRAM
 from kbitc.sensitivity.moments import MOMENTS
 
 LIMIT = 300_000_000
-"""Parameters of a model that is packed so unasked: SmolLM2-135M takes about four minutes on two cores."""
+"""Parameters of a model that is packed so unasked: SmolLM2-135M takes about five minutes on two cores."""
 
 
 def ordered_quantizer(program: Program, named: Iterable[str]) -> Quantizer | None:

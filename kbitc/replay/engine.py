@@ -20,7 +20,7 @@ from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program
 from kbitc.replay.stops import Stop, WeightRead, stops, weight_reads
 from kbitc.replay.values import Pair, Shelf, Values, has_pair, is_pair, of_packed, of_source, storages
-from kbitc.sensitivity.streaming import each_expert
+from kbitc.sensitivity.streaming import each_expert, writes
 from kbitc.tensor.cores import cores
 
 ROOM = 1 << 29  # bytes of values that wait in memory; more go to a file
@@ -161,7 +161,7 @@ class _Step:
     def __init__(self, replay: Replay, span: _Span) -> None:
         self.replay = replay
         self.span = span
-        self.module = replay.program.graph
+        self.interpreter = fx.Interpreter(replay.program.graph)
         own = set(span.nodes)
         self.reads = {read.node: read for read in weight_reads(replay.program) if read.node in own}
         self.constants: dict[str, Tensor] = {}
@@ -211,7 +211,7 @@ class _Step:
 
     def _value(self, node: fx.Node, values: Values) -> Any:
         if node.op == "get_attr":
-            return _attribute(self.module, str(node.target))
+            return self.interpreter.fetch_attr(str(node.target))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._operand(arg, values))
         if node.op == "output":
             return args[0]
@@ -219,10 +219,13 @@ class _Step:
         if read is not None:
             return self._read_weight(read, args, kwargs)
         if not has_pair((args, kwargs)):
-            return _call(self.module, node, args, kwargs)
+            return self._call(node, args, kwargs)
         args, kwargs = _own_memory(node, args, kwargs, values)
-        source = _call(self.module, node, of_source(args), of_source(kwargs))
-        return _paired(source, _call(self.module, node, of_packed(args), of_packed(kwargs)))
+        source = self._call(node, of_source(args), of_source(kwargs))
+        return _paired(source, self._call(node, of_packed(args), of_packed(kwargs)))
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
     def _operand(self, node: fx.Node, values: Values) -> Any:
         if node in values:
@@ -248,23 +251,6 @@ def _product(read: WeightRead, args: Any, weight: Tensor) -> Tensor:
     return each_expert(args[0], oriented, args[2])
 
 
-def _call(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_function":
-        target: Any = node.target
-        return target(*args, **kwargs)
-    if node.op == "call_method":
-        own, *rest = args
-        return getattr(own, str(node.target))(*rest, **kwargs)
-    return module.get_submodule(str(node.target))(*args, **kwargs)
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    owner: Any = module
-    for part in target.split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
 def _paired(source: Any, packed: Any) -> Any:
     """Two structures of values as one of pairs, where they hold tensors."""
     if isinstance(source, (tuple, list)) and not isinstance(source, torch.Size):
@@ -274,11 +260,11 @@ def _paired(source: Any, packed: Any) -> Any:
 
 def _own_memory(node: fx.Node, args: Any, kwargs: Any, values: Values) -> tuple[Any, Any]:
     """Arguments, with memory for each model where the node writes into what both share until now."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
+    if not writes(node):
         return args, kwargs
+    target: Any = node.target
     written: set[int] = set()
-    for given, declared in zip(args, schema.arguments, strict=False):
+    for given, declared in zip(args, target._schema.arguments, strict=False):
         if declared.alias_info is not None and declared.alias_info.is_write and isinstance(given, Tensor):
             written |= storages(given)
     if not written:
@@ -289,14 +275,15 @@ def _own_memory(node: fx.Node, args: Any, kwargs: Any, values: Values) -> tuple[
         if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() not in written:
             return value
         storage = value.untyped_storage()
-        own = copies.setdefault(storage.data_ptr(), storage.clone())
+        if storage.data_ptr() not in copies:
+            copies[storage.data_ptr()] = storage.clone()
         empty: Any = torch.empty(0, dtype=value.dtype)
-        made = empty.set_(own, value.storage_offset(), value.shape, value.stride())
+        made = empty.set_(copies[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
         return Pair(value, made)
 
     for other, value in values.items():
-        values[other] = pytree.tree_map(split, value, is_leaf=lambda leaf: isinstance(leaf, Pair))
-    return pytree.tree_map(split, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Pair))  # type: ignore[no-any-return]
+        values[other] = pytree.tree_map(split, value, is_leaf=is_pair)
+    return pytree.tree_map(split, (args, kwargs), is_leaf=is_pair)  # type: ignore[no-any-return]
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

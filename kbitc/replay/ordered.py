@@ -17,7 +17,7 @@ from kbitc.formats.layout import stored_plain
 from kbitc.formats.packed import Packed
 from kbitc.graph.program import Program
 from kbitc.quantizers import Evidence, settled_quantizer
-from kbitc.replay.engine import Inputs, Outputs, Replay
+from kbitc.replay.engine import Inputs, Replay
 from kbitc.replay.grams import grams, residual
 from kbitc.replay.stops import stops
 from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
@@ -48,12 +48,8 @@ class InOrder:
     read: Callable[[str], Tensor]
     known: Known
 
-    def run(self, outputs: Outputs | None = None) -> Iterator[tuple[str, str, Packed]]:
-        """Each weight that the plan packs and that is not known: name, quantizer, packed.
-
-        Args:
-            outputs: see `Replay.run`; called for the held-out inputs.
-        """
+    def run(self) -> Iterator[tuple[str, str, Packed]]:
+        """Each weight that the plan packs and that is not known: name, quantizer, packed."""
         later = {name for stop in stops(self.traced) for name in stop.names}
         for name in filter(self._is_waiting, self.program.weights):
             if name not in later:
@@ -61,7 +57,7 @@ class InOrder:
                 rows = self.program.weights[name].rows
                 yield self._packed(name, None if moments is None else groups_of_moments(moments, rows))
         replay = Replay(self.traced, self.read, self.feeds, self._dequantized)
-        for inputs in replay.run(outputs, self.held_out, self._is_waiting):
+        for inputs in replay.run(wanted=self._is_waiting):
             yield from self._at(inputs)
 
     @property

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbitc.formats.dequantize import dequantize
+from kbitc.formats.packed import Packed
 from kbitc.formats.spec import Spec
 from kbitc.graph.program import Program
 from kbitc.planning.knapsack import Item
@@ -27,7 +29,7 @@ from kbitc.quantizers import Quantizer
 from kbitc.replay.engine import Replay
 from kbitc.replay.grams import grams
 from kbitc.sensitivity.evidence import Evidence
-from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
+from kbitc.sensitivity.gram import GRAM, Gram, RowGroup, equal_groups, groups_of_moments
 from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures
 from kbitc.sensitivity.sampled_error import PRICED, relative_error, sample_rows
@@ -81,9 +83,12 @@ class Pricing:
             own = grams(inputs, range(len(self.feeds)), ())
             names = [name for name in inputs.stop.names if name in self.program.weights]
             seen.update(names)
-            yield names, lambda name, own=own: equal_groups(own, self.program.weights[name].rows)  # type: ignore[misc]
+            yield names, partial(self._of_grams, own)
         rest = [name for name in self.program.weights if name not in seen]
         yield rest, self._of_moments
+
+    def _of_grams(self, own: tuple[Gram, ...], name: str) -> tuple[RowGroup, ...]:
+        return equal_groups(own, self.program.weights[name].rows)
 
     def _of_moments(self, name: str) -> tuple[RowGroup, ...] | None:
         moments = self._moments.get(name)
@@ -128,7 +133,7 @@ class _Sample:
             cost += float(lost @ self.rows[group.rows])
         return replace(option, cost=cost / 2, error=relative_error(self.values, back))
 
-    def _packed(self, spec: Spec, outliers: Tensor | None) -> Any:
+    def _packed(self, spec: Spec, outliers: Tensor | None) -> Packed:
         evidence = Evidence("a sample", outliers, {GRAM: self.groups})
         return self.quantizer.quantize(self.values, spec, evidence)
 

@@ -95,14 +95,13 @@ class Judged:
     inputs: Tensor
     wanted: Tensor
 
-    def error(self, back: Tensor, part: slice | Tensor = slice(None)) -> float:
-        """Squared error of the outputs of some rows, summed, up to what no choice changes.
+    def error(self, back: Tensor) -> float:
+        """Squared error of the rows' outputs, summed, up to what no choice changes.
 
         Args:
-            back: ``(count, in_features)``, as they are dequantized.
-            part: which rows they are.
+            back: ``(rows, in_features)``, as they are dequantized.
         """
-        return float((((back @ self.inputs) - 2 * self.wanted[part]) * back).double().sum())
+        return float((((back @ self.inputs) - 2 * self.wanted) * back).double().sum())
 
 
 GRAM: Fact[Mapping[str, tuple[RowGroup, ...]]] = Fact("gram")

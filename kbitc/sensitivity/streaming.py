@@ -27,7 +27,8 @@ TURNED = "turned "
 input meets the rows, and its output has the features."""
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into what it is given."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
@@ -78,7 +79,7 @@ class Streamed(fx.Interpreter):
             *program.weights
         }
         # Of a graph that writes in place, what a use read may be another when its gradient comes.
-        self.is_writing = any(_writes(node) for node in program.graph.graph.nodes)
+        self.is_writing = any(writes(node) for node in program.graph.graph.nodes)
         self.given: Mapping[str, Any] = {}
 
     def call(self, **inputs: Any) -> list[Any]:
@@ -150,6 +151,13 @@ def apply(function: Any, *args: Any) -> Tensor:
     return out
 
 
+def writable(y: Tensor) -> Tensor:
+    """What a function of autograd may give: torch lets nobody write into a view that comes out of one."""
+    # The same memory, and no view of it.
+    plain: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return plain
+
+
 class LinearOnLoad(torch.autograd.Function):
     """``F.linear`` that keeps no weight for the backward pass: it is read again."""
 
@@ -158,8 +166,7 @@ class LinearOnLoad(torch.autograd.Function):
         """``x @ load().T + bias``."""
         ctx.load = load
         y = F.linear(x, load().to(x.dtype), bias)
-        # Torch lets nobody write into a view that comes out of here; this is the same memory, and none.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return writable(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

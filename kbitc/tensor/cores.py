@@ -45,6 +45,11 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     return list(cores().map(function, items))
 
 
+def alone(function: Callable[[], R]) -> R:
+    """``function()`` on one core."""
+    return side_by_side(lambda _: function(), [None])[0]
+
+
 def _begin() -> None:
     work_alone()
     _here.is_alone = True

@@ -16,9 +16,8 @@ from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.tensor_digests import digest_of_tensor
 from kbitc.compiler.calibrator import Calibrator
 from kbitc.errors import UsageError
-from kbitc.graph.capture import capture
 from kbitc.graph.program import Program
-from kbitc.passes.canonicalize import Canonicalize
+from kbitc.passes.canonicalize import traced_on
 from kbitc.system.checksums import digest
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.training.classroom import Classroom, Feed
@@ -54,7 +53,7 @@ def traced(calibrator: Calibrator, feed: Feed) -> Program:
     Raises:
         UsageError: the model cannot be traced.
     """
-    program = Canonicalize().run(capture(calibrator.skeleton(), feed))
+    program = traced_on(calibrator, feed)
     if program.untraced:
         raise UsageError(
             f"{calibrator.checkpoint.label}: cannot be tuned, since it cannot be traced: {program.untraced}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program
-from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, each_expert, expert_slices
+from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, each_expert, expert_slices, writable
 from kbitc.training.tunable import BlockSums
 
 
@@ -127,9 +127,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.has_bias = weight, kept, bias is not None
-        y = F.linear(x, weight.matrix(x.dtype), bias)
-        # Torch lets nobody write into a view that comes out of here; this is the same memory, and none.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return writable(F.linear(x, weight.matrix(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
