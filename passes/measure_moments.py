@@ -35,9 +35,11 @@ from kbitc.sensitivity.moments import (
     to_tensors,
 )
 from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
+from kbitc.system.memory import give_back
 from kbitc.tensor.cores import cores
 
 MAGNITUDE = 6.0
+TILE = 2**20  # gradients that are squared at a time
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,10 @@ class MeasureMoments:
             streamed = Streamed(traced, read, notes.watch) if eager is None else eager.watched_by(notes.watch)
             with torch.enable_grad():
                 outputs = _outputs(streamed, job[1])
-                source.loss(job[1], outputs, job[0]).backward()
-            notes.tokens = positions(outputs)
+                loss = source.loss(job[1], outputs, job[0])
+                notes.tokens = positions(outputs)
+                del outputs  # logits are large
+                loss.backward()
             return notes
 
         every = _Notes(program, self.magnitude)
@@ -98,6 +102,7 @@ class MeasureMoments:
         for i, notes in enumerate(made):
             every.add(notes)
             program.context.on_progress("measuring what errors cost", i + 1, len(feeds))
+            give_back()
         return every.moments(is_text=source.is_text)
 
 
@@ -142,9 +147,12 @@ class _Sums:
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
         """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
-        gradients = grad.square()
-        energy = gradients.sum(-1, keepdim=True)
-        self.rows[expert] += gradients.sum(0)
+        parts = []
+        for part in grad.split(max(1, TILE // grad.shape[1])):
+            gradients = part.square()
+            parts.append(gradients.sum(-1, keepdim=True))
+            self.rows[expert] += gradients.sum(0)
+        energy = torch.cat(parts)
         self.columns[expert] += (x.square() * energy).sum(0)
         self.energy[expert] += energy.sum()
         if self.gram is not None:

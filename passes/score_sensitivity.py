@@ -43,7 +43,7 @@ from kbitc.tensor.cores import cores
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
 HEAD_IMPORTANCE = 8.0
 
-FEEDS = 32  # inputs whose second moments feedback's prices are of
+FEEDS = 16  # inputs whose second moments feedback's prices are of
 
 
 def outlier_candidates(in_features: int, count: int) -> tuple[Spec, ...]:

@@ -161,6 +161,10 @@ class Weight:
         """Its data, as the model has it, with the input dimension last."""
         return as_matrix(data, self.view_of, is_transposed=self.is_transposed)
 
+    def turned_back(self, data: Tensor) -> Tensor:
+        """What :meth:`oriented` gave, as the model has it."""
+        return (data.mT if self.is_transposed else data).reshape(self.shape)
+
     @property
     def numel(self) -> int:
         """Number of parameters."""

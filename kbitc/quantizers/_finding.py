@@ -26,6 +26,9 @@ QUANTIZERS = Registry("quantizer", "kbitc.quantizers", "QUANTIZER", KbitcError)
 class Quantizer(Protocol):
     """Chooses the codes and scales of a weight; a frozen value without state.
 
+    One that takes long may have a method ``estimating() -> Quantizer``: a quicker one whose losses are in
+    nearly the same proportions from format to format, by which formats are priced.
+
     Attributes:
         requires: facts that must be known of a weight, each a mapping by weights' names.
     """

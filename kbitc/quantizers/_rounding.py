@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kbitc.formats.blocks import inverse_scales
-from kbitc.formats.encoder import Encoder
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 from kbitc.kernels.rounding import KEPT, Levels
 from kbitc.sensitivity.gram import Gram
@@ -83,6 +82,7 @@ class Grid:
 
     Attributes:
         codebook: ``(levels,)`` float32, sorted.
+        bounds: between its levels, see `kbitc.formats.encoder`.
         block: weights a scale.
         scales: ``(blocks, rows)`` float32, as reading gives them.
         zeros: the same; None without.
@@ -91,16 +91,12 @@ class Grid:
     """
 
     codebook: Tensor
+    bounds: Tensor
     block: int
     scales: Tensor
     zeros: Tensor | None = None
     kept: Tensor | None = None
     kept_dtype: torch.dtype = torch.float16
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """Between the codes."""
-        return Encoder(self.codebook).bounds
 
     @cached_property
     def inverse(self) -> Tensor:

@@ -29,7 +29,7 @@ Dequantized = Callable[[str], Tensor | None]
 """A weight's packed values, with its input dimension last; None where it is to stay as the source has it."""
 
 Outputs = Callable[[int, list[Any], list[Any]], object]
-"""Called with an input's index and the flat outputs of the source and of the packed model."""
+"""Called with an input's index and the flat outputs of the source and of the packed model, on one core."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Replay:
         """Each stop with its inputs at hand; whoever iterates quantizes its weights before going on.
 
         Args:
-            outputs: called at the end for some inputs, in their order. Without, nothing runs after the last
-                stop.
+            outputs: called at the end for some inputs, several at a time. Without, nothing runs after the
+                last stop.
             judged: indices of those.
             wanted: whether a weight is to be quantized; stops without such are passed by.
         """
@@ -96,18 +96,19 @@ class Replay:
         def one(index: int) -> Values:
             values = dict(before.get(index)) if span.start else {}
             before.drop(index)
-            return step.run(values, self.feeds[index])
+            values = step.run(values, self.feeds[index])
+            if outputs is None:
+                return values
+            flat = pytree.tree_leaves(values[span.nodes[-1]], is_leaf=is_pair)
+            outputs(index, of_source(flat), of_packed(flat))
+            return {}
 
         # A few at a time: what is made has to wait for its turn.
         ahead = 2 * torch.get_num_threads()
         for first in range(0, len(indices), ahead):
             some = indices[first : first + ahead]
             for index, values in zip(some, cores().map(one, some), strict=True):
-                if outputs is None:
-                    after.put(index, values)
-                else:
-                    flat = pytree.tree_leaves(values[span.nodes[-1]], is_leaf=is_pair)
-                    outputs(index, of_source(flat), of_packed(flat))
+                after.put(index, values)
         before.close()
         return after
 

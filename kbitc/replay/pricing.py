@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from kbitc.sensitivity.score_table import Option, monotone
 from kbitc.tensor.cores import side_by_side
 
 PER_BITS = 2  # of the options of one number of bits, how many beside the hull's are tried
+CLOSE_BITS = 5  # up to here; above it formats hardly differ, and the hull's are enough
 
 Options = tuple[Option, ...]
 
@@ -64,12 +65,24 @@ class Pricing:
         made = dict(tables)
         done = 0
         for names, groups_of in self._weights():
-            jobs = [(name, groups_of(name)) for name in names if name in self._moments]
-            every = side_by_side(lambda job: self._priced(tables[job[0]], *job), jobs)
-            made.update((name, own) for (name, _), own in zip(jobs, every, strict=True))
+            tried = [
+                (sample, option)
+                for name in names
+                if name in self._moments and (sample := self._sample(name, groups_of(name))) is not None
+                for option in _worthwhile(tables[name], self.program.weights[name].numel)
+            ]
+            found: dict[str, list[Option]] = {}
+            for (sample, _), option in zip(tried, side_by_side(_option, tried), strict=True):
+                found.setdefault(sample.name, []).append(option)
+            made.update((name, monotone(tuple(own))) for name, own in found.items())
             done += len(names)
             self.program.context.on_progress("pricing with error feedback", done, len(tables))
         return made
+
+    @cached_property
+    def _estimating(self) -> Quantizer:
+        make = getattr(self.quantizer, "estimating", None)
+        return self.quantizer if make is None else make()  # type: ignore[no-any-return]
 
     @property
     def _moments(self) -> Mapping[str, Moments]:
@@ -94,38 +107,35 @@ class Pricing:
         moments = self._moments.get(name)
         return None if moments is None else groups_of_moments(moments, self.program.weights[name].rows)
 
-    def _priced(self, options: Options, name: str, groups: tuple[RowGroup, ...] | None) -> Options:
+    def _sample(self, name: str, groups: tuple[RowGroup, ...] | None) -> _Sample | None:
         if groups is None:
-            return options
+            return None
         weight, moments = self.program.weights[name], self._moments[name]
         flat = weight.oriented(self.read(name)).flatten(0, -2)
         picked = sample_rows(flat.shape[0], flat.shape[1], PRICED)
         every = moments.factors[0].rows.flatten().double()
         rows = every[picked] * float(every.sum() / every[picked].sum().clamp_min(1e-300))
-        own = _restricted(groups, picked)
         features = (self.program.get(OUTLIERS) or {}).get(name, OutlierFeatures())
-        sample = _Sample(flat[picked].float(), rows, own, self.quantizer)
-        priced = [
-            sample.option(option, features.picked(option.spec))
-            for option in _worthwhile(options, weight.numel)
-        ]
-        return monotone(tuple(priced))
+        own = _restricted(groups, picked)
+        return _Sample(name, flat[picked].float(), rows, own, features, self._estimating)
 
 
 @dataclass(frozen=True)
 class _Sample:
     """Rows of a weight; ``rows`` are their mean squared gradients, scaled to stand for all rows."""
 
+    name: str
     values: Tensor
     rows: Tensor
     groups: tuple[RowGroup, ...]
+    features: OutlierFeatures
     quantizer: Quantizer
 
-    def option(self, option: Option, outliers: Tensor | None) -> Option:
+    def option(self, option: Option) -> Option:
         """The same with the price and the error of what the quantizer makes of it."""
         if option.spec.is_left_alone:
             return option
-        back = dequantize(self._packed(option.spec, outliers))
+        back = dequantize(self._packed(option.spec))
         cost = 0.0
         for group in self.groups:
             error = self.values[group.rows] - back[group.rows]
@@ -133,9 +143,14 @@ class _Sample:
             cost += float(lost @ self.rows[group.rows])
         return replace(option, cost=cost / 2, error=relative_error(self.values, back))
 
-    def _packed(self, spec: Spec, outliers: Tensor | None) -> Packed:
-        evidence = Evidence("a sample", outliers, {GRAM: self.groups})
+    def _packed(self, spec: Spec) -> Packed:
+        evidence = Evidence("a sample", self.features.picked(spec), {GRAM: self.groups})
         return self.quantizer.quantize(self.values, spec, evidence)
+
+
+def _option(tried: tuple[_Sample, Option]) -> Option:
+    sample, option = tried
+    return sample.option(option)
 
 
 def _restricted(groups: Sequence[RowGroup], picked: Tensor) -> tuple[RowGroup, ...]:
@@ -154,7 +169,7 @@ def _worthwhile(options: Options, numel: int) -> list[Option]:
 
     for i in sorted(range(len(options)), key=worth):
         option = options[i]
-        if not option.spec.is_left_alone:
+        if not option.spec.is_left_alone and option.spec.bits <= CLOSE_BITS:
             by_bits.setdefault(option.spec.bits, []).append(i)
     for own in by_bits.values():
         kept.update(own[:PER_BITS])

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.errors import UsageError
+from kbitc.sensitivity.streaming import apply
+
+TILE = 32  # positions whose logits are worked on at a time
 
 
 def next_token_loss(ids: Tensor, outputs: Sequence[Any], not_text: Sequence[int] = ()) -> Tensor:
@@ -29,12 +31,12 @@ def next_token_loss(ids: Tensor, outputs: Sequence[Any], not_text: Sequence[int]
     Raises:
         UsageError: there is none.
     """
-    next_ids = ids[0, 1:]
-    if not_text:
-        next_ids = next_ids.masked_fill(torch.isin(next_ids, torch.tensor(not_text)), -100)
+    next_ids = ids[0].roll(-1)  # the last has none
+    is_text = ~torch.isin(next_ids, torch.tensor(not_text, dtype=next_ids.dtype))[:-1]
     for value in outputs:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == ids.shape:
-            return F.cross_entropy(value[0, :-1].float(), next_ids, reduction="sum")
+            logs = log_probabilities(value.float().flatten(0, 1), next_ids[:, None])
+            return -logs[:-1, 0][is_text].sum()
     raise UsageError("calibration on text needs a causal language model, whose first output is logits")
 
 
@@ -62,8 +64,8 @@ def drawn_loss(outputs: Sequence[Any], classes: int | None, generator: torch.Gen
 
 
 def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return F.cross_entropy(logits, drawn, reduction="sum")
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return -log_probabilities(logits, drawn).sum()
 
 
 def _normal(mean: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,3 +78,29 @@ def positions(outputs: Sequence[Any]) -> int:
     """Tokens, patches or sequences that the first output that depends on a weight speaks of."""
     first = next(value for value in outputs if isinstance(value, Tensor) and value.requires_grad)
     return first.numel() // first.shape[-1]
+
+
+def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+    """``logits.log_softmax(-1).gather(-1, ids)``, and on the way back one tensor like logits, not three.
+
+    Args:
+        logits: ``(positions, classes)`` float32.
+        ids: ``(positions, n)`` int64, no class twice.
+    """
+    return apply(_LogProbabilities, logits, ids)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """What the forward pass keeps is its input."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        total = torch.cat([part.logsumexp(-1, keepdim=True) for part in logits.split(TILE)])
+        ctx.save_for_backward(logits, ids, total)
+        return logits.gather(-1, ids) - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids, total = ctx.saved_tensors
+        back = (logits - total).exp_().mul_(-grad.sum(-1, keepdim=True))
+        return back.scatter_add_(-1, ids, grad), None

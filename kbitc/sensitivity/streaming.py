@@ -6,7 +6,7 @@ pass reads it again. Memory is that of the activations, not of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from kbitc.graph.program import CANONICAL, Program, as_matrix
 Seen = Callable[[str, str, Any, Tensor], None]
 """Called for each use of a weight: ``(weight's name, kind, input, output)``; the input of a grouped linear
 is ``(x, offsets)``."""
+
+PART = 2**22
+"""Weights of a matrix that are dense at one time, 16 MB."""
 
 TURNED = "turned "
 """Before the kind of a use that multiplies along the weight's rows, as a decoder tied to an encoder does: its
@@ -86,6 +89,8 @@ class Streamed(fx.Interpreter):
         """The graph's outputs for inputs by the names of forward's parameters, flat."""
         self.given = inputs
         outputs = self.run(enable_io_processing=False)
+        # The gradient's graph refers to this, and would refer to itself through its outputs here.
+        self.env = {}
         return list(torch.utils._pytree.tree_leaves(outputs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -99,11 +104,16 @@ class Streamed(fx.Interpreter):
         Raises:
             UsageError: a parameter that is not finite.
         """
+        tensor = self.stored(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def stored(self, name: str) -> Tensor:
+        """A stored tensor as it is; raises as `load` does."""
         tensor = self.source(name)
         if name in self.unchecked:
             check_finite(name, tensor)
             self.unchecked.remove(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return tensor
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One node, its stored operands read now."""
@@ -138,7 +148,7 @@ class Streamed(fx.Interpreter):
         """
 
         def matrix() -> Tensor:
-            return as_matrix(self.load(call.name), call.matrix, is_transposed=call.is_transposed)
+            return as_matrix(self.stored(call.name), call.matrix, is_transposed=call.is_transposed)
 
         if call.kind == "embedding":
             return F.embedding(x, self.load(call.name))
@@ -158,6 +168,38 @@ def writable(y: Tensor) -> Tensor:
     return plain
 
 
+Parts = Iterable[tuple[slice, Tensor]]
+"""Rows of a matrix, some at a time, as one of a vocabulary is large."""
+
+
+def in_parts(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix that are dense at one time."""
+    step = max(1, PART // width)
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def product(x: Tensor, parts: Parts, rows: int, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a matrix of so many rows."""
+    out = None
+    for part, matrix in parts:
+        if len(matrix) == rows:
+            return writable(F.linear(x, matrix, bias))
+        out = x.new_empty(*x.shape[:-1], rows) if out is None else out
+        out[..., part] = F.linear(x, matrix, None if bias is None else bias[part])
+    assert out is not None
+    return out
+
+
+def product_back(grad: Tensor, parts: Parts) -> Tensor:
+    """The gradient of ``x``, from that of the product."""
+    total = None
+    for part, matrix in parts:
+        own = grad[..., part] @ matrix
+        total = own if total is None else total.add_(own)
+    assert total is not None
+    return total
+
+
 class LinearOnLoad(torch.autograd.Function):
     """``F.linear`` that keeps no weight for the backward pass: it is read again."""
 
@@ -165,13 +207,17 @@ class LinearOnLoad(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, load: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
         """``x @ load().T + bias``."""
         ctx.load = load
-        y = F.linear(x, load().to(x.dtype), bias)
-        return writable(y)
+        matrix = load()
+        return product(x, _converted(matrix, x.dtype), len(matrix), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input alone."""
-        return grad @ ctx.load().to(grad.dtype), None, None
+        return product_back(grad, _converted(ctx.load(), grad.dtype)), None, None
+
+
+def _converted(matrix: Tensor, dtype: torch.dtype) -> Parts:
+    return ((part, matrix[part].to(dtype)) for part in in_parts(*matrix.shape))
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -6,23 +6,25 @@ order, so that neither the number of threads nor their luck shows in a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kbitc.checkpoint.finite import check_finite
+from kbitc.formats.dequantize import dequantize
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.program import Program
-from kbitc.sensitivity.streaming import Streamed
+from kbitc.replay.engine import Outputs, Replay
+from kbitc.replay.stops import stops
+from kbitc.system.memory import give_back
+from kbitc.tensor.cores import cores, side_by_side
 from kbitc.training.divergence import Target, divergence, pooled, targets
 from kbitc.training.student import Sink, Student
 from kbitc.training.tunable import TunablePlain, TunableWeight
-
-T = TypeVar("T")
 
 Key: TypeAlias = tuple[str, str]
 """Name of a tensor, and what is tuned of it."""
@@ -62,14 +64,12 @@ class Classroom:
         read: tensors that are not tuned, by name.
         weights: packed ones by name.
         plain: those of one dimension that are not packed, by name.
-        pool: of threads that work alone.
     """
 
     program: Program
     read: ReadTensor
     weights: Mapping[str, TunableWeight]
     plain: Mapping[str, TunablePlain]
-    pool: Executor
 
     def start(self) -> dict[Key, Tensor]:
         """Zeros for all that may be tuned."""
@@ -79,8 +79,8 @@ class Classroom:
     def stored(self, tuned: Tuned) -> Stored:
         """The tensors that values stand for."""
         own = _by_name(tuned)
-        packed = self.each(lambda name: self.weights[name].tuned(own.get(name, {})), self.weights)
-        plain = self.each(lambda name: self.plain[name].tuned(own.get(name, {})), self.plain)
+        packed = side_by_side(lambda name: self.weights[name].tuned(own.get(name, {})), self.weights)
+        plain = side_by_side(lambda name: self.plain[name].tuned(own.get(name, {})), self.plain)
         return Stored(dict(zip(self.weights, packed, strict=True)), dict(zip(self.plain, plain, strict=True)))
 
     def losses(
@@ -88,16 +88,20 @@ class Classroom:
     ) -> list[float]:
         """The divergence of each window, in nats."""
 
-        def loss(lesson: Lesson) -> float:
-            with torch.no_grad():
-                student = Student(self.program, self.read, stored.packed, stored.plain)
-                return float(divergence(student.call(**lesson.feed), lesson.kept))
+        def read(name: str) -> Tensor:
+            if name in stored.packed:
+                return self.program.weights[name].turned_back(dequantize(stored.packed[name]))
+            return stored.plain[name] if name in stored.plain else self.read(name)
 
-        found = []
-        for value in self.pool.map(loss, lessons):
-            found.append(value)
-            on_progress("held-out windows", len(found), len(lessons))
-        return found
+        found = {}
+
+        def judge(index: int, outputs: list[Any], _: list[Any]) -> None:
+            found[index] = float(divergence(outputs, lessons[index].kept))
+
+        _replay(
+            self.program, read, [lesson.feed for lesson in lessons], judge, "held-out windows", on_progress
+        )
+        return [found[index] for index in range(len(lessons))]
 
     def gradients(
         self, stored: Stored, tuned: Tuned, lessons: Sequence[Lesson]
@@ -116,7 +120,7 @@ class Classroom:
 
         total = 0.0
         sums: dict[Key, Tensor] = {}
-        for loss, found in self.pool.map(one, lessons):
+        for loss, found in cores().map(one, lessons):
             total += loss
             for key, grad in found.items():
                 sums[key] = sums[key] + grad if key in sums else grad
@@ -125,24 +129,13 @@ class Classroom:
     def backward(
         self, stored: Stored, lesson: Lesson, sink: Sink | None = None, loss_of: LossOf = divergence
     ) -> tuple[float, Sink]:
-        """The divergence of one window, or another loss, and what its backward pass leaves.
-
-        In a thread of the pool.
-        """
+        """The divergence of one window, or another loss, and what its backward pass leaves; on one core."""
         sink = Sink() if sink is None else sink
         student = Student(self.program, self.read, stored.packed, stored.plain, sink)
         with torch.enable_grad():
             loss = loss_of(student.call(**lesson.feed), lesson.kept)
             student.backward(loss)
         return float(loss.detach()), sink
-
-    def each(self, function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-        """A function of each item, in threads that work alone."""
-        return list(self.pool.map(function, items))
-
-    def alone(self, function: Callable[..., T], *args: Any) -> T:
-        """One call, in a thread that works alone."""
-        return self.pool.submit(function, *args).result()
 
 
 def _by_name(tuned: Tuned) -> dict[str, dict[str, Tensor]]:
@@ -160,7 +153,6 @@ def teach(
     program: Program,
     read: ReadTensor,
     feeds: Sequence[Feed],
-    pool: Executor,
     *,
     classes: int | None = None,
     is_text: bool = False,
@@ -172,7 +164,6 @@ def teach(
         program: canonical, of the source.
         read: a tensor of the source by name.
         feeds: keyword inputs.
-        pool: of threads that work alone.
         classes: see `kbitc.training.divergence.targets`.
         is_text: whether the model is a causal language model, whose inputs are ids.
         on_progress: told of each window.
@@ -180,16 +171,33 @@ def teach(
     Raises:
         UsageError: no output can be compared, or a parameter is not finite.
     """
+    unchecked = {name for name, rest in program.rest.items() if rest.is_parameter} | {*program.weights}
 
-    def lesson(feed: Feed) -> Lesson:
-        with torch.no_grad():
-            outputs = Streamed(program, read).call(**feed)
-            shape = tuple(feed["input_ids"].shape) if is_text else None
-            return Lesson(feed, targets(outputs, classes, shape))
+    def checked(name: str) -> Tensor:
+        tensor = read(name)
+        if name in unchecked:
+            check_finite(name, tensor)
+            unchecked.remove(name)
+        return tensor
 
-    lessons = []
-    for made in pool.map(lesson, feeds):
-        lessons.append(made)
-        on_progress("asking the 16-bit model", len(lessons), len(feeds))
-    kept = pooled([lesson.kept for lesson in lessons])
-    return [replace(lesson, kept=own) for lesson, own in zip(lessons, kept, strict=True)]
+    found: dict[int, list[Target]] = {}
+
+    def keep(index: int, outputs: list[Any], _: list[Any]) -> None:
+        shape = tuple(feeds[index]["input_ids"].shape) if is_text else None
+        found[index] = targets(outputs, classes, shape)
+
+    _replay(program, checked, feeds, keep, "asking the 16-bit model", on_progress)
+    kept = pooled([found[index] for index in range(len(feeds))])
+    return [Lesson(feed, own) for feed, own in zip(feeds, kept, strict=True)]
+
+
+def _replay(
+    program: Program, read: ReadTensor, feeds: Sequence[Feed], end: Outputs, what: str, on_progress: Progress
+) -> None:
+    """Run one model on all windows, a weight at a time."""
+    total = len(stops(program)) + 1
+    with torch.no_grad():
+        for done, _ in enumerate(Replay(program, read, feeds).run(end, range(len(feeds)))):
+            on_progress(what, done, total)
+    give_back()
+    on_progress(what, total, total)

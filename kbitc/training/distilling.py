@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbitc.graph.context import Progress, silent
+from kbitc.tensor.cores import alone
 from kbitc.training.adam import Adam, cosine
 from kbitc.training.classroom import Classroom, Key, Lesson, Tuned
 from kbitc.training.tunable import BLOCKS, CODEBOOK, OUTLIERS, ROWS, SCALES, VALUE, ZEROS
@@ -21,15 +23,8 @@ from kbitc.training.tunable import BLOCKS, CODEBOOK, OUTLIERS, ROWS, SCALES, VAL
 SEED = 0
 ROUNDS = 1
 FLIPPED_BITS = 3.5
-RATES = {
-    ROWS: 2e-3,
-    BLOCKS: 2e-3,
-    SCALES: 2e-3,
-    ZEROS: 2e-3,
-    CODEBOOK: 2e-3,
-    OUTLIERS: 2e-3,
-    VALUE: 2e-3,
-}
+RATES = dict.fromkeys((ROWS, BLOCKS, SCALES, ZEROS, CODEBOOK, OUTLIERS, VALUE), 5e-4)
+"""SmolLM2-135M at 3 bits, held-out divergence 0.2747: after 30 steps 0.2589; at 2e-3 it is 0.3185 after 10."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +44,15 @@ class Recipe:
         refining: steps of tuning after each round.
     """
 
-    windows: int = 128
-    steps: int = 80
+    windows: int = 64
+    steps: int = 32
     batch: int = 2
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
-    looks: int = 6
+    looks: int = 4
     patience: int = 2
     flips: int | None = None
     share: float = 0.005
-    refining: int = 20
+    refining: int = 8
 
 
 def recipe(**asked: Any) -> Recipe:
@@ -113,13 +108,13 @@ def distill(
         _, gradients = room.gradients(room.stored({**fixed, **tuned}), tuned, picked)
         share = cosine(step - 1, how.steps, how.steps // 20)
         rates = {what: rate * share for what, rate in how.rates.items()}
-        tuned = room.alone(adam.step, tuned, gradients, rates)
+        tuned = alone(partial(adam.step, tuned, gradients, rates))
         if step in looks:
             loss = held_out(room, {**fixed, **tuned}, held)
             late = 0 if loss < best.loss else late + 1
             best = Outcome({**fixed, **tuned}, loss, start.steps + step) if loss < best.loss else best
         on_progress(f"tuning, held-out divergence {best.loss:.4g}", step, how.steps)
-        if late >= how.patience:
+        if late >= how.patience and 2 * step >= how.steps:  # at a high rate the divergence may rise at first
             break
     return Outcome(best.tuned, best.loss, start.steps + step)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kbitc.errors import UsageError
-from kbitc.sensitivity.streaming import apply
+from kbitc.sensitivity.losses import log_probabilities
 
 TOP = 64
 LEAST_MASS = 1e-6  # of float32 probabilities whose sum is subtracted from 1
@@ -54,29 +54,13 @@ class Logits:
     def divergence(self, logits: Tensor) -> Tensor:
         """KL(teacher, student), in nats, summed over positions."""
         flat = logits.float().reshape(self.positions, -1)
-        logs = apply(_LogProbabilities, flat, self.ids.long())
+        logs = log_probabilities(flat, self.ids.long())
         own = self.logs.exp()
         total = (own * (self.logs - logs)).sum()
         if self.ids.shape[-1] == flat.shape[-1]:
             return total
         mass = _rest(own)
         return total + (mass * (mass.log() - _rest(logs.exp()).log())).sum()
-
-
-class _LogProbabilities(torch.autograd.Function):
-    """``x.log_softmax(-1).gather(-1, ids)``, whose backward pass makes one tensor of x's size, not three."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor) -> Tensor:
-        total = x.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(x, ids, total)
-        return x.gather(-1, ids) - total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, ids, total = ctx.saved_tensors
-        back = (x - total).exp_().mul_(-grad.sum(-1, keepdim=True))
-        return back.scatter_add_(-1, ids, grad), None
 
 
 def _rest(probabilities: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from kbitc.formats import bit_planes
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.sensitivity.losses import drawn_loss
+from kbitc.tensor.cores import cores, side_by_side
 from kbitc.training.classroom import Classroom, Lesson, Stored
 from kbitc.training.curvature import Curvature, SquareSums
 from kbitc.training.distilling import SEED, Outcome, held_out
@@ -33,8 +34,11 @@ from kbitc.training.tunable import TILE, TunableWeight
 LANES = 2
 """Windows that are worked on at once."""
 
-CURVED = 12
+CURVED = 8
 """Windows that curvature is measured on."""
+
+SLOPED = 32
+"""Windows that gradients are taken of."""
 
 HALVINGS = 6
 
@@ -92,8 +96,9 @@ def flip(
     """
     stored = room.stored(start.tuned)
     curvature = curved(room, stored, lessons[:CURVED], on_progress)
-    with gradients(room, stored, lessons, on_progress) as files:
-        moves = best_moves(room, stored, files, len(lessons), curvature, share, source)
+    sloped = lessons[-SLOPED:]  # others than those of the curvature, where there are as many
+    with gradients(room, stored, sloped, on_progress) as files:
+        moves = best_moves(room, stored, files, len(sloped), curvature, share, source)
     best, kept, count = start, room, 0
     tried = len(moves)
     for i in range(HALVINGS):
@@ -129,7 +134,7 @@ def curved(
         return sink
 
     found = Curvature()
-    for i, sink in enumerate(room.pool.map(one, enumerate(lessons))):
+    for i, sink in enumerate(cores().map(one, enumerate(lessons))):
         for name, sums in sink.sums.items():
             assert isinstance(sums, SquareSums)
             if name in found.sums:
@@ -165,7 +170,7 @@ def gradients(
                     on_progress("summing gradients", min(len(lessons), (i + 1) * LANES), len(lessons))
 
         try:
-            room.each(work, range(LANES))
+            side_by_side(work, range(LANES))
             yield files
         finally:
             for file in files:
@@ -190,7 +195,7 @@ def best_moves(
         return _moves_of(name, stored.packed[name], files, windows, curvature, rows)
 
     names = [name for name in room.weights if name in curvature.sums]
-    parts = room.each(moves_of, names)
+    parts = side_by_side(moves_of, names)
     gains = torch.cat([part[0] for part in parts])
     owner = torch.cat([torch.full((len(p[0]),), i, dtype=torch.int32) for i, p in enumerate(parts)])
     total = sum(
@@ -264,7 +269,7 @@ def moved_room(room: Classroom, moves: Moves) -> Classroom:
         return TunableWeight(moved_codes(room.weights[moves.names[i]].packed, moves.at[mine], moves.by[mine]))
 
     touched = torch.unique(moves.owner).tolist()
-    made = {moves.names[i]: own for i, own in zip(touched, room.each(moved, touched), strict=True)}
+    made = {moves.names[i]: own for i, own in zip(touched, side_by_side(moved, touched), strict=True)}
     return replace(room, weights={**room.weights, **made})
 
 

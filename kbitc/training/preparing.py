@@ -6,8 +6,6 @@ changed tensors on the way (`kbitc.graph.program.Changes`) need not be known.
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
-
 import torch
 from torch import Tensor
 
@@ -61,7 +59,7 @@ def traced(calibrator: Calibrator, feed: Feed) -> Program:
     return program
 
 
-def classroom(artifact: Artifact, calibrator: Calibrator, program: Program, pool: Executor) -> Classroom:
+def classroom(artifact: Artifact, calibrator: Calibrator, program: Program) -> Classroom:
     """What runs students of an artifact.
 
     Raises:
@@ -92,7 +90,6 @@ def classroom(artifact: Artifact, calibrator: Calibrator, program: Program, pool
             for name, value in plain.items()
             if name in needed and _is_gain(program, value, name)
         },
-        pool,
     )
 
 

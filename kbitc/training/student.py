@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program
-from kbitc.sensitivity.streaming import Streamed, WeightCall, apply, each_expert, expert_slices, writable
+from kbitc.sensitivity.streaming import (
+    Parts,
+    Streamed,
+    WeightCall,
+    apply,
+    each_expert,
+    expert_slices,
+    in_parts,
+    product,
+    product_back,
+)
 from kbitc.training.tunable import BlockSums
+
+LARGE = 2**14
+"""Values from which on a tensor is kept at half of its size."""
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Student(Streamed):
         read: any other tensor of the artifact, by name.
         packed: packed weights by name.
         plain: tensors by name, in place of those that ``read`` gives, whose gradients are wanted.
-        sink: where gradients go; None for none.
+        sink: where gradients go.
     """
 
     def __init__(
@@ -59,16 +71,15 @@ class Student(Streamed):
         read: ReadTensor,
         packed: Mapping[str, Packed],
         plain: Mapping[str, Tensor],
-        sink: Sink | None = None,
+        sink: Sink,
     ) -> None:
         super().__init__(program, read)
         self.packed = packed
         self.sink = sink
+        self.last: tuple[Tensor, _Kept] | None = None
         # Every use has a gradient, also one of an input that has none.
-        self.anchor = torch.zeros((), requires_grad=sink is not None)
-        self.plain = {
-            name: tensor.detach().float().requires_grad_(sink is not None) for name, tensor in plain.items()
-        }
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.plain = {name: tensor.detach().float().requires_grad_() for name, tensor in plain.items()}
 
     def load(self, name: str) -> Tensor:
         """A tensor that is not packed, floats in float32."""
@@ -79,23 +90,47 @@ class Student(Streamed):
         if call.name not in self.packed:
             return super().use(call, x, rest)
         packed = self.packed[call.name]
-        sums = None
-        if self.sink is not None:
-            sums = self.sink.of(call.name, packed)
-        weight = _Used(packed, sums, call.is_turned)
+        weight = _Used(packed, self.sink.of(call.name, packed), call.is_turned)
         if call.kind == "embedding":
             return apply(_Embedding, x, self.anchor, weight)
-        kept = x.detach().clone() if self.is_writing else x.detach()
+        kept = self._keep_input(x)
         function = _Linear if call.kind == "linear" else _GroupedLinear
         return apply(function, x, self.anchor, weight, kept, *rest)
 
+    def call(self, **inputs: Any) -> list[Any]:
+        """The graph's outputs; what a gradient needs of the way there is kept in half of the memory."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, _kept):
+            return super().call(**inputs)
+
+    def _keep(self, tensor: Tensor) -> _Kept:
+        """What a gradient needs, at half of its size: that changes less than other windows would."""
+        if tensor.dtype == torch.float32 and tensor.numel() >= LARGE:
+            return _Kept(tensor.bfloat16(), torch.float32)
+        return _Kept(tensor.clone() if self.is_writing else tensor, tensor.dtype)
+
+    def _keep_input(self, x: Tensor) -> _Kept:
+        """A linear's input; once, where several linears have the same."""
+        if self.last is None or self.last[0] is not x or self.is_writing:
+            self.last = x, self._keep(x.detach())
+        return self.last[1]
+
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients of a loss in the sink."""
-        assert self.sink is not None
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         for name, tensor in self.plain.items():
             if tensor.grad is not None:
                 self.sink.whole[name] = tensor.grad
+
+
+class _Kept(NamedTuple):
+    """A tensor that waits for its gradient's turn, and the dtype that it had."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+
+def _kept(kept: _Kept) -> Tensor:
+    return kept.tensor.to(kept.dtype)
 
 
 @dataclass(frozen=True)
@@ -103,7 +138,7 @@ class _Used:
     """One use of a packed weight."""
 
     packed: Packed
-    sums: BlockSums | None
+    sums: BlockSums
     is_turned: bool
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -111,9 +146,23 @@ class _Used:
         dense: Tensor = torch.ops.kbit.dequantize(*self.packed.operands(), dtype)
         return dense.mT if self.is_turned else dense
 
+    def parts(self, dtype: torch.dtype) -> Parts:
+        """The same matrix ``(out, in)``, some rows at a time."""
+        parts = list(in_parts(self.rows, self.packed.in_features))
+        if self.is_turned or len(parts) == 1:
+            yield slice(0, self.rows), self.matrix(dtype)
+            return
+        for part in parts:
+            ids = torch.arange(part.start, part.stop)
+            yield part, torch.ops.kbit.embedding(ids, *self.packed.operands(), dtype)
+
+    @property
+    def rows(self) -> int:
+        """Features of the output."""
+        return self.packed.in_features if self.is_turned else self.packed.planes.shape[-2]
+
     def note(self, grad: Tensor, x: Tensor, expert: int = 0) -> None:
         """Add the gradient ``grad.T @ x``; grad ``(tokens, out)``, x ``(tokens, in)``."""
-        assert self.sums is not None
         left, right = (x, grad) if self.is_turned else (grad, x)
         self.sums.add_product(left.float(), right.float(), expert * left.shape[1])
 
@@ -123,18 +172,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Tensor, bias: Tensor | None = None
+        ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: _Kept, bias: Tensor | None = None
     ) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.has_bias = weight, kept, bias is not None
-        return writable(F.linear(x, weight.matrix(x.dtype), bias))
+        return product(x, weight.parts(x.dtype), weight.rows, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = grad.reshape(-1, grad.shape[-1])
-        ctx.weight.note(rows, ctx.kept.reshape(len(rows), -1))
+        ctx.weight.note(rows, _kept(ctx.kept).reshape(len(rows), -1))
         bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
-        back = grad @ ctx.weight.matrix(grad.dtype) if ctx.needs_input_grad[0] else None
+        back = product_back(grad, ctx.weight.parts(grad.dtype)) if ctx.needs_input_grad[0] else None
         return (back, None, None, None, bias)[: len(ctx.needs_input_grad)]
 
 
@@ -142,16 +191,17 @@ class _GroupedLinear(torch.autograd.Function):
     """Rows of x, sorted by expert, times their expert's weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: _Kept, offsets: Tensor) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.offsets = weight, kept, offsets
         return each_expert(x, weight.matrix(x.dtype), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = _kept(ctx.kept)
         for expert, tokens in expert_slices(ctx.offsets):
             if tokens.stop > tokens.start:
-                ctx.weight.note(grad[tokens], ctx.kept[tokens], expert)
+                ctx.weight.note(grad[tokens], x[tokens], expert)
         back = None
         if ctx.needs_input_grad[0]:
             back = each_expert(grad, ctx.weight.matrix(grad.dtype).mT, ctx.offsets)
@@ -170,6 +220,5 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.weight.sums is not None
         ctx.weight.sums.add_rows(ctx.ids.flatten(), grad.reshape(ctx.ids.numel(), -1).float())
         return None, None, None

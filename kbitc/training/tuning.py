@@ -6,7 +6,7 @@ artifact that is written, and where they say that nothing was gained, nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +27,8 @@ from kbitc.compiler.calibrator import AUTO, Calibrate, Calibrator, make_calibrat
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.example_inputs import is_pretrained
-from kbitc.kernels.cpu.build import work_alone
 from kbitc.system import files
-from kbitc.system.stopping import WorkerPool
-from kbitc.training.classroom import Classroom, Lesson, Stored, Tuned, teach
+from kbitc.training.classroom import Classroom, Feed, Lesson, Stored, Tuned, teach
 from kbitc.training.distilling import FLIPPED_BITS, ROUNDS, Outcome, Recipe, distill, held_out
 from kbitc.training.flips import flip
 from kbitc.training.preparing import check_source, classroom, traced
@@ -108,7 +106,6 @@ def tune_to(
         if claim is not None
         else FolderClaim(target, is_forced=is_forced or out is None) as held,
         open_checkpoint(recorded_source(opened) if source is None else source) as checkpoint,
-        WorkerPool(max(1, min(torch.get_num_threads(), recipe.batch)), initializer=work_alone) as pool,
     ):
         check_source(opened, checkpoint)
         calibrator = make_calibrator(
@@ -116,7 +113,7 @@ def tune_to(
         )
         if calibrator is None:
             raise UsageError("--calibrate none: tuning needs something to run on: self, random or a text")
-        feeds = calibrator.feeds(recipe.windows + HELD)
+        feeds = _others(calibrator.feeds(2 * (recipe.windows + HELD)), recipe.windows + HELD)
         if len(feeds) <= HELD:
             raise UsageError(
                 f"--calibrate {calibrate}: gives {len(feeds)} windows, of which {HELD} are held "
@@ -127,12 +124,11 @@ def tune_to(
             program,
             calibrator.read,
             feeds,
-            pool,
             classes=_classes(calibrator),
             is_text=calibrator.is_text and is_language_model(checkpoint.skeleton()),
             on_progress=on_progress,
         )
-        room = classroom(opened, calibrator, program, pool)
+        room = classroom(opened, calibrator, program)
         rounds = recipe.flips
         if rounds is None:
             rounds = ROUNDS if opened.bits_per_param < FLIPPED_BITS else 0
@@ -151,6 +147,14 @@ def tune_to(
             changed = changes(room, last.stored(outcome.tuned))
             write_replaced(opened, changed, tuning, held, on_progress)
     return Result(target, tuning, perf_counter() - started)
+
+
+def _others(feeds: Sequence[Feed], count: int) -> Sequence[Feed]:
+    """``count`` of twice as many, those between the ones that compiling may have fitted codes to.
+
+    From those little is left to learn. Of a shorter text, all.
+    """
+    return feeds[1::2] if len(feeds) >= 2 * count else feeds[:count]
 
 
 def recorded_source(artifact: Artifact) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kbitc.formats.codebooks import shared_codebook
+from kbitc.formats.encoder import Encoder
 from kbitc.formats.spec import parse
 from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
 from kbitc.sensitivity.gram import Gram
@@ -23,7 +24,8 @@ def problem(spec="nf3:37", *, kept=None, seed=0):
     scales = torch.rand(blocks, ROWS, generator=generator) + 1.5
     zeros = torch.randn(blocks, ROWS, generator=generator) / 5 if "+zp" in spec else None
     kept = None if kept is None else torch.tensor(kept)
-    grid = Grid(shared_codebook(parse(spec)), BLOCK, scales, zeros, kept)
+    codebook = shared_codebook(parse(spec))
+    grid = Grid(codebook, Encoder(codebook).bounds, BLOCK, scales, zeros, kept)
     return target, gram, grid
 
 

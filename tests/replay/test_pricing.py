@@ -11,6 +11,7 @@ from kbitc.quantizers import Evidence
 from kbitc.quantizers.feedback import Feedback
 from kbitc.replay.pricing import _restricted, _Sample, _worthwhile
 from kbitc.sensitivity.gram import GRAM, Gram, RowGroup, equal_groups
+from kbitc.sensitivity.outliers import OutlierFeatures
 from kbitc.sensitivity.score_table import Option
 
 ROWS, WIDTH = 21, 83
@@ -29,7 +30,8 @@ def test_a_price_is_half_the_weighted_output_error(spec):
     values, gram, rows = problem()
     groups = equal_groups((gram,), ROWS)
     quantizer = Feedback()
-    found = _Sample(values, rows, groups, quantizer).option(Option(parse(spec), 10, 1.0, 1.0), None)
+    sample = _Sample("w", values, rows, groups, OutlierFeatures(), quantizer)
+    found = sample.option(Option(parse(spec), 10, 1.0, 1.0))
     made = quantizer.quantize(values, parse(spec), Evidence("w", None, {GRAM: groups}))
     error = values.double() - dequantize(made).double()
     lost = ((error @ gram.inputs.double()) * error).sum(1)
@@ -40,7 +42,8 @@ def test_a_price_is_half_the_weighted_output_error(spec):
 def test_leaving_a_weight_alone_keeps_its_price():
     values, gram, rows = problem()
     option = Option(parse("fp16"), 10, 0.25, 0.5)
-    assert _Sample(values, rows, equal_groups((gram,), ROWS), Feedback()).option(option, None) == option
+    groups = equal_groups((gram,), ROWS)
+    assert _Sample("w", values, rows, groups, OutlierFeatures(), Feedback()).option(option) == option
 
 
 def test_groups_of_a_sample_are_those_of_its_rows():
