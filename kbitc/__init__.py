@@ -210,7 +210,7 @@ def tune(
     calibrate: str | Path | Tensor = "auto",
     windows: int | None = None,
     steps: int | None = None,
-    flips: bool | None = None,
+    flips: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Make a compiled model better at the same size: tune its scales, zero points, codebooks and norms.
@@ -226,7 +226,7 @@ def tune(
             "random", a UTF-8 text file, or int64 token ids of shape (windows, length).
         windows: to learn from; eight more are held out.
         steps: of the optimiser, of two windows each.
-        flips: whether single codes are moved by one level, too; by default below 3.5 bits per parameter.
+        flips: whether single codes are moved by one level, too; it takes as long again, and much text.
         force: replace an existing ``out``.
 
     Returns:
@@ -241,8 +241,7 @@ def tune(
     from kbitc.training.tuning import tune_to
 
     target = None if out is None else LocalPath(out)
-    rounds = None if flips is None else ROUNDS if flips else 0
-    asked = recipe(windows=windows, steps=steps, flips=rounds)
+    asked = recipe(windows=windows, steps=steps, flips=ROUNDS if flips else 0)
     result = tune_to(artifact, source, out=target, calibrate=calibrate, recipe=asked, is_forced=force)
     return result.to_json()
 

@@ -32,6 +32,7 @@ from kbitc.sensitivity.moments import (
     Moments,
     Reach,
     from_tensors,
+    squared_sums,
     to_tensors,
 )
 from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
@@ -39,7 +40,6 @@ from kbitc.system.memory import give_back
 from kbitc.tensor.cores import cores
 
 MAGNITUDE = 6.0
-TILE = 2**20  # gradients that are squared at a time
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,8 @@ class _Sums:
 
     def add(self, expert: int, x: Tensor, grad: Tensor) -> None:
         """Tokens of a linear: x (tokens, in), grad (tokens, rows)."""
-        parts = []
-        for part in grad.split(max(1, TILE // grad.shape[1])):
-            gradients = part.square()
-            parts.append(gradients.sum(-1, keepdim=True))
-            self.rows[expert] += gradients.sum(0)
-        energy = torch.cat(parts)
+        by_row, energy = squared_sums(grad)
+        self.rows[expert] += by_row
         self.columns[expert] += (x.square() * energy).sum(0)
         self.energy[expert] += energy.sum()
         if self.gram is not None:

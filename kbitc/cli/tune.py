@@ -52,12 +52,12 @@ def tune(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, of two windows each.")] = None,
     flips: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--flips/--no-flips",
-            help="Also move single codes by one level. [default: below 3.5 bits per parameter]",
+            "--flips",
+            help="Also move single codes by one level. Takes as long again, and needs much text (--windows).",
         ),
-    ] = None,
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing -o folder.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -66,14 +66,13 @@ def tune(
     from kbitc.training.distilling import ROUNDS, recipe
     from kbitc.training.tuning import tune_to
 
-    rounds = None if flips is None else ROUNDS if flips else 0
     with console.progress("tuning") as update:
         result = tune_to(
             artifact,
             source,
             out=out,
             calibrate=calibrate,
-            recipe=recipe(windows=windows, steps=steps, flips=rounds),
+            recipe=recipe(windows=windows, steps=steps, flips=ROUNDS if flips else 0),
             example_inputs=None if example_inputs is None else read_inputs(example_inputs),
             is_forced=force,
             on_progress=update,

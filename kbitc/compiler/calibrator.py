@@ -36,6 +36,7 @@ from kbitc.errors import SourceError, UsageError, out_of_memory
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.example_inputs import InputMaker, is_pretrained, tokens_before, tokens_of_media
 from kbitc.graph.given_inputs import drawn_like, named_inputs
+from kbitc.graph.input_shapes import Shape
 from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.system.checksums import digest
@@ -44,6 +45,9 @@ from kbitc.version import VERSION
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
 COUNT = 16
 LENGTH = 256
+SENTENCE = 64  # tokens of what an encoder is mostly given; of its windows one input has several,
+SMALL = 50_000_000  # and of a model with no more parameters than that
+MORE = 4  # times as many, which takes it no longer than a larger one
 FORMAT = 6  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
@@ -99,12 +103,12 @@ class Calibrator:
             return f"{source.shape[0]} windows of {source.shape[1]} given tokens"
         if self.inputs is not None:
             return f"{COUNT} random inputs like the given ones"
-        length = window_length(self.checkpoint.skeleton())
         if source == RANDOM:
+            length = window_length(self.checkpoint.skeleton())
             why = "" if self.source == RANDOM else ", as the model cannot sample text"
             return f"{COUNT} random inputs of up to {length} tokens{why}"
         by = "that the model sampled itself" if source == SELF else f"of {Path(source).name}"
-        return f"up to {COUNT} windows of {length} tokens {by}"
+        return f"up to {COUNT * self._rows} windows of {self._length} tokens {by}"
 
     @property
     def is_text(self) -> bool:
@@ -116,7 +120,9 @@ class Calibrator:
         return is_language_model(self.checkpoint.skeleton())
 
     def feeds(self, count: int | None = None) -> list[dict[str, Any]]:
-        """Keyword inputs, all of the same shapes; of batch 1 unless the user gave them.
+        """Keyword inputs, all of the same shapes.
+
+        Their batch is 1, but where the user gave inputs, and of an encoder, which gets several sentences.
 
         Args:
             count: of them at most; by default ``COUNT``, or all tokens that were given.
@@ -131,9 +137,39 @@ class Calibrator:
         if not self.is_text:
             maker = InputMaker.of(model, window_length(model))
             return [maker.draw(generator) for _ in range(number)]
-        windows = self.windows(count)
+        rows = self._rows
+        windows = self.windows(None if count is None and rows == 1 else number * rows)
         maker = InputMaker.of(model, windows.shape[1])
-        return [with_decoder_text(model, maker.draw(generator, window[None])) for window in windows]
+        rows = min(rows, len(windows))
+        batches = windows[: len(windows) // rows * rows].split(rows)
+        return [with_decoder_text(model, _widened(maker.draw(generator, batch), rows)) for batch in batches]
+
+    @cached_property
+    def _length(self) -> int:
+        """Tokens of a window of text."""
+        model: Any = self.checkpoint.skeleton()
+        longest = window_length(model)
+        is_encoder = not self._is_causal and is_pretrained(model) and not model.config.is_encoder_decoder
+        if not is_encoder:
+            return longest
+        others = {**InputMaker.of(model, longest).shapes}
+        is_plain = others.pop("input_ids", None) is not None
+        return (
+            min(SENTENCE, longest) if is_plain and all(_is_constant(s) for s in others.values()) else longest
+        )
+
+    @cached_property
+    def _rows(self) -> int:
+        """Windows of text in one input."""
+        model = self.checkpoint.skeleton()
+        if (
+            isinstance(self._used, Tensor)
+            or self._used in {SELF, RANDOM}
+            or self._length == window_length(model)
+        ):
+            return 1
+        is_small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
+        return (MORE if is_small else 1) * max(1, window_length(model) // self._length)
 
     def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of; see `kbitc.sensitivity.losses`."""
@@ -167,7 +203,7 @@ class Calibrator:
                 f"(kbitc.compile(..., calibrate=ids)), or calibrate with {instead}"
             )
         text, model, label = read_text(Path(self.source)), self.checkpoint.skeleton(), str(self.source)
-        length, has_ends = window_length(model), not self._is_causal
+        length, has_ends = self._length, not self._is_causal
         return text_windows(tokenizer, text, length, count, label, model, has_ends=has_ends)
 
     def _sample(self, count: int) -> Tensor:
@@ -227,7 +263,7 @@ class Calibrator:
             text += "" if self.inputs is None else _digest_of_inputs(self.inputs)
         else:
             text = digest(read_text(Path(source)).encode())
-        return self._digest(text, str(COUNT), str(LENGTH), options)
+        return self._digest(text, str(COUNT), str(LENGTH), str(SENTENCE), options)
 
     def _digest(self, *parts: str) -> str:
         """Of the source, of parts, and of all that else makes numbers differ."""
@@ -308,6 +344,18 @@ def _digest_of_inputs(inputs: Mapping[str, Any]) -> str:
     forms = [f"{name} {getattr(v, 'shape', v)} {getattr(v, 'dtype', '')}" for name, v in inputs.items()]
     held = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and not v.is_meta}
     return digest("\n".join([*forms, digest_of_tensors(held)]).encode())
+
+
+def _is_constant(shape: Shape) -> bool:
+    """Whether an input is one number for each token: a mask, or types."""
+    return shape.fill is not None and len(shape.sizes) == 2
+
+
+def _widened(feed: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Inputs for so many windows where some are for one."""
+    if rows == 1:
+        return dict(feed)
+    return {name: v if len(v) == rows else v.expand(rows, *v.shape[1:]).clone() for name, v in feed.items()}
 
 
 def window_length(model: nn.Module) -> int:

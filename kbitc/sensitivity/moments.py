@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kbitc.graph.facts import Fact
 
+TILE = 2**20  # gradients that are squared at a time
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -125,3 +127,20 @@ def _reach(own: Mapping[str, Tensor]) -> Reach | None:
     if "peaks" not in own:
         return None
     return Reach(own["peaks"], own["positions"], float(own["magnitude"]))
+
+
+def squared_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squared gradients, a part at a time, as those of logits are large.
+
+    Args:
+        grad: ``(tokens, rows)``.
+
+    Returns:
+        ``(rows,)`` over tokens, and ``(tokens, 1)`` over rows.
+    """
+    by_row, by_token = torch.zeros(grad.shape[1], dtype=torch.float64), []
+    for part in grad.split(max(1, TILE // max(1, grad.shape[1]))):
+        squares = part.square()
+        by_row += squares.sum(0)
+        by_token.append(squares.sum(-1, keepdim=True))
+    return by_row, torch.cat(by_token)

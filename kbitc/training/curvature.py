@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kbitc.formats.packed import Packed
+from kbitc.sensitivity.moments import squared_sums
 from kbitc.training.tunable import BlockSums
 
 
@@ -56,9 +57,10 @@ class SquareSums(BlockSums):
 
     def add_product(self, left: Tensor, right: Tensor, first: int = 0) -> None:
         """Of the gradient ``left.T @ right``."""
-        squares, part = left.square(), self.parts["product"]
-        part.rows[first : first + left.shape[1]] += squares.sum(0)
-        part.columns[first // self.per_expert] += (right.square() * squares.sum(1, keepdim=True)).sum(0)
+        by_row, by_token = squared_sums(left)
+        part = self.parts["product"]
+        part.rows[first : first + left.shape[1]] += by_row
+        part.columns[first // self.per_expert] += (right.square() * by_token).sum(0)
 
     def add_rows(self, ids: Tensor, grad: Tensor) -> None:
         """Of rows that were looked up: how often each was, times the gradient of a feature."""

