@@ -138,10 +138,12 @@ class Calibrator:
             maker = InputMaker.of(model, window_length(model))
             return [maker.draw(generator) for _ in range(number)]
         rows = self._rows
-        windows = self.windows(None if count is None and rows == 1 else number * rows)
+        windows = self.windows(count if rows == 1 else number * rows)
+        if rows > 1:  # of a short text rather more inputs than rows
+            rows = min(rows, max(1, len(windows) // number))
+            windows = windows[: min(number, len(windows) // rows) * rows]
         maker = InputMaker.of(model, windows.shape[1])
-        rows = min(rows, len(windows))
-        batches = windows[: len(windows) // rows * rows].split(rows)
+        batches = windows.split(rows)
         return [with_decoder_text(model, _widened(maker.draw(generator, batch), rows)) for batch in batches]
 
     @cached_property

@@ -101,6 +101,27 @@ def test_an_encoder_reads_whole_texts(folder, tmp_path):
         assert torch.equal((logits.grad[0].min(-1).values < 0), torch.ones(16, dtype=torch.bool))
 
 
+def test_an_encoder_reads_sentences_several_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kbitc.compiler.calibrator.SENTENCE", 7)
+    with open_checkpoint(folder("roberta")) as checkpoint:
+        made = Calibrator(checkpoint, tmp_path / "text.txt")
+        assert made.label == "up to 16 windows of 7 tokens of text.txt"
+        feeds = made.feeds(3)
+        assert [{key: value.shape for key, value in feed.items()} for feed in feeds] == [
+            {"input_ids": (8, 7), "attention_mask": (8, 7)}
+        ] * 3
+        ids = torch.cat([feed["input_ids"] for feed in feeds])
+        assert torch.equal(ids, made.windows(24))
+        assert bool((ids[:, 0] == CLS).all())
+        short = made.feeds(100)  # 208 windows: as many inputs as are asked for, of two
+        assert [feed["input_ids"].shape for feed in short] == [(2, 7)] * 100
+        monkeypatch.setattr("kbitc.compiler.calibrator.SMALL", 1000)
+        assert Calibrator(checkpoint, tmp_path / "text.txt").feeds(3)[0]["input_ids"].shape == (2, 7)
+        assert Calibrator(checkpoint, "random").feeds(3)[0]["input_ids"].shape == (1, 16)
+    with open_checkpoint(folder("t5")) as checkpoint:  # its decoder reads as much as its encoder
+        assert Calibrator(checkpoint, tmp_path / "text.txt").feeds(3)[0]["input_ids"].shape[0] == 1
+
+
 @pytest.mark.parametrize(("family", "start"), [("t5", PAD), ("bart", 2)])
 def test_a_decoder_reads_the_same_text_shifted(family, start, folder, tmp_path):
     with open_checkpoint(folder(family, "$A [SEP]")) as checkpoint:
