@@ -48,7 +48,7 @@ LENGTH = 256
 SENTENCE = 64  # tokens of what an encoder is mostly given; of its windows one input has several,
 SMALL = 50_000_000  # and of a model with no more parameters than that
 MORE = 4  # times as many, which takes it no longer than a larger one
-FORMAT = 6  # of what is kept: its layout, and how text is sampled and inputs are drawn
+FORMAT = 7  # of what is kept: its layout, and how text is sampled and inputs are drawn
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
     "weight at a time; or give the process more memory"
@@ -155,23 +155,19 @@ class Calibrator:
         if not is_encoder:
             return longest
         others = {**InputMaker.of(model, longest).shapes}
-        is_plain = others.pop("input_ids", None) is not None
-        return (
-            min(SENTENCE, longest) if is_plain and all(_is_constant(s) for s in others.values()) else longest
-        )
+        has_ids = others.pop("input_ids", None) is not None
+        return min(SENTENCE, longest) if has_ids and all(map(_is_constant, others.values())) else longest
 
     @cached_property
     def _rows(self) -> int:
         """Windows of text in one input."""
         model = self.checkpoint.skeleton()
-        if (
-            isinstance(self._used, Tensor)
-            or self._used in {SELF, RANDOM}
-            or self._length == window_length(model)
-        ):
+        whole = window_length(model)
+        is_cut = not isinstance(self._used, Tensor) and self._used not in {SELF, RANDOM}
+        if not is_cut or self._length == whole:
             return 1
         is_small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
-        return (MORE if is_small else 1) * max(1, window_length(model) // self._length)
+        return (MORE if is_small else 1) * max(1, whole // self._length)
 
     def loss(self, feed: Mapping[str, Any], outputs: Sequence[Any], seed: int) -> Tensor:
         """What to take gradients of; see `kbitc.sensitivity.losses`."""
@@ -265,7 +261,7 @@ class Calibrator:
             text += "" if self.inputs is None else _digest_of_inputs(self.inputs)
         else:
             text = digest(read_text(Path(source)).encode())
-        return self._digest(text, str(COUNT), str(LENGTH), str(SENTENCE), options)
+        return self._digest(text, str(COUNT), str(LENGTH), options)
 
     def _digest(self, *parts: str) -> str:
         """Of the source, of parts, and of all that else makes numbers differ."""

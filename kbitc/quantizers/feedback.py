@@ -38,9 +38,7 @@ from kbitc.tensor.packing import Draft, draft
 
 T = TypeVar("T")
 
-TILE = (
-    512  # rows that one core rounds at a time, at most; fixed by a weight's rows, so that sums are the same
-)
+TILE = 512  # rows that one core rounds at a time, at most; the number of cores does not count
 LEAST = 64  # and at least
 
 

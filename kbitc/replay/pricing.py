@@ -81,8 +81,8 @@ class Pricing:
 
     @cached_property
     def _estimating(self) -> Quantizer:
-        make = getattr(self.quantizer, "estimating", None)
-        return self.quantizer if make is None else make()  # type: ignore[no-any-return]
+        make: Callable[[], Quantizer] | None = getattr(self.quantizer, "estimating", None)
+        return self.quantizer if make is None else make()
 
     @property
     def _moments(self) -> Mapping[str, Moments]:

@@ -75,12 +75,8 @@ class Streamed(fx.Interpreter):
         super().__init__(program.graph, garbage_collect_values=True)
         self.parameters = program.parameters
         self.weights = program.weights
-        self.source = read
+        self.source = finite(program, read)
         self.seen = seen
-        # Parameters alone: a buffer may hold minus infinity for what attention must not see.
-        self.unchecked = {name for name, rest in program.rest.items() if rest.is_parameter} | {
-            *program.weights
-        }
         # Of a graph that writes in place, what a use read may be another when its gradient comes.
         self.is_writing = any(writes(node) for node in program.graph.graph.nodes)
         self.given: Mapping[str, Any] = {}
@@ -104,16 +100,8 @@ class Streamed(fx.Interpreter):
         Raises:
             UsageError: a parameter that is not finite.
         """
-        tensor = self.stored(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def stored(self, name: str) -> Tensor:
-        """A stored tensor as it is; raises as `load` does."""
         tensor = self.source(name)
-        if name in self.unchecked:
-            check_finite(name, tensor)
-            self.unchecked.remove(name)
-        return tensor
+        return tensor.float() if tensor.is_floating_point() else tensor
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One node, its stored operands read now."""
@@ -148,11 +136,26 @@ class Streamed(fx.Interpreter):
         """
 
         def matrix() -> Tensor:
-            return as_matrix(self.stored(call.name), call.matrix, is_transposed=call.is_transposed)
+            return as_matrix(self.source(call.name), call.matrix, is_transposed=call.is_transposed)
 
         if call.kind == "embedding":
             return F.embedding(x, self.load(call.name))
         return apply(LinearOnLoad if call.kind == "linear" else _GroupedLinear, x, matrix, *rest)
+
+
+def finite(program: Program, read: ReadTensor) -> ReadTensor:
+    """``read``, which raises UsageError where a parameter is not finite; each is looked at once."""
+    # Parameters alone: a buffer may hold minus infinity for what attention must not see.
+    unchecked = {name for name, rest in program.rest.items() if rest.is_parameter} | {*program.weights}
+
+    def checked(name: str) -> Tensor:
+        tensor = read(name)
+        if name in unchecked:
+            check_finite(name, tensor)
+            unchecked.remove(name)
+        return tensor
+
+    return checked
 
 
 def apply(function: Any, *args: Any) -> Tensor:

@@ -22,6 +22,7 @@ def give_back() -> None:
 def _trim() -> Callable[[int], int] | None:
     """Of glibc, ``malloc_trim``."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of that kind
         return None
+    return trim

@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kbitc.checkpoint.finite import check_finite
 from kbitc.formats.dequantize import dequantize
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, ReadTensor, silent
 from kbitc.graph.program import Program
 from kbitc.replay.engine import Outputs, Replay
 from kbitc.replay.stops import stops
+from kbitc.sensitivity.streaming import finite
 from kbitc.system.memory import give_back
 from kbitc.tensor.cores import cores, side_by_side
 from kbitc.training.divergence import Target, divergence, pooled, targets
@@ -98,9 +98,8 @@ class Classroom:
         def judge(index: int, outputs: list[Any], _: list[Any]) -> None:
             found[index] = float(divergence(outputs, lessons[index].kept))
 
-        _replay(
-            self.program, read, [lesson.feed for lesson in lessons], judge, "held-out windows", on_progress
-        )
+        feeds = [lesson.feed for lesson in lessons]
+        _replay(self.program, read, feeds, judge, "held-out windows", on_progress)
         return [found[index] for index in range(len(lessons))]
 
     def gradients(
@@ -171,22 +170,13 @@ def teach(
     Raises:
         UsageError: no output can be compared, or a parameter is not finite.
     """
-    unchecked = {name for name, rest in program.rest.items() if rest.is_parameter} | {*program.weights}
-
-    def checked(name: str) -> Tensor:
-        tensor = read(name)
-        if name in unchecked:
-            check_finite(name, tensor)
-            unchecked.remove(name)
-        return tensor
-
     found: dict[int, list[Target]] = {}
 
     def keep(index: int, outputs: list[Any], _: list[Any]) -> None:
         shape = tuple(feeds[index]["input_ids"].shape) if is_text else None
         found[index] = targets(outputs, classes, shape)
 
-    _replay(program, checked, feeds, keep, "asking the 16-bit model", on_progress)
+    _replay(program, finite(program, read), feeds, keep, "asking the 16-bit model", on_progress)
     kept = pooled([found[index] for index in range(len(feeds))])
     return [Lesson(feed, own) for feed, own in zip(feeds, kept, strict=True)]
 

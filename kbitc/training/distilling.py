@@ -23,7 +23,8 @@ from kbitc.training.tunable import BLOCKS, CODEBOOK, OUTLIERS, ROWS, SCALES, VAL
 SEED = 0
 ROUNDS = 1
 RATES = dict.fromkeys((ROWS, BLOCKS, SCALES, ZEROS, CODEBOOK, OUTLIERS, VALUE), 1e-3)
-"""SmolLM2-135M at 3 bits, held-out divergence 0.2747: 0.2626 after 10 steps; at 2e-3 0.3185."""
+"""SmolLM2-135M at 3 bits, held-out divergence 0.2747: after 10 steps 0.2626 at 5e-4, 0.3185 at 2e-3.
+At 3.5 bits, 1e-3 takes 0.1403 to 0.1327 in 56 steps."""
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,10 @@ def tune_to(
 
 
 def _others(feeds: Sequence[Feed], count: int) -> Sequence[Feed]:
-    """``count`` of twice as many, those between the ones that compiling may have fitted codes to.
+    """``count`` of twice as many, mostly others than those that compiling may have fitted codes to.
 
-    From those little is left to learn. Of a shorter text, all.
+    From those little is left to learn. Inputs lie evenly spread over a text, and compiling takes fewer,
+    so that some may meet. Of a shorter text, the first.
     """
     return feeds[1::2] if len(feeds) >= 2 * count else feeds[:count]
 

@@ -49,9 +49,12 @@ def test_nothing_of_a_run_is_left_after_its_gradient(tiny_model):
     source = Calibrator(open_checkpoint(tiny_model("llama")), ids)
     feed = source.feeds()[0]
     left = []
+
+    def seen(name, kind, given, out):
+        left.append(weakref.ref(out))
+
     gc.disable()
     try:
-        seen = lambda name, kind, given, out: left.append(weakref.ref(out))  # noqa: E731
         with torch.enable_grad():
             outputs = Streamed(traced_on(source, feed), source.read, seen).call(**feed)
             loss = source.loss(feed, outputs, 0)
