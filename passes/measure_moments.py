@@ -35,7 +35,7 @@ from kbitc.sensitivity.moments import (
     squared_sums,
     to_tensors,
 )
-from kbitc.sensitivity.streaming import TURNED, Streamed, expert_slices
+from kbitc.sensitivity.streaming import TURNED, Keeper, Streamed, expert_slices
 from kbitc.system.memory import give_back
 from kbitc.tensor.cores import cores
 
@@ -200,6 +200,7 @@ class _Notes:
         self.sums: dict[str, dict[str, _Sums]] = {name: {} for name in program.weights}
         self.seen: dict[str, _Seen] = {}
         self.tokens = 0
+        self.keeper = Keeper()
 
     def add(self, other: _Notes) -> None:
         """Those of another input."""
@@ -227,22 +228,23 @@ class _Notes:
     def watch(self, name: str, kind: str, given: Any, out: Tensor) -> None:
         """Note the input of a use, and arrange that its output's gradient is noted in the backward pass."""
         is_turned, kind = kind.startswith(TURNED), kind.removeprefix(TURNED)
+        x, *rest = given if isinstance(given, tuple) else (given,)
         if kind != "embedding" and not is_turned:
-            x = given[0] if kind == "grouped_linear" else given
             self.seen.setdefault(name, _Seen(self.magnitude)).add(x.detach())
         own = self._sums(name, kind, is_turned=is_turned)
+        kept = self.keeper.keep_input(x)
 
         def note(grad: Tensor) -> None:
             grad = grad.detach().flatten(0, -2)
+            x = kept.back()
             if kind == "embedding":
-                own.look_up(given.flatten(), grad)
+                own.look_up(x.flatten(), grad)
             elif kind == "linear":
-                own.add(0, given.detach().flatten(0, -2), grad)
+                own.add(0, x.flatten(0, -2), grad)
             else:
-                x, offsets = given
-                for expert, tokens in expert_slices(offsets):
+                for expert, tokens in expert_slices(*rest):
                     if tokens.stop > tokens.start:
-                        own.add(expert, x[tokens].detach(), grad[tokens])
+                        own.add(expert, x[tokens], grad[tokens])
 
         out.register_hook(note)
 

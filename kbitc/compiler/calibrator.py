@@ -48,7 +48,7 @@ LENGTH = 256
 SENTENCE = 64  # tokens of what an encoder is mostly given; of its windows one input has several,
 SMALL = 50_000_000  # and of a model with no more parameters than that
 MORE = 4  # times as many, which takes it no longer than a larger one
-FORMAT = 7  # of what is kept: its layout, and how text is sampled and inputs are drawn
+FORMAT = 8  # of what is kept: its layout, how text is sampled and inputs are drawn, and what sums are of
 SPARING = (
     "calibrate on a text file (--calibrate TEXT) or not at all (--calibrate none), which read the model a "
     "weight at a time; or give the process more memory"

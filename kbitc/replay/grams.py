@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from kbitc.replay.stops import added_to
 from kbitc.replay.values import Pair
 from kbitc.sensitivity.gram import Gram, gram_of
 from kbitc.sensitivity.streaming import expert_slices
-from kbitc.tensor.cores import cores
+from kbitc.tensor.cores import cores, side_by_side
 
-WIDTH = 256  # columns of a moment that one core sums at a time; a fixed number, so that sums are the same
-PARTS = 8  # that wide inputs are split into
+WIDTH = 256  # columns of a moment that one core sums at a time, at most,
+PARTS = 8  # but of wide inputs an eighth; numbers that no core counts for, so that sums are the same
 PER_FEATURE = 4  # tokens an input feature below which an expert's moments are taken as uncorrelated
 
 Windows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -32,8 +34,7 @@ def grams(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tup
     """
     if inputs.stop.kind == "grouped_linear":
         return _of_experts(inputs, fitted, held_out)
-    parts = [_gram(_windows(inputs, indices)) for indices in (fitted, held_out) if indices]
-    return (_joined(parts),)
+    return (_joined(_grams([_windows(inputs, indices) for indices in (fitted, held_out) if indices])),)
 
 
 def residual(inputs: Inputs, name: str, rows: int, indices: Sequence[int]) -> Tensor | None:
@@ -80,7 +81,7 @@ def _windows(inputs: Inputs, indices: Sequence[int]) -> Windows:
 def _of_experts(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tuple[Gram, ...]:
     """The models may send a token to different experts, so that there is no cross moment."""
 
-    def of(expert: int, indices: Sequence[int]) -> Gram:
+    def of(expert: int, indices: Sequence[int]) -> Windows:
         def windows() -> Iterator[tuple[Tensor, Tensor]]:
             for index in indices:
                 _, offsets = inputs.expert_slices(index)
@@ -88,11 +89,12 @@ def _of_experts(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) 
                 own = x[expert_slices(offsets)[expert][1]]
                 yield own, own
 
-        return _gram(windows)
+        return windows
 
     count = len(inputs.expert_slices(0)[1])
-    both = ([of(expert, indices) for indices in (fitted, held_out) if indices] for expert in range(count))
-    return tuple(_joined([_damped(part) for part in parts]) for parts in both)
+    both = [indices for indices in (fitted, held_out) if indices]
+    every = iter(_grams([of(expert, indices) for expert in range(count) for indices in both]))
+    return tuple(_joined([_damped(next(every)) for _ in both]) for _ in range(count))
 
 
 def _damped(gram: Gram) -> Gram:
@@ -102,25 +104,60 @@ def _damped(gram: Gram) -> Gram:
     return Gram(gram.inputs.diagonal().diag_embed(), None, gram.tokens)
 
 
-def _gram(windows: Windows) -> Gram:
-    x, y = next(windows())
-    width, is_one = x.shape[1], x is y
-    tokens = sum(len(own) for own, _ in windows())
-    # Of wide inputs larger parts, as what waits in a file is read for each of them.
-    step = max(WIDTH, -(-width // PARTS // WIDTH) * WIDTH)
+def _grams(parts: Sequence[Windows]) -> list[Gram]:
+    """Of several sets of windows; all that there is to sum is one heap of work for the cores."""
+    of_parts = [_Sums.of(windows) for windows in parts]
+    jobs = [job for sums in of_parts for job in sums.jobs()]
+    found = iter(side_by_side(lambda job: job(), jobs))
+    return [sums.joined(found) for sums in of_parts]
 
-    def symmetric(start: int) -> Tensor:
-        return gram_of((y[:, start : start + step], y[:, start:]) for _, y in windows())
 
-    def cross(start: int) -> Tensor:
-        return gram_of((x[:, start : start + step], y) for x, y in windows())
+@dataclass(frozen=True)
+class _Sums:
+    """Moments of some windows, a strip of columns of one at a time.
 
-    starts = range(0, width, step)
-    upper = torch.zeros(width, width)
-    for start, part in zip(starts, cores().map(symmetric, starts), strict=True):
-        upper[start : start + step, start:] = part / max(1, tokens)
-    moments = upper.triu() + upper.triu(1).mT
-    if is_one:
-        return Gram(moments, None, tokens)
-    crossed = torch.cat([(part / max(1, tokens)).float() for part in cores().map(cross, starts)])
-    return Gram(moments, crossed, tokens)
+    Attributes:
+        windows: of ``(tokens, width)`` inputs.
+        width: input features.
+        tokens: of all windows.
+        is_one: whether both models have the same inputs.
+    """
+
+    windows: Windows
+    width: int
+    tokens: int
+    is_one: bool
+
+    @staticmethod
+    def of(windows: Windows) -> _Sums:
+        x, y = next(windows())
+        return _Sums(windows, x.shape[1], sum(len(own) for own, _ in windows()), x is y)
+
+    @property
+    def strips(self) -> list[slice]:
+        """Of one width but the last; of wide inputs few, as what waits in a file is read for each of them."""
+        count = min(PARTS, -(-self.width // WIDTH))
+        step = -(-self.width // count)
+        return [slice(start, min(start + step, self.width)) for start in range(0, self.width, step)]
+
+    def jobs(self) -> list[Callable[[], Tensor]]:
+        """The largest first: H from each strip's first column on, and C."""
+        kinds = [self._symmetric] if self.is_one else [self._cross, self._symmetric]
+        return [partial(kind, strip) for kind in kinds for strip in self.strips]
+
+    def joined(self, found: Iterator[Tensor]) -> Gram:
+        """From what the jobs gave, in their order."""
+        cross = None if self.is_one else torch.cat([next(found) for _ in self.strips])
+        upper = torch.zeros(self.width, self.width)
+        for strip in self.strips:
+            upper[strip, strip.start :] = next(found)
+        return Gram(upper.triu() + upper.triu(1).mT, cross, self.tokens)
+
+    def _cross(self, strip: slice) -> Tensor:
+        return self._mean((x[:, strip], y) for x, y in self.windows())
+
+    def _symmetric(self, strip: slice) -> Tensor:
+        return self._mean((y[:, strip], y[:, strip.start :]) for _, y in self.windows())
+
+    def _mean(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        return (gram_of(pairs) / max(1, self.tokens)).float()

@@ -11,7 +11,7 @@ place of w C) says all that there is to say of codes q for w; its last term depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +22,9 @@ from kbitc.graph.facts import Fact
 from kbitc.sensitivity.moments import Moments
 
 T = TypeVar("T")
+
+SUMMED = 1024
+"""Tokens of one float32 product: a float64 sum costs as much as those of 128."""
 
 BUCKETS = 8
 """Mixtures of a look-up's and the logits' moments that the rows of a tied embedding are sorted into."""
@@ -138,14 +141,27 @@ def groups_of_moments(moments: Moments, rows: int) -> tuple[RowGroup, ...] | Non
 
 
 def gram_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """``sum of a^T b`` over windows, float64 sums of float32 products.
+    """``sum of a^T b`` over windows, float64 sums of float32 products of some tokens each.
 
     Args:
         pairs: ``(tokens, m)`` and ``(tokens, n)`` float32 of each window.
     """
     total: Tensor | None = None
-    for a, b in pairs:
-        product = (a.mT @ b).double()
-        total = product if total is None else total.add_(product)
+    for some in _batched(pairs):
+        a, b = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*some, strict=True))
+        product = a.mT @ b
+        total = product.double() if total is None else total.add_(product)
     assert total is not None
     return total
+
+
+def _batched(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Windows together, as many as have `SUMMED` tokens."""
+    some: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        some.append(pair)
+        if sum(len(a) for a, _ in some) >= SUMMED:
+            yield some
+            some = []
+    if some:
+        yield some

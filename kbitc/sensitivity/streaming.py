@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ is ``(x, offsets)``."""
 
 PART = 2**22
 """Weights of a matrix that are dense at one time, 16 MB."""
+
+LARGE = 2**14
+"""Values from which on a tensor that waits for its gradient's turn is kept at half of its size."""
 
 TURNED = "turned "
 """Before the kind of a use that multiplies along the weight's rows, as a decoder tied to an encoder does: its
@@ -41,6 +44,47 @@ class _Stored:
     """A tensor of the checkpoint, not read yet."""
 
     name: str
+
+
+class Kept(NamedTuple):
+    """A tensor that waits for its gradient's turn, and the dtype that it had."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+    def back(self) -> Tensor:
+        """As it was, but for what 16 bits lose."""
+        return self.tensor.to(self.dtype)
+
+
+class Keeper:
+    """Keeps what a backward pass needs of the way there, large float32 tensors as bfloat16.
+
+    That changes a gradient less than other windows of text would.
+
+    Args:
+        is_writing: whether the graph may write into what is kept later.
+    """
+
+    def __init__(self, *, is_writing: bool = False) -> None:
+        self.is_writing = is_writing
+        self.last: tuple[Tensor, Kept] | None = None
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """One tensor."""
+        if tensor.dtype == torch.float32 and tensor.numel() >= LARGE:
+            return Kept(tensor.bfloat16(), torch.float32)
+        return Kept(tensor.clone() if self.is_writing else tensor, tensor.dtype)
+
+    def keep_input(self, x: Tensor) -> Kept:
+        """A linear's input; once, where several linears in a row have the same."""
+        if self.last is None or self.last[0] is not x or self.is_writing:
+            self.last = x, self.keep(x.detach())
+        return self.last[1]
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Under which autograd keeps its tensors so."""
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, Kept.back)
 
 
 @dataclass(frozen=True)
@@ -79,14 +123,16 @@ class Streamed(fx.Interpreter):
         self.seen = seen
         # Of a graph that writes in place, what a use read may be another when its gradient comes.
         self.is_writing = any(writes(node) for node in program.graph.graph.nodes)
+        self.keeper = Keeper(is_writing=self.is_writing)
         self.given: Mapping[str, Any] = {}
 
     def call(self, **inputs: Any) -> list[Any]:
         """The graph's outputs for inputs by the names of forward's parameters, flat."""
         self.given = inputs
-        outputs = self.run(enable_io_processing=False)
+        with self.keeper.hooks():
+            outputs = self.run(enable_io_processing=False)
         # The gradient's graph refers to this, and would refer to itself through its outputs here.
-        self.env = {}
+        self.env, self.keeper.last = {}, None
         return list(torch.utils._pytree.tree_leaves(outputs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

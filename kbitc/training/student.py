@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kbitc.formats.packed import Packed
 from kbitc.graph.context import ReadTensor
 from kbitc.graph.program import Program
 from kbitc.sensitivity.streaming import (
+    Kept,
     Parts,
     Streamed,
     WeightCall,
@@ -28,9 +29,6 @@ from kbitc.sensitivity.streaming import (
     product_back,
 )
 from kbitc.training.tunable import BlockSums
-
-LARGE = 2**14
-"""Values from which on a tensor is kept at half of its size."""
 
 
 @dataclass
@@ -76,7 +74,6 @@ class Student(Streamed):
         super().__init__(program, read)
         self.packed = packed
         self.sink = sink
-        self.last: tuple[Tensor, _Kept] | None = None
         # Every use has a gradient, also one of an input that has none.
         self.anchor = torch.zeros((), requires_grad=True)
         self.plain = {name: tensor.detach().float().requires_grad_() for name, tensor in plain.items()}
@@ -93,26 +90,9 @@ class Student(Streamed):
         weight = _Used(packed, self.sink.of(call.name, packed), call.is_turned)
         if call.kind == "embedding":
             return apply(_Embedding, x, self.anchor, weight)
-        kept = self._keep_input(x)
+        kept = self.keeper.keep_input(x)
         function = _Linear if call.kind == "linear" else _GroupedLinear
         return apply(function, x, self.anchor, weight, kept, *rest)
-
-    def call(self, **inputs: Any) -> list[Any]:
-        """The graph's outputs; what a gradient needs of the way there is kept in half of the memory."""
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, _kept):
-            return super().call(**inputs)
-
-    def _keep(self, tensor: Tensor) -> _Kept:
-        """What a gradient needs, at half of its size: that changes less than other windows would."""
-        if tensor.dtype == torch.float32 and tensor.numel() >= LARGE:
-            return _Kept(tensor.bfloat16(), torch.float32)
-        return _Kept(tensor.clone() if self.is_writing else tensor, tensor.dtype)
-
-    def _keep_input(self, x: Tensor) -> _Kept:
-        """A linear's input; once, where several linears have the same."""
-        if self.last is None or self.last[0] is not x or self.is_writing:
-            self.last = x, self._keep(x.detach())
-        return self.last[1]
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients of a loss in the sink."""
@@ -120,17 +100,6 @@ class Student(Streamed):
         for name, tensor in self.plain.items():
             if tensor.grad is not None:
                 self.sink.whole[name] = tensor.grad
-
-
-class _Kept(NamedTuple):
-    """A tensor that waits for its gradient's turn, and the dtype that it had."""
-
-    tensor: Tensor
-    dtype: torch.dtype
-
-
-def _kept(kept: _Kept) -> Tensor:
-    return kept.tensor.to(kept.dtype)
 
 
 @dataclass(frozen=True)
@@ -172,7 +141,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: _Kept, bias: Tensor | None = None
+        ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Kept, bias: Tensor | None = None
     ) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.has_bias = weight, kept, bias is not None
@@ -181,7 +150,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = grad.reshape(-1, grad.shape[-1])
-        ctx.weight.note(rows, _kept(ctx.kept).reshape(len(rows), -1))
+        ctx.weight.note(rows, ctx.kept.back().reshape(len(rows), -1))
         bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
         back = product_back(grad, ctx.weight.parts(grad.dtype)) if ctx.needs_input_grad[0] else None
         return (back, None, None, None, bias)[: len(ctx.needs_input_grad)]
@@ -191,14 +160,14 @@ class _GroupedLinear(torch.autograd.Function):
     """Rows of x, sorted by expert, times their expert's weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: _Kept, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: _Used, kept: Kept, offsets: Tensor) -> Tensor:
         del anchor
         ctx.weight, ctx.kept, ctx.offsets = weight, kept, offsets
         return each_expert(x, weight.matrix(x.dtype), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = _kept(ctx.kept)
+        x = ctx.kept.back()
         for expert, tokens in expert_slices(ctx.offsets):
             if tokens.stop > tokens.start:
                 ctx.weight.note(grad[tokens], x[tokens], expert)

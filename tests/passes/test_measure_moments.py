@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -139,6 +140,19 @@ def test_prices_predict_the_loss(tiny_model):
             weight.data.copy_(kept)
             predicted += float((factor.rows[:, None] * factor.columns * noise**2).sum()) / 2 / 12
         assert predicted == pytest.approx(divergence, rel=0.35)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+def test_what_waits_for_its_gradient_at_16_bits_changes_little(family, tiny_model, cache, monkeypatch):
+    model = tiny_model(family)
+    exact = to_tensors(measured(model).facts[MOMENTS])
+    shutil.rmtree(cache)
+    monkeypatch.setattr("kbitc.sensitivity.streaming.LARGE", 1)
+    kept = to_tensors(measured(model).facts[MOMENTS])
+    assert kept.keys() == exact.keys()
+    assert any(not torch.equal(kept[name], values) for name, values in exact.items())
+    for name, values in exact.items():
+        assert (kept[name] - values).norm() <= 0.02 * values.norm(), name
 
 
 def test_kept_in_the_cache_and_no_seed_is_touched(tiny_model, cache, monkeypatch):

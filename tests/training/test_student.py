@@ -77,7 +77,7 @@ def reference(school, values):
 @pytest.mark.parametrize(("family", "spec"), CASES)
 def test_gradients_are_those_of_the_dense_model(family, spec, is_halved, schooled, monkeypatch):
     if is_halved:  # as large models have it: kept at 16 bits, matrices in parts
-        monkeypatch.setattr("kbitc.training.student.LARGE", 1)
+        monkeypatch.setattr("kbitc.sensitivity.streaming.LARGE", 1)
         monkeypatch.setattr("kbitc.sensitivity.streaming.PART", 300)
     school = schooled(family, spec)
     tuned = school.room.start()
