@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -37,7 +38,7 @@ from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.outliers import OUTLIERS, OutlierFeatures, share_of
 from kbitc.sensitivity.sampled_error import Sample
 from kbitc.sensitivity.score_table import SCORES, Option, ScoreTable, monotone
-from kbitc.tensor.cores import cores
+from kbitc.tensor.cores import alone
 
 # Nothing after the head damps its error. SmolLM2-135M at 4.0 bits, WikiText-2 test, 10 x 512 tokens:
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
@@ -101,20 +102,14 @@ class ScoreSensitivity:
             raise UsageError("scoring needs the weights; this program has no source")
         read = program.read
         moments, outliers = program.get(MOMENTS) or {}, program.get(OUTLIERS) or {}
-        options = {}
-        # Samples are small, so weights run side by side, one core each.
-        tables = cores().map(
-            lambda weight: self._options(
-                weight,
-                read(weight.name),
-                moments.get(weight.name),
-                outliers.get(weight.name, OutlierFeatures()),
-            ),
-            program.weights.values(),
-        )
+        options: dict[str, tuple[Option, ...]] = {}
         done, total = 0, sum(weight.numel for weight in program.weights.values())
-        for (name, weight), own in zip(program.weights.items(), tables, strict=True):
-            options[name] = own
+        for name, weight in program.weights.items():
+            own = partial(
+                self._options, weight, read(name), moments.get(name), outliers.get(name, OutlierFeatures())
+            )
+            # One after another: of small samples it is Python that takes the time, and two threads take more.
+            options[name] = alone(own)
             done += weight.numel
             program.context.on_progress(f"pricing {name}", done, total)
         options = self._repriced(program, options)

@@ -22,6 +22,7 @@ from kbitc.replay.grams import grams, residual
 from kbitc.replay.stops import stops
 from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
 from kbitc.sensitivity.moments import MOMENTS
+from kbitc.system.memory import give_back
 
 FITTED = 64  # inputs that codes are fitted to
 HELD_OUT = 8  # inputs that judge
@@ -50,12 +51,14 @@ class InOrder:
 
     def run(self) -> Iterator[tuple[str, str, Packed]]:
         """Each weight that the plan packs and that is not known: name, quantizer, packed."""
+        give_back()  # what pricing has freed; the embedding comes next, and is large
         later = {name for stop in stops(self.traced) for name in stop.names}
         for name in filter(self._is_waiting, self.program.weights):
             if name not in later:
                 moments = (self.program.get(MOMENTS) or {}).get(name)
                 rows = self.program.weights[name].rows
                 yield self._packed(name, None if moments is None else groups_of_moments(moments, rows))
+                give_back()
         replay = Replay(self.traced, self.read, self.feeds, self._dequantized)
         for inputs in replay.run(wanted=self._is_waiting):
             yield from self._at(inputs)

@@ -11,7 +11,7 @@ place of w C) says all that there is to say of codes q for w; its last term depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from kbitc.sensitivity.moments import Moments
 T = TypeVar("T")
 
 SUMMED = 1024
-"""Tokens of one float32 product: a float64 sum costs as much as those of 128."""
+"""Tokens of one float32 product, at least: a float64 sum costs as much as the products of 128 tokens."""
 
 BUCKETS = 8
 """Mixtures of a look-up's and the logits' moments that the rows of a tied embedding are sorted into."""
@@ -147,21 +147,19 @@ def gram_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         pairs: ``(tokens, m)`` and ``(tokens, n)`` float32 of each window.
     """
     total: Tensor | None = None
-    for some in _batched(pairs):
-        a, b = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*some, strict=True))
-        product = a.mT @ b
-        total = product.double() if total is None else total.add_(product)
+    product: Tensor | None = None
+    tokens = 0
+    for a, b in pairs:
+        product = a.mT @ b if product is None else product.addmm_(a.mT, b)
+        tokens += len(a)
+        if tokens >= SUMMED:
+            total = _added(total, product)
+            product, tokens = None, 0
+    if product is not None:
+        total = _added(total, product)
     assert total is not None
     return total
 
 
-def _batched(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Windows together, as many as have `SUMMED` tokens."""
-    some: list[tuple[Tensor, Tensor]] = []
-    for pair in pairs:
-        some.append(pair)
-        if sum(len(a) for a, _ in some) >= SUMMED:
-            yield some
-            some = []
-    if some:
-        yield some
+def _added(total: Tensor | None, product: Tensor) -> Tensor:
+    return product.double() if total is None else total.add_(product)

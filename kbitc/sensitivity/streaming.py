@@ -6,6 +6,7 @@ pass reads it again. Memory is that of the activations, not of the model.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Keeper:
 
     def __init__(self, *, is_writing: bool = False) -> None:
         self.is_writing = is_writing
-        self.last: tuple[Tensor, Kept] | None = None
+        # Not the input itself: its gradient's graph may lead to this, a circle that no collector sees.
+        self.last: tuple[weakref.ref[Tensor], Kept] | None = None
 
     def keep(self, tensor: Tensor) -> Kept:
         """One tensor."""
@@ -78,8 +80,8 @@ class Keeper:
 
     def keep_input(self, x: Tensor) -> Kept:
         """A linear's input; once, where several linears in a row have the same."""
-        if self.last is None or self.last[0] is not x or self.is_writing:
-            self.last = x, self.keep(x.detach())
+        if self.last is None or self.last[0]() is not x or self.is_writing:
+            self.last = weakref.ref(x), self.keep(x.detach())
         return self.last[1]
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -132,7 +134,7 @@ class Streamed(fx.Interpreter):
         with self.keeper.hooks():
             outputs = self.run(enable_io_processing=False)
         # The gradient's graph refers to this, and would refer to itself through its outputs here.
-        self.env, self.keeper.last = {}, None
+        self.env = {}
         return list(torch.utils._pytree.tree_leaves(outputs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

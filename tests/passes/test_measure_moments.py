@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from kbitc.passes.canonicalize import Canonicalize
 from kbitc.passes.measure_moments import MeasureMoments
 from kbitc.pipeline.manager import PassManager
 from kbitc.sensitivity.moments import CALIBRATION, MOMENTS, from_tensors, to_tensors
+from kbitc.sensitivity.streaming import Keeper
 
 TOKENS = torch.randint(101, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -153,6 +156,25 @@ def test_what_waits_for_its_gradient_at_16_bits_changes_little(family, tiny_mode
     assert any(not torch.equal(kept[name], values) for name, values in exact.items())
     for name, values in exact.items():
         assert (kept[name] - values).norm() <= 0.02 * values.norm(), name
+
+
+def test_no_window_outlives_its_gradient(tiny_model, monkeypatch):
+    """Not until Python looks for circles, and there are some that it cannot see."""
+    left, keep = [], Keeper.keep
+
+    def kept(keeper, tensor):
+        left.append(weakref.ref((made := keep(keeper, tensor)).tensor))
+        return made
+
+    monkeypatch.setattr("kbitc.sensitivity.streaming.LARGE", 1)
+    monkeypatch.setattr(Keeper, "keep", kept)
+    gc.disable()
+    try:
+        measured(tiny_model("llama"))
+        assert len(left) > 30
+        assert not any(tensor() is not None for tensor in left)
+    finally:
+        gc.enable()
 
 
 def test_kept_in_the_cache_and_no_seed_is_touched(tiny_model, cache, monkeypatch):
