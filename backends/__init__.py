@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         Backend,
         Decoding,
         Exporting,
+        Targeted,
         backend_names,
         export_formats,
         find_backend,
         find_exporter,
+        find_target,
         make_decoder,
     )
 
@@ -29,10 +31,12 @@ __all__ = [
     "Decoder",
     "Decoding",
     "Exporting",
+    "Targeted",
     "backend_names",
     "export_formats",
     "find_backend",
     "find_exporter",
+    "find_target",
     "make_decoder",
 ]
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from kbitc.errors import BackendUnavailable, KbitcError, UsageError, did_you_mean
 from kbitc.pipeline.registry import Registry
+from kbitc.planning.target import Target
 
 if TYPE_CHECKING:
     from kbitc.backends._decoding.decoder import Decoder
@@ -74,6 +75,36 @@ class Exporting(Backend, Protocol):
             A report of what was written, as plain data; with "weights" in it, as `kbit_export.json` has them.
         """
         ...
+
+
+@runtime_checkable
+class Targeted(Backend, Protocol):
+    """A backend that writes weights in containers of its own, which a plan can be made for."""
+
+    def target(self) -> Target:
+        """The containers; needs nothing that is to be installed."""
+        ...
+
+
+OWN = ("cpu", "triton")
+"""Targets of the artifact itself: kbitc's kernels hold every format."""
+
+
+def find_target(name: str) -> Target | None:
+    """What ``kbitc compile --for`` names; None for kbitc's own kernels.
+
+    Raises:
+        UsageError: no such target.
+
+    >>> find_target("onnx").name
+    'onnx'
+    """
+    if name in OWN:
+        return None
+    targets = {t.name: t for t in (b.target() for _, b in _usable() if isinstance(b, Targeted))}
+    if name not in targets:
+        raise UsageError(did_you_mean("target", name, [*OWN, *targets]))
+    return targets[name]
 
 
 def backend_names() -> list[str]:

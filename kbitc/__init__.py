@@ -94,6 +94,8 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     quantizer: str = "auto",
     equalize: str = "off",
     rotate: str = "off",
+    target: str = "cpu",
+    types: Sequence[str] = (),
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Compile a model to k-bit weights.
@@ -119,6 +121,9 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         equalize: scale features between weights, a change of weights that leaves the function as it is:
             "off", "on", or "auto": if inputs that are held out say that it helps.
         rotate: the same of turning the residual stream.
+        target: what will hold the weights: "cpu", "triton" (kbitc's kernels, which hold every format), or
+            "onnx": then ``bits`` are bytes of the exported file.
+        types: data types that ``bits`` chooses from, for example ``["int", "nf"]``; all by default.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know, or in place of those that are made from a config. Where they are more than text,
             errors are measured on them: noise stands for floats of one value throughout, as of
@@ -139,6 +144,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
     from torch import nn as torch_nn
 
     from kbitc.artifact.loading import load as load_artifact
+    from kbitc.backends import find_target
     from kbitc.compiler.checks import warn_untraced
     from kbitc.compiler.driver import compile_module, compile_to
     from kbitc.compiler.request import Request
@@ -154,21 +160,23 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
         quantizer=quantizer,
         equalize=equalize,
         rotate=rotate,
+        target=find_target(target),
+        types=types,
     )
-    target = None if out is None else LocalPath(out)
+    folder = None if out is None else LocalPath(out)
     if isinstance(model, torch_nn.Module):
-        packed = compile_module(model, request, example_inputs, out=target, is_forced=force)
+        packed = compile_module(model, request, example_inputs, out=folder, is_forced=force)
         if "transformers" not in sys.modules:
             return packed
         from kbitc.compiler.transformers_client import as_loaded
 
         return as_loaded(packed)
-    if target is not None:
-        result = compile_to(model, target, request, is_forced=force, example_inputs=example_inputs)
+    if folder is not None:
+        result = compile_to(model, folder, request, is_forced=force, example_inputs=example_inputs)
         warn_untraced(result.source, result.program)
-        return load_artifact(target, verify=False)
-    with tempfile.TemporaryDirectory(prefix="kbitc-") as folder:
-        scratch = LocalPath(folder) / "model"
+        return load_artifact(folder, verify=False)
+    with tempfile.TemporaryDirectory(prefix="kbitc-") as temporary:
+        scratch = LocalPath(temporary) / "model"
         result = compile_to(model, scratch, request, example_inputs=example_inputs)
         warn_untraced(result.source, result.program)
         return load_artifact(scratch, verify=False)

@@ -30,6 +30,7 @@ from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
 from kbitc.graph.stored import rest_bytes
 from kbitc.passes.canonicalize import traced_on
 from kbitc.planning.packable import check_packable
+from kbitc.planning.target import Target
 from kbitc.quantizers import settled_quantizer
 from kbitc.replay.choice import ordered_quantizer
 from kbitc.replay.pricing import Pricing
@@ -85,11 +86,15 @@ class ScoreSensitivity:
             `outlier_candidates`; leaving a weight at 16 bits is always one more.
         head_importance: without moments, a factor on the cost of a weight that gives the logits.
         quantizer: that will pack the weights; "" for the strongest one that there is evidence for.
+        target: whose options and bytes they are; None for kbitc's own artifact.
+        types: families of data types that are tried; empty for all.
     """
 
     candidates: Sequence[Spec] = ()
     head_importance: float = HEAD_IMPORTANCE
     quantizer: str = ""
+    target: Target | None = None
+    types: Sequence[str] = ()
 
     needs: ClassVar[Stage] = Stage.CANONICAL
     gives: ClassVar[Stage] = Stage.CANONICAL
@@ -116,12 +121,13 @@ class ScoreSensitivity:
         scores = ScoreTable(
             _in_nats(program, options, moments),
             {name: weight.numel for name, weight in program.weights.items()},
-            rest_bytes(program),
+            self._rest_bytes(program),
             program.parameter_count,
             source="fisher" if moments else "error",
             unit="nats per token" if moments else "relative",
             quantizer=self.quantizer,
             groups={kind: _joined(agreeing_groups(program, kind)) for kind in KINDS},
+            target="" if self.target is None else self.target.name,
         )
         return program.with_fact(SCORES, scores)
 
@@ -131,15 +137,31 @@ class ScoreSensitivity:
         sample = Sample.of(weight.oriented(data), moments)
         importance = self.head_importance if weight.is_head else 1.0
         options = []
-        count = len(outlying.index)
-        more = outlier_candidates(weight.in_features, count) if 0 < count < weight.in_features else ()
-        for spec in (*(self.candidates or (*default_candidates(), *more)), LEFT_ALONE):
+        for spec in (*self._candidates(weight, len(outlying.index)), LEFT_ALONE):
             price, error = sample.price(spec, outlying.picked(spec), self._quantize)
             if price is None:  # a tied head counts as a head: the same numbers give the logits
                 price = importance * weight.numel * error**2
-            nbytes = weight_bytes(spec, weight.oriented_shape[:-1], weight.in_features)
-            options.append(Option(spec, nbytes, price, error))
+            options.append(Option(spec, self._bytes(weight, spec), price, error))
         return monotone(tuple(options))
+
+    def _candidates(self, weight: Weight, outliers: int) -> list[Spec]:
+        """What is tried beside 16 bits, where so many input features may stay outside."""
+        more = outlier_candidates(weight.in_features, outliers) if 0 < outliers < weight.in_features else ()
+        if self.target is not None:
+            more = tuple(spec for spec in more if not self.target.misfit(weight, spec))
+        usual = default_candidates() if self.target is None else self.target.candidates(weight)
+        tried = self.candidates or (*usual, *more)
+        return [spec for spec in tried if not self.types or spec.family in self.types]
+
+    def _bytes(self, weight: Weight, spec: Spec) -> int:
+        if self.target is not None:
+            return self.target.weight_bytes(weight, spec)
+        return weight_bytes(spec, weight.oriented_shape[:-1], weight.in_features)
+
+    def _rest_bytes(self, program: Program) -> int:
+        if self.target is None:
+            return rest_bytes(program)
+        return sum(map(self.target.rest_bytes, program.rest.values()))
 
     def _repriced(
         self, program: Program, options: dict[str, tuple[Option, ...]]

@@ -10,12 +10,16 @@ marked node in its graph, which is replaced by ONNX Runtime's packed matmul.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from kbitc.backends.onnx_export.target import OnnxTarget
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 
@@ -33,6 +37,12 @@ class OnnxExport:
             return None
         return f"{' and '.join(absent)} is not installed; install it with: pip install 'kbitc[onnx]'"
 
+    def target(self) -> OnnxTarget:
+        """Its containers."""
+        from kbitc.backends.onnx_export.target import OnnxTarget
+
+        return OnnxTarget()
+
     def export(
         self,
         model: nn.Module | str | Path,
@@ -42,6 +52,7 @@ class OnnxExport:
         activations: str = "fp32",
         example_inputs: tuple[Any, ...] | None = None,
         force: bool = False,
+        on_weights: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda _: None,
     ) -> dict[str, Any]:
         """See `kbitc.backends.onnx_export.export.export_onnx`."""
         from kbitc.backends.onnx_export.export import export_onnx
@@ -53,6 +64,7 @@ class OnnxExport:
             activations=activations,
             example_inputs=example_inputs,
             force=force,
+            on_weights=on_weights,
         )
 
 

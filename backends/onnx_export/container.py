@@ -13,6 +13,7 @@ rounded to 8 bits too; so 32-bit activations get terms of 4 bits alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Container:
 
     Attributes:
         widths: bits of each term, the highest digit first.
-        grid: ``codebook[code]`` is about ``(levels[code] + shift) / grid``.
+        grid: ``codebook[code]`` is about ``(levels[code] + shift) / grid``; below 0 where scales change sign.
         levels: ``(2**k,)`` integers.
         shift: 0.5 where a zero point can take up half a step, else 0.
         error: root mean square of what the grid rounds away, relative to the weight's.
@@ -94,10 +95,24 @@ def choose_container(packed: Packed, activations: str) -> Container:
         packed: any format.
         activations: one of ``ACTIVATIONS``.
     """
-    codebook = packed.codebook.double().numpy()
-    mass = code_mass(packed)
-    shifts = (0.0, 0.5) if packed.zeros is not None else (0.0,)
-    noise = _quantization_noise(codebook, mass, packed.spec.block)
+    codebook, has_zeros = packed.codebook.double().numpy(), packed.zeros is not None
+    return container_of(codebook, code_mass(packed), packed.spec.block, activations, has_zeros=has_zeros)
+
+
+def container_of(
+    codebook: Floats, mass: Floats, block: int, activations: str, *, has_zeros: bool
+) -> Container:
+    """The narrowest container that is accurate enough.
+
+    Args:
+        codebook: ``(2**k,)``, sorted.
+        mass: the same shape: share of the weight's energy that each code scales.
+        block: weights a scale.
+        activations: one of ``ACTIVATIONS``.
+        has_zeros: blocks have zero points, which can take up half a step.
+    """
+    shifts = (0.0, 0.5) if has_zeros else (0.0,)
+    noise = _quantization_noise(codebook, mass, block)
     power = float(mass @ codebook**2)
     best: Container | None = None
     for widths in _WIDTHS[activations]:
@@ -151,14 +166,17 @@ def _best_grid(
     most, least = (1 << sum(widths)) - 1 - bias, -bias
     high, low = float(codebook.max()), float(codebook.min())
     best: tuple[float, float, float] | None = None
-    for shift in shifts:
+    for shift, sign in itertools.product(shifts, (1, -1)):
+        # One level more lies below 0 than above: for a codebook with more above, scales change their sign.
+        up, down = (high, low) if sign > 0 else (-low, -high)
         finest = min(
-            (most + shift) / high if high > 0 else math.inf, (least + shift) / low if low < 0 else math.inf
+            (most + shift) / up if up > 0 else math.inf, (least + shift) / down if down < 0 else math.inf
         )
         if not math.isfinite(finest):
             finest = 1.0
         exact = np.arange(1, 2 * min(int(finest), GRIDS) + 1) / 2
-        for grids in (exact[exact <= finest * (1 + 1e-9)], np.linspace(finest / 2, finest, GRIDS)):
+        for sizes in (exact[exact <= finest * (1 + 1e-9)], np.linspace(finest / 2, finest, GRIDS)):
+            grids = sign * sizes
             steps = codebook * grids[:, None] - shift
             gap = (np.rint(steps).clip(least, most) - steps) / grids[:, None]
             is_exact = np.abs(gap).max(axis=1) <= EXACT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kbitc.errors import UsageError, did_you_mean
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.version import VERSION
 
+OnWeights = Callable[[Mapping[str, Mapping[str, Any]]], None]
 STORAGES = ("direct", "compact")
 
 
@@ -32,6 +34,7 @@ def export_onnx(
     activations: str = "fp32",
     example_inputs: tuple[Any, ...] | None = None,
     force: bool = False,
+    on_weights: OnWeights = lambda _: None,
 ) -> dict[str, Any]:
     """Write a packed model as ONNX.
 
@@ -44,6 +47,7 @@ def export_onnx(
             and less accurate; or "split", two int8 numbers each.
         example_inputs: positional inputs of a module that transformers does not know.
         force: replace an earlier export.
+        on_weights: told, before anything is written, what becomes of each weight: the report's "weights".
 
     Returns:
         The report, as in ``kbit_export.json``.
@@ -60,7 +64,7 @@ def export_onnx(
         if name not in known:
             raise UsageError(did_you_mean(kind, name, known))
     with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim:
-        return _export(model, claim, ExportOptions(storage, activations), example_inputs)
+        return _export(model, claim, ExportOptions(storage, activations), example_inputs, on_weights)
 
 
 def _export(
@@ -68,6 +72,7 @@ def _export(
     claim: FolderClaim,
     options: ExportOptions,
     example_inputs: tuple[Any, ...] | None,
+    on_weights: OnWeights,
 ) -> dict[str, Any]:
     companions = None if isinstance(model, nn.Module) else Path(model)
     if companions is not None:
@@ -80,6 +85,7 @@ def _export(
     signature = describe(loaded, example_inputs)
     traced = trace(loaded, signature)
     weights = rewrite(traced, options)
+    on_weights(weights)
     report = {
         "kbitc": VERSION,
         "kind": signature.kind,

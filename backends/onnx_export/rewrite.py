@@ -19,6 +19,7 @@ from kbitc.backends.onnx_export.initializers import ExportOptions, expert_of
 from kbitc.backends.onnx_export.trace import DOMAIN, MarkedGraph
 from kbitc.backends.onnx_export.weight import OnnxWeight
 from kbitc.errors import SourceError
+from kbitc.formats.layout import weight_bytes
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 Report = dict[str, dict[str, Any]]
@@ -125,6 +126,9 @@ def _report(
         "uses": sorted(set(uses)),
         "container": "codes",
         "bytes": sum(map(tensor_bytes, stored)),
+        "artifact_bytes": weight_bytes(
+            weight.spec, tuple(weight.packed.planes.shape[:-1]), weight.packed.in_features
+        ),
         "error": 0.0,
         "share_of_quantization_error": 0.0,
     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "kbitc compile ./SmolLM2-135M --bits 3.5 --calibrate wikitext-2/valid.txt",
         "kbitc compile ./SmolLM2-135M --bits 3 --tune",
         "kbitc compile ./SmolLM2-135M --bits 4 --agree input",
+        "kbitc compile ./SmolLM2-135M --bits 4.25 --for onnx -o smol-onnx-plan",
         "kbitc compile ./SmolLM2-135M --spec nf4:64+dq --strict",
         "kbitc compile ./SmolLM2-135M --bits 4 --quantizer weighted",
         "kbitc compile ./SmolLM2-135M --bits 3 --quantizer 'feedback(no-target)'",
@@ -71,6 +72,18 @@ def compile(  # noqa: A001  # the command's name, and its options
         ),
     ] = "auto",
     agree: Agree = "",
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="cpu|triton|onnx",
+            help="What will hold the weights. For onnx the budget is in bytes of the exported file, and the "
+            "formats are those that ONNX Runtime's packed matmul holds; kbitc's own kernels hold all.",
+        ),
+    ] = "cpu",
+    types: Annotated[
+        str, typer.Option(metavar="NAME,NAME...", help="Data types that --bits chooses from, e.g. int,nf.")
+    ] = "",
     quantizer: Annotated[
         str,
         typer.Option(
@@ -128,6 +141,7 @@ def compile(  # noqa: A001  # the command's name, and its options
     """Compile MODEL into a folder of k-bit weights."""
     from functools import partial
 
+    from kbitc.backends import find_target
     from kbitc.compiler.driver import compile_to
     from kbitc.compiler.request import Request
     from kbitc.graph.given_inputs import read_inputs
@@ -146,6 +160,8 @@ def compile(  # noqa: A001  # the command's name, and its options
         quantizer=quantizer,
         equalize=equalize,
         rotate=rotate,
+        target=find_target(target),
+        types=tuple(name.strip() for name in types.split(",") if name.strip()),
     )
     page = None
     if passes_html is not None:
@@ -160,7 +176,7 @@ def compile(  # noqa: A001  # the command's name, and its options
         print_diff=print_diff,
         write=partial(console.err.print, markup=False, highlight=False, soft_wrap=True),
     )
-    target, tuned = out or Path(_default_out(model, request)), None
+    folder, tuned = out or Path(_default_out(model, request)), None
     with console.progress("compiling") as update:
         options: dict[str, Any] = {
             "is_forced": force,
@@ -172,9 +188,9 @@ def compile(  # noqa: A001  # the command's name, and its options
         if tune and not dry_run:
             from kbitc.training.compiling import compile_tuned_to
 
-            result, tuned = compile_tuned_to(model, target, request, **options)
+            result, tuned = compile_tuned_to(model, folder, request, **options)
         else:
-            result = compile_to(model, target, request, is_dry=dry_run, **options)
+            result = compile_to(model, folder, request, is_dry=dry_run, **options)
     if page is not None and passes_html is not None:
         console.write_file(passes_html, page.html(result.program))
     if as_json:
@@ -230,6 +246,12 @@ def _print_result(result: Result) -> None:
         f"{result.payload_bytes / 1e6:,.2f} MB of tensors; the source: {result.source_bytes / 1e6:,.2f} MB "
         f"({result.source_bytes / result.payload_bytes:.2f} times)"
     )
+    exported = result.to_json().get("for")
+    if exported is not None:
+        console.out.print(
+            f"exported to {exported['target']}: {exported['bits_per_param']:.4f} bits per parameter, "
+            f"{exported['bytes'] / 1e6:,.2f} MB of tensors"
+        )
     for trial in result.trials:
         passes = " and ".join(trial.transforms) or "no change"
         console.out.print(f"tried with {passes}: {trial.divergence:.4g} from the source on held-out inputs")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,9 @@ from kbitc.errors import UsageError
 
 if TYPE_CHECKING:
     from kbitc.backends import Exporting
+
+
+MORE = 1.15  # times an artifact's bytes from which on an export says what each weight takes
 
 
 @app.command(
@@ -55,14 +60,39 @@ def export(
     options = {"storage": storage, "activations": activations}
     given = {name: value for name, value in options.items() if value is not None}
     _check_options(exporter, to, given)
+    note: dict[str, Any] = {}
+    if not as_json and _takes(exporter, "on_weights"):
+        note["on_weights"] = partial(_print_costs, to)
     with console.progress("exporting"):
-        report = exporter.export(model, out, force=force, **given)
+        report = exporter.export(model, out, force=force, **given, **note)
     if as_json:
         console.print_json(report)
     elif "weights" in report:
         _print_weights(out, report)
     else:
         console.out.print(f"written to [bold]{out}[/]")
+
+
+def _takes(exporter: Exporting, option: str) -> bool:
+    return option in inspect.signature(exporter.export).parameters
+
+
+def _print_costs(to: str, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Before it is written: what the weights take there, where that is much more than in the artifact."""
+    here, there = (sum(entry[key] for entry in weights.values()) for key in ("artifact_bytes", "bytes"))
+    if there <= MORE * here:
+        return
+    table = Table(title=f"what the weights take in {to}, bits per parameter", title_justify="left")
+    for column in ("weight", "format", "container", "artifact", to):
+        table.add_column(column, justify="left" if column in ("weight", "format", "container") else "right")
+    for name, entry in weights.items():
+        bits = [8 * entry[key] / math.prod(entry["shape"]) for key in ("artifact_bytes", "bytes")]
+        table.add_row(name, entry["spec"], entry["container"], *(f"{each:.2f}" for each in bits))
+    console.err.print(table)
+    console.err.print(
+        f"[yellow]{there / 1e6:,.2f} MB for {here / 1e6:,.2f} MB of the artifact[/]: {to} does not hold "
+        f"these formats as they are. 'kbitc compile MODEL --bits B --for {to}' plans in its own."
+    )
 
 
 def _check_options(exporter: Exporting, to: str, given: Mapping[str, str]) -> None:

@@ -13,18 +13,41 @@ from kbitc.errors import BudgetError, UntracedWarning, UsageError
 from kbitc.graph.program import Program
 from kbitc.graph.stored import stored_bytes
 from kbitc.pipeline.manager import STEPS
+from kbitc.planning.target import Target, misfits
+
+MOST = 20  # weights that an error lists
 
 
 def check_request(program: Program, request: Request) -> None:
     """A plan is what was asked for, whichever passes made and changed it."""
     if request.is_strict:
         _check_strict(program)
+    if request.target is not None:
+        _check_fit(program, request.target)
     size = stored_bytes(program)
     if request.bits is not None and size > request.bits * program.parameter_count / 8:
         raise BudgetError(
             f"--bits {request.bits:g}: the passes {list(program.history)} ended with a plan of "
             f"{8 * size / program.parameter_count:.4f} stored bits per parameter; a pass that adds bits "
             "needs a planner with a smaller budget before it"
+        )
+
+
+def _check_fit(program: Program, target: Target) -> None:
+    """A budget's plan fits; one that was given, or that passes changed, may not."""
+    assert program.plan is not None
+    every = list(misfits(target, program.weights, program.plan.weights))
+    listed = [
+        f"{name}: {spec} becomes {instead}, {bits:.2f} bits a weight"
+        for name, spec, instead, bits in every
+        if not spec.is_left_alone
+    ]
+    if listed:
+        more = f"\n  ... and {len(listed) - MOST} more" if len(listed) > MOST else ""
+        raise UsageError(
+            f"--for {target.name}: {len(listed)} weights of the plan have formats that it does not hold as "
+            "they are:\n  " + "\n  ".join(listed[:MOST]) + f"{more}\nGive --bits, which plans in its formats "
+            "and bytes, or leave out --for, and 'kbitc export' says what each weight takes"
         )
 
 

@@ -76,6 +76,14 @@ class Result:
     trials: tuple[Trial, ...] = ()
 
     @property
+    def exported_bytes(self) -> int | None:
+        """Of the weights in the file of the target that a budget was spent for; None without."""
+        scores, solution = self.program.get(SCORES), self.program.get(ALLOCATION)
+        if scores is None or solution is None or not scores.target:
+            return None
+        return solution.nbytes + scores.fixed
+
+    @property
     def bits_per_param(self) -> float:
         """Stored bits per parameter, tied ones counted once."""
         return 8 * self.payload_bytes / self.program.parameter_count
@@ -91,6 +99,7 @@ class Result:
             "bytes": self.payload_bytes,
             "source_bytes": self.source_bytes,
             "bits_per_param": self.bits_per_param,
+            **self._exported_json(),
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "weights": program.plan.to_json()["weights"],
             "left_alone": {name: rest.description for name, rest in program.rest.items()},
@@ -100,6 +109,13 @@ class Result:
             "fusions": {name: record.to_json() for name, record in self.fusions.items()},
             "trials": [asdict(trial) for trial in self.trials],
         }
+
+    def _exported_json(self) -> dict[str, Any]:
+        nbytes, scores = self.exported_bytes, self.program.get(SCORES)
+        if nbytes is None or scores is None:
+            return {}
+        bits = 8 * nbytes / self.program.parameter_count
+        return {"for": {"target": scores.target, "bytes": nbytes, "bits_per_param": bits}}
 
 
 def compile_to(

@@ -17,6 +17,7 @@ from typing import Any
 
 from kbitc.compiler.calibrator import AUTO, NONE, Calibrate
 from kbitc.errors import UsageError, did_you_mean
+from kbitc.formats.datatypes import find_family
 from kbitc.formats.spec import parse_wish
 from kbitc.graph.plan import checked, read_rules
 from kbitc.graph.queries import KINDS
@@ -24,6 +25,7 @@ from kbitc.pipeline.defaults import planning_pipeline
 from kbitc.pipeline.order import edit_pipeline
 from kbitc.pipeline.registry import Pass, name_of, provided
 from kbitc.planning.allocation import DEFAULT_BUDGET, check_budget
+from kbitc.planning.target import Target
 from kbitc.quantizers import AUTO as ANY_QUANTIZER
 from kbitc.quantizers import find_quantizer
 from kbitc.replay import choice, ordered
@@ -56,6 +58,8 @@ class Request:
         equalize: scale features between weights, see `kbitc.passes.equalize`: "off", "on", or "auto": as
             held-out inputs say, see `kbitc.compiler.transform_trials`.
         rotate: the same of turning the residual stream, see `kbitc.passes.rotate`.
+        target: another program that is to hold the weights: a budget is in bytes of its file.
+        types: families of data types that a budget may choose from; empty for all.
     """
 
     bits: float | None = None
@@ -69,6 +73,8 @@ class Request:
     quantizer: str = ANY_QUANTIZER
     equalize: str = OFF
     rotate: str = OFF
+    target: Target | None = None
+    types: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         given = [name for name in ("bits", "spec", "plan") if getattr(self, name) is not None]
@@ -82,6 +88,10 @@ class Request:
             raise UsageError(f"--agree: {did_you_mean('kind of weights', self.agree, KINDS)}")
         if self.agree and self.bits is None:
             raise UsageError("--agree says how a budget is spent: it goes with --bits alone")
+        if self.types and self.bits is None:
+            raise UsageError("--types says what a budget may choose from: it goes with --bits alone")
+        for family in self.types:
+            find_family(family)
         if self.quantizer != ANY_QUANTIZER:
             find_quantizer(self.quantizer)
         for name in TRANSFORMS:
@@ -177,11 +187,15 @@ class Request:
         del count["fp16"]
         return count.most_common(1)[0][0] if count else f"nf{math.floor(self.bits or DEFAULT_BUDGET)}:64+dq"
 
+    @property
+    def _together(self) -> str:
+        return self.agree or (self.target.agree if self.target is not None else "")
+
     def _planning_options(self, quantizer: str) -> dict[str, dict[str, Any]]:
         if self.bits is not None:
             return {
-                "score_sensitivity": {"quantizer": quantizer},
-                "allocate_bits": {"budget": self.bits, "agree": self.agree, "quantizer": quantizer},
+                "score_sensitivity": {"quantizer": quantizer, "target": self.target, "types": self.types},
+                "allocate_bits": {"budget": self.bits, "agree": self._together, "quantizer": quantizer},
             }
         if self.spec is not None:
             parse_wish(self.spec)

@@ -158,6 +158,22 @@ def integer(request: CodebookRequest) -> Floats:
     return np.linspace(-1.0, 1.0, levels)
 
 
+@family("sint", is_signed=True, uses_center=True)
+def signed_integer(request: CodebookRequest) -> Floats:
+    """Evenly spaced, all 2^k levels: a block's largest magnitude is exact, whatever its sign.
+
+    What 4-bit matmuls of other programs hold (ONNX Runtime's MatMulNBits, llama.cpp's Q4_0): -8 to 7, where
+    a negative scale turns the longer side to where it is needed. With +zp the same as int.
+
+    >>> (signed_integer(CodebookRequest(bits=3)) * 4).tolist()
+    [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
+    """
+    if request.is_centered:
+        return integer(request)
+    half = 2 ** (request.bits - 1)
+    return np.asarray(np.arange(1 - half, half + 1) / half)
+
+
 # Exponent bits: the best of the k-bit paper's appendix C.4, and those of its main results.
 BEST_EXPONENT = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 PAPER_EXPONENT = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}

@@ -44,7 +44,9 @@ def allocate(
     """
     room = int(budget * scores.parameters / 8) - scores.fixed
     specs = {option.spec for options in scores.options.values() for option in options}
-    tables = {spec: {} if spec.is_left_alone else shared_bytes(spec) for spec in specs}
+    # Another program's file has its codebooks, if any, among each weight's own bytes.
+    is_own = not scores.target
+    tables = {spec: shared_bytes(spec) if is_own and not spec.is_left_alone else {} for spec in specs}
     names = {spec: tuple(shared) for spec, shared in tables.items()}
     sizes = {name: size for shared in tables.values() for name, size in shared.items()}
     groups = [

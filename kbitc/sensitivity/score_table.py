@@ -19,7 +19,7 @@ from kbitc.graph.queries import NameGroups
 from kbitc.system.checksums import SEAL, check_seal, sealed
 from kbitc.system.json_file import read_json, strings, well_formed
 
-FORMAT = 2  # from 2 on with a checksum
+FORMAT = 3  # from 2 on with a checksum, from 3 on with a target
 SCORES_FILE = "kbit_scores.json"  # in an artifact
 
 
@@ -52,6 +52,7 @@ class ScoreTable:
         unit: of a cost: "nats per token" or "relative".
         quantizer: that the prices are of; "" for the strongest one that there was evidence for.
         groups: by kind, the weights that a plan may be asked to give one spec (`kbitc.graph.queries.KINDS`).
+        target: whose bytes they are (`kbitc.planning.target`); "" for those of kbitc's own artifact.
     """
 
     options: Mapping[str, tuple[Option, ...]]
@@ -62,6 +63,7 @@ class ScoreTable:
     unit: str
     quantizer: str = ""
     groups: Mapping[str, NameGroups] = field(default_factory=dict)
+    target: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file, with its checksum."""
@@ -70,6 +72,7 @@ class ScoreTable:
             "source": self.source,
             "unit": self.unit,
             "quantizer": self.quantizer,
+            **({"target": self.target} if self.target else {}),
             "fixed_bytes": self.fixed,
             "parameters": self.parameters,
             "groups": {kind: [list(names) for names in groups] for kind, groups in self.groups.items()},
@@ -135,6 +138,7 @@ class ScoreTable:
                 str(data["unit"]),
                 str(data.get("quantizer", "")),
                 groups,
+                str(data.get("target", "")),
             )
             named = {name for own in groups.values() for names in own for name in names}
             if min([table.parameters, *numel.values()]) <= 0 or table.fixed < 0:
