@@ -11,6 +11,7 @@ from kbitc.lazy import exports
 
 if TYPE_CHECKING:
     from kbitc.backends._decoding.decoder import Decoder
+    from kbitc.backends._exported import COMPRESSED, REPORT, exported_kind, verify_exported
     from kbitc.backends._finding import (
         AUTO,
         Backend,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "COMPRESSED",
+    "REPORT",
     "Backend",
     "Decoder",
     "Decoding",
@@ -34,13 +37,20 @@ __all__ = [
     "Targeted",
     "backend_names",
     "export_formats",
+    "exported_kind",
     "find_backend",
     "find_exporter",
     "find_target",
     "make_decoder",
+    "verify_exported",
 ]
+_OF_EXPORTS = ("COMPRESSED", "REPORT", "exported_kind", "verify_exported")
 
 __getattr__, __dir__ = exports(
     __name__,
-    {**dict.fromkeys(__all__, "kbitc.backends._finding"), "Decoder": "kbitc.backends._decoding.decoder"},
+    {
+        **dict.fromkeys(__all__, "kbitc.backends._finding"),
+        **dict.fromkeys(_OF_EXPORTS, "kbitc.backends._exported"),
+        "Decoder": "kbitc.backends._decoding.decoder",
+    },
 )

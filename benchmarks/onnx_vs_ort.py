@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kbitc
-from kbitc.backends.onnx_export.runtime import REPORT, OnnxModel
+from kbitc.backends import REPORT
+from kbitc.backends.onnx_export.runtime import OnnxModel
 from kbitc.backends.onnx_export.trace import describe, trace
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import perplexity, read_text, windows

@@ -122,7 +122,7 @@ def compile(  # noqa: A001  # kbitc.compile, as torch.compile
             "off", "on", or "auto": if inputs that are held out say that it helps.
         rotate: the same of turning the residual stream.
         target: what will hold the weights: "cpu", "triton" (kbitc's kernels, which hold every format), or
-            "onnx": then ``bits`` are bytes of the exported file.
+            "onnx" or "vllm": then ``bits`` are bytes of the exported file.
         types: data types that ``bits`` chooses from, for example ``["int", "nf"]``; all by default.
         example_inputs: positional (tuple) or keyword (dict) inputs, for a module that transformers
             does not know, or in place of those that are made from a config. Where they are more than text,

@@ -12,11 +12,11 @@ from torch import nn
 
 from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.loading import load
+from kbitc.backends._exported import REPORT
 from kbitc.backends.onnx_export.container import ACTIVATIONS
 from kbitc.backends.onnx_export.initializers import ExportOptions
 from kbitc.backends.onnx_export.package import write_package
 from kbitc.backends.onnx_export.rewrite import dense_initializers, rewrite
-from kbitc.backends.onnx_export.runtime import REPORT
 from kbitc.backends.onnx_export.trace import describe, trace
 from kbitc.errors import UsageError, did_you_mean
 from kbitc.tensor.kbit_tensor import KbitTensor

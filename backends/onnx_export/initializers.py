@@ -91,7 +91,8 @@ class WeightInitializers:
 
             def make(shift: int = shift, width: int = width) -> Tensor:
                 return self.from_codes(
-                    lambda codes: pack_digits((codes >> shift) & ((1 << width) - 1), width), stored
+                    lambda codes: bit_planes.pack_row_by_row((codes >> shift) & ((1 << width) - 1), width),
+                    stored,
                 )
 
             planes.append((width, self.initializer(f"plane{shift}", ir.DataType.UINT8, shape, make)))
@@ -170,15 +171,6 @@ class WeightInitializers:
         moved = e.op("Add", centred, e.constant(packed.scale_mean, np.float32))
         flat = e.cut(e.op("Reshape", moved, e.constant([-1])), 0, total, axis=0)
         return e.op("Reshape", flat, e.constant(packed.scales.shape))
-
-
-def pack_digits(codes: Tensor, width: int) -> Tensor:
-    """``(rows, n)`` uint8 numbers to ``(rows, ceil(n * width / 8))`` bytes, low bits first."""
-    per_byte = 8 // width
-    apart = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    phases = torch.arange(0, 8, width, dtype=torch.uint8)
-    packed: Tensor = (apart << phases).sum(-1, dtype=torch.uint8)
-    return packed
 
 
 def expert_of(packed: Packed, expert: int) -> Packed:

@@ -14,7 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from kbitc.artifact.folders import FolderClaim
-from kbitc.backends.onnx_export.runtime import DIGESTS, GRAPH, REPORT
+from kbitc.backends._exported import DIGESTS, REPORT
+from kbitc.backends.onnx_export.runtime import GRAPH
 from kbitc.backends.onnx_export.trace import Signature
 from kbitc.checkpoint.companions import copy_files, write_config
 from kbitc.errors import UsageError

@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from kbitc.artifact import verifying
 from kbitc.backends._decoding.decoder import Decoder
-from kbitc.checkpoint.folder_checks import check_regular, inside
+from kbitc.backends._exported import ADVICE, REPORT, verify_exported
+from kbitc.checkpoint.folder_checks import check_regular
 from kbitc.checkpoint.skeletons import load_config
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
 from kbitc.system import files
-from kbitc.system.checksums import SEAL, check_seal, digest_of_file
-from kbitc.system.json_file import mapping, read_json, well_formed
+from kbitc.system.json_file import read_json, well_formed
 
-REPORT = "kbit_export.json"
-DIGESTS = "checksums"
-ADVICE = "copy it again or export the model again"
 _FIELDS = {
     "kind": str,
     "activations": str,
@@ -37,11 +34,6 @@ _FIELDS = {
     "left_alone": dict,
 }
 GRAPH = "model.onnx"
-
-
-def is_exported(folder: Path) -> bool:
-    """True for a folder that ``kbitc export`` wrote."""
-    return files.exists(folder / REPORT)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -68,31 +60,6 @@ def read_report(folder: Path) -> dict[str, Any]:
         for entry in report["left_alone"].values():
             int(entry["bytes"])
     return report
-
-
-def verify_files(folder: Path, report: Mapping[str, Any]) -> int:
-    """Compare the report and every file that it names with their checksums; how many files that is.
-
-    Exports of earlier versions have none: of those only the sizes are compared.
-
-    Raises:
-        SourceError: names the first file that differs.
-    """
-    path = folder / REPORT
-    with well_formed(str(path), ADVICE):
-        digests = mapping(report.get(DIGESTS, {}), DIGESTS)
-        if DIGESTS in report or SEAL in report:
-            check_seal(report, str(path), ADVICE)
-        for name, size in mapping(report["files"], "files").items():
-            file = inside(folder, name, str(folder))
-            if not file.is_file() or file.stat().st_size != size:
-                raise SourceError(f"{file}: is missing, or not of {size} bytes; {ADVICE}")
-        for name, wanted in digests.items():
-            if digest_of_file(inside(folder, name, str(folder))) != wanted:
-                raise SourceError(
-                    f"{folder / name}: does not match its checksum: it was changed or damaged; {ADVICE}"
-                )
-    return len(digests)
 
 
 def open_session(folder: Path) -> Any:
@@ -154,7 +121,7 @@ class OnnxModel(nn.Module):
         super().__init__()
         self.report = read_report(folder)
         if verifying.is_wanted():
-            verify_files(folder, self.report)
+            verify_exported(folder, self.report)
         self.session = open_session(folder)
         self.config: Any = None
         self.generation_config: Any = None

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from kbitc.backends.onnx_export.emit import MICROSOFT
-from kbitc.backends.onnx_export.initializers import WeightInitializers, pack_digits
+from kbitc.backends.onnx_export.initializers import WeightInitializers
+from kbitc.formats import bit_planes
 
 INT8 = 4  # accuracy levels of MatMulNBits
 FP32 = 1
@@ -136,7 +137,9 @@ class OnnxWeight(WeightInitializers):
 
         def make() -> Tensor:
             table = torch.from_numpy(self.container.digits(term))
-            return self.from_codes(lambda codes: pack_digits(table[codes.int()], width)).view(shape)
+            return self.from_codes(lambda codes: bit_planes.pack_row_by_row(table[codes.int()], width)).view(
+                shape
+            )
 
         return self.initializer(f"digits{term}", ir.DataType.UINT8, shape, make)
 

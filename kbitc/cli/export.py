@@ -27,12 +27,15 @@ MORE = 1.15  # times an artifact's bytes from which on an export says what each 
     epilog=examples(
         "kbitc export demo-4bit --format onnx -o demo-onnx",
         "kbitc export demo-4bit --format onnx -o demo-onnx --storage compact --activations split",
+        "kbitc export smol-for-vllm --format compressed-tensors -o smol-vllm",
     )
 )
 def export(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
-    to: Annotated[str, typer.Option("--format", metavar="onnx", help="Format to write.")] = "onnx",
+    to: Annotated[
+        str, typer.Option("--format", metavar="onnx|compressed-tensors", help="Format to write.")
+    ] = "onnx",
     storage: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +56,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a compiled model for another program, ONNX Runtime first of all, its weights packed."""
+    """Write a compiled model for another program, ONNX Runtime or vLLM, its weights packed."""
     from kbitc.backends import find_exporter
 
     exporter = find_exporter(to)
@@ -67,7 +70,7 @@ def export(
         report = exporter.export(model, out, force=force, **given, **note)
     if as_json:
         console.print_json(report)
-    elif "weights" in report:
+    elif "left_alone" in report:
         _print_weights(out, report)
     else:
         console.out.print(f"written to [bold]{out}[/]")

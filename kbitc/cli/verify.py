@@ -26,12 +26,14 @@ def verify_folder(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare every file with its checksum, and an exported folder in ONNX Runtime with PyTorch."""
+    """Compare every file with its checksum, and an exported folder, run by its own program, with PyTorch."""
     from kbitc.artifact.folders import is_artifact
     from kbitc.artifact.loading import check_config
     from kbitc.artifact.reader import Artifact
+    from kbitc.backends import COMPRESSED, exported_kind
     from kbitc.checkpoint.companions import CONFIG
-    from kbitc.evaluation.onnx_verify import Check, verify
+    from kbitc.evaluation import compressed_verify, onnx_verify
+    from kbitc.evaluation.checks import Check
 
     with console.progress("comparing"):
         if is_artifact(Path(folder)):
@@ -42,7 +44,8 @@ def verify_folder(
             count = len(artifact.stored) + len(artifact.plan.files or ())
             checks = [Check(f"of {count} tensors and files do not match their checksums", 0, 0)]
         else:
-            checks = verify(folder, against)
+            is_compressed = exported_kind(Path(folder)) == COMPRESSED
+            checks = (compressed_verify if is_compressed else onnx_verify).verify(folder, against)
     failed = [check for check in checks if not check.is_passed]
     if as_json:
         rows = [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.is_passed} for c in checks]

@@ -12,7 +12,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report, verify_files
+from kbitc.backends import verify_exported
+from kbitc.backends.onnx_export.runtime import GRAPH, OnnxModel, read_report
 from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import SourceError, UsageError, foreign
+from kbitc.evaluation.checks import Check
 from kbitc.evaluation.opening import Loaded, open_model
 from kbitc.system import files
 from kbitc.tensor.kbit_tensor import KbitTensor
@@ -35,26 +36,6 @@ OVERHEAD = 64 * 2**20  # bytes of a session beside what it reads
 MEMORY_FACTOR = 1.6  # times the packed containers: the kernels keep copies in their own order
 TEXT = "The quick brown fox jumps over the lazy dog, and then the story goes on."
 SHORT, LONG = 1, 7
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was compared.
-
-    Attributes:
-        name: what.
-        value: what was found.
-        limit: what is allowed at most.
-    """
-
-    name: str
-    value: float
-    limit: float
-
-    @property
-    def is_passed(self) -> bool:
-        """False for NaN too."""
-        return self.value <= self.limit
 
 
 def verify(folder: str | Path, against: str | nn.Module | None = None) -> list[Check]:
@@ -70,7 +51,7 @@ def verify(folder: str | Path, against: str | nn.Module | None = None) -> list[C
     """
     path = Path(folder)
     report = read_report(path)
-    verify_files(path, report)
+    verify_exported(path, report)
     unchanged = Check("files that do not match their checksums", 0, 0)
     model, tokenizer = _reference(report, against, path)
     checks = [unchanged, _expanded(path, report, model), _memory(path, report)]

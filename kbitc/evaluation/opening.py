@@ -12,7 +12,8 @@ from torch import nn
 from kbitc.artifact.folders import is_artifact
 from kbitc.artifact.loading import load
 from kbitc.artifact.reader import Artifact
-from kbitc.backends.onnx_export.runtime import OnnxModel, is_exported
+from kbitc.backends import COMPRESSED, exported_kind
+from kbitc.backends.onnx_export.runtime import OnnxModel
 from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_in, tokenizer_of
 from kbitc.errors import SourceError
@@ -46,7 +47,7 @@ def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
         artifact = Artifact.open(folder)
         model = load(folder, dtype=dtype)
         return Loaded(model, artifact.payload_bytes, artifact.bits_per_param, tokenizer_in(folder))
-    if is_exported(folder):
+    if exported_kind(folder) not in ("", COMPRESSED):
         exported = OnnxModel(folder)
         nbytes = int(exported.report["file_bytes"])
         return Loaded(exported, nbytes, 8 * nbytes / exported.report["parameters"], tokenizer_in(folder))

@@ -119,3 +119,20 @@ def _unpack_chunks(packed: Tensor, bits: int) -> Tensor:
         start += width * lanes
     assert codes is not None
     return codes
+
+
+def pack_row_by_row(codes: Tensor, width: int) -> Tensor:
+    """Pack as other programs do, without planes and lanes: each code's bits after those of the one before.
+
+    Args:
+        codes: ``(rows, n)`` uint8, each below ``2**width``.
+        width: 1, 2, 4 or 8.
+
+    Returns:
+        ``(rows, ceil(n * width / 8))`` uint8, low bits first.
+    """
+    per_byte = 8 // width
+    apart = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    phases = torch.arange(0, 8, width, dtype=torch.uint8)
+    packed: Tensor = (apart << phases).sum(-1, dtype=torch.uint8)
+    return packed

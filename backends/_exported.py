@@ -1,0 +1,58 @@
+"""What every exported folder holds beside its model: a report, sealed, with the checksums of all files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kbitc.checkpoint.folder_checks import inside
+from kbitc.errors import SourceError
+from kbitc.system import files
+from kbitc.system.checksums import SEAL, check_seal, digest_of_file
+from kbitc.system.json_file import mapping, read_json, well_formed
+
+REPORT = "kbit_export.json"
+DIGESTS = "checksums"
+ADVICE = "copy it again or export the model again"
+COMPRESSED = "compressed-tensors"
+"""The kind of a folder that vLLM and transformers load; of other kinds ONNX Runtime does."""
+
+
+def exported_kind(folder: Path) -> str:
+    """The kind of an exported folder; "" of any other.
+
+    Raises:
+        SourceError: it has a report that is damaged.
+    """
+    path = folder / REPORT
+    if not files.exists(path):
+        return ""
+    report = read_json(path)
+    with well_formed(str(path), ADVICE):
+        return str(mapping(report, "a report")["kind"])
+
+
+def verify_exported(folder: Path, report: Mapping[str, Any]) -> int:
+    """Compare the report and every file that it names with their checksums; how many files that is.
+
+    Exports of earlier versions have none: of those only the sizes are compared.
+
+    Raises:
+        SourceError: names the first file that differs.
+    """
+    path = folder / REPORT
+    with well_formed(str(path), ADVICE):
+        digests = mapping(report.get(DIGESTS, {}), DIGESTS)
+        if DIGESTS in report or SEAL in report:
+            check_seal(report, str(path), ADVICE)
+        for name, size in mapping(report["files"], "files").items():
+            file = inside(folder, name, str(folder))
+            if not file.is_file() or file.stat().st_size != size:
+                raise SourceError(f"{file}: is missing, or not of {size} bytes; {ADVICE}")
+        for name, wanted in digests.items():
+            if digest_of_file(inside(folder, name, str(folder))) != wanted:
+                raise SourceError(
+                    f"{folder / name}: does not match its checksum: it was changed or damaged; {ADVICE}"
+                )
+    return len(digests)

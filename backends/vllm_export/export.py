@@ -1,0 +1,206 @@
+"""From an artifact to a folder of compressed-tensors.
+
+before:  codes in bit planes; value = codebook[code] * scale, with levels -7/8 to 8/8 at 4 bits
+after:   -8 to 7 in the bits of 32-bit words, the lowest first; value = integer * (-scale / 8)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kbitc.artifact.folders import FolderClaim
+from kbitc.artifact.loading import check_config
+from kbitc.artifact.plan_file import WeightEntry
+from kbitc.artifact.reader import Artifact
+from kbitc.artifact.stored import packed_of
+from kbitc.backends._exported import COMPRESSED, DIGESTS, REPORT
+from kbitc.backends.vllm_export.target import BITS, GROUPS, holds
+from kbitc.checkpoint.companions import CONFIG, copy_files
+from kbitc.errors import SourceError, UsageError
+from kbitc.formats import bit_planes
+from kbitc.formats.packed import TENSOR_FIELDS, Packed
+from kbitc.system.checksums import digests_in, sealed
+from kbitc.version import VERSION
+
+SHARD = "4GB"
+DTYPE = "float16"  # that scales are of; a model in bfloat16 would round them
+
+
+def export_compressed_tensors(
+    model: nn.Module | str | Path, folder: str | Path, *, force: bool = False
+) -> dict[str, Any]:
+    """Write an artifact as compressed-tensors.
+
+    Args:
+        model: a compiled artifact of a model of transformers.
+        folder: where to write.
+        force: replace an earlier export.
+
+    Returns:
+        The report, as in ``kbit_export.json``.
+
+    Raises:
+        UsageError: a module in memory, weights in formats that compressed-tensors does not hold, or the
+            folder exists, cannot be written, or is being written by another process.
+        SourceError: not an artifact, or not of a model of transformers.
+    """
+    if isinstance(model, nn.Module):
+        raise UsageError(
+            "compressed-tensors is written from an artifact; compile with out=FOLDER, or kbitc.save"
+        )
+    artifact = Artifact.open(Path(model))
+    if not (artifact.folder / CONFIG).exists():
+        raise SourceError(f"{model}: holds the weights of a plain module, which vLLM cannot build")
+    config = check_config(artifact)
+    _check_formats(artifact)
+    artifact.verify()
+    with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim:
+        try:
+            partial = claim.begin()
+            weights = _write_tensors(artifact, partial)
+            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            copy_files(artifact.folder, partial)
+            whole = {**config, "dtype": DTYPE, "quantization_config": quantization_config(artifact)}
+            _write_json(partial / CONFIG, whole)
+            report = {
+                "kbitc": VERSION,
+                "kind": COMPRESSED,
+                "source": str(artifact.folder.absolute()),
+                "parameters": artifact.plan.parameters,
+                "weights": weights,
+                "files": sizes,
+                "file_bytes": sum(sizes.values()),
+            }
+            _write_json(partial / REPORT, sealed({**report, DIGESTS: digests_in(partial)}))
+            claim.put_in_place()
+        except OSError as error:
+            raise UsageError(
+                f"{claim.shown}: cannot be written: {error.strerror or error}; nothing was written"
+            ) from error
+    return report
+
+
+def _check_formats(artifact: Artifact) -> None:
+    bad = [
+        f"{name}: {entry.spec}" for name, entry in artifact.plan.packed.items() if not _is_held(name, entry)
+    ]
+    if bad:
+        listed = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise UsageError(
+            f"{artifact.folder}: {len(bad)} weights are in formats that compressed-tensors does not hold:\n  "
+            f"{listed}\nIt holds sint of {' and '.join(map(str, BITS))} bits in groups of "
+            f"{', '.join(map(str, GROUPS))} of nn.Linear; 'kbitc compile MODEL --bits B --for vllm' plans so"
+        )
+
+
+def _is_held(name: str, entry: WeightEntry) -> bool:
+    is_linear = (
+        len(entry.shape) == 2 and entry.view_of is None and not entry.is_transposed and not entry.aliases
+    )
+    return is_linear and name.endswith(".weight") and holds(entry.spec, entry.shape[1])
+
+
+def _write_tensors(artifact: Artifact, folder: Path) -> dict[str, Any]:
+    """All tensors, in shards; returns the report of the packed ones."""
+    state = dict(_converted(artifact))
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: state[name] for name in sorted(names)}, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+    return {
+        name: {
+            "spec": str(entry.spec),
+            "shape": list(entry.shape),
+            "container": f"int{entry.spec.bits}, groups of {entry.spec.block}",
+            "bytes": sum(state[key].nbytes for key in _keys(name)),
+            "error": 0.0,
+        }
+        for name, entry in artifact.plan.packed.items()
+    }
+
+
+def _keys(name: str) -> tuple[str, str, str]:
+    module = name.removesuffix(".weight")
+    return f"{module}.weight_packed", f"{module}.weight_scale", f"{module}.weight_shape"
+
+
+def _converted(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
+    shared = artifact.shared()
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in artifact.plan.packed}
+    for key, tensor in artifact.tensors():
+        owner, _, leaf = key.rpartition(".")
+        if owner in parts and leaf in TENSOR_FIELDS:
+            parts[owner][leaf] = tensor
+        elif key not in shared:
+            yield key, tensor.clone()  # of a file that is mapped
+    for name, entry in artifact.plan.packed.items():
+        packed = packed_of(parts.pop(name), entry.spec, entry.shape[1], shared)
+        yield from zip(_keys(name), converted(packed), strict=True)
+
+
+def converted(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``(rows, in_features)`` weight as compressed-tensors has it.
+
+    Returns:
+        ``(rows, in_features * bits / 32)`` int32 words; ``(rows, groups)`` scales; int64 shape.
+    """
+    bits, half = packed.spec.bits, 2 ** (packed.spec.bits - 1)
+    # A level m / half is the integer -m, which is stored as half - m.
+    digits = (half - (packed.codebook * half).round()).to(torch.uint8)
+    codes = bit_planes.unpack(packed.planes, packed.in_features, bits)
+    stream = bit_planes.pack_row_by_row(digits[codes.int()], bits)
+    words = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4)).view(torch.int32)
+    return words, _scales(packed.scales, half), torch.tensor([len(words), packed.in_features])
+
+
+def _scales(scales: Tensor, half: int) -> Tensor:
+    """``-scales / half``; in float32 where 16 bits would round some, far below all others."""
+    turned = scales.float() / -half
+    narrow = turned.to(scales.dtype)
+    return narrow if torch.equal(narrow.float(), turned) else turned
+
+
+def quantization_config(artifact: Artifact) -> dict[str, Any]:
+    """What compressed-tensors reads: a group of weights for each format, and what is left alone."""
+    named: dict[tuple[int, int], list[str]] = {}
+    for name, entry in artifact.plan.packed.items():
+        named.setdefault((entry.spec.bits, entry.spec.block), []).append(name.removesuffix(".weight"))
+    groups = {
+        f"group_{i}": {
+            "targets": named[key],
+            "weights": {
+                "num_bits": key[0],
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": key[1],
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, key in enumerate(sorted(named))
+    }
+    alone = [n.removesuffix(".weight") for n, e in artifact.plan.weights.items() if e.spec.is_left_alone]
+    return {
+        "quant_method": COMPRESSED,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted({*alone, "lm_head"} - {name for names in named.values() for name in names}),
+        "kv_cache_scheme": None,
+    }
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
