@@ -94,6 +94,15 @@ def test_what_gains_nothing_changes_nothing(packed):
     assert digests(folder) == before
 
 
+@pytest.mark.parametrize("lowered", [0.99, 0.001])
+def test_rates_that_gain_nothing_are_lowered(packed, monkeypatch, lowered):
+    model, folder = packed
+    high = Recipe(windows=16, steps=12, looks=4, rates=dict.fromkeys(RATES, 5.0), flips=0)
+    monkeypatch.setattr("kbitc.training.distilling.LOWERED", lowered)
+    result = tune_to(folder, model, calibrate=IDS, recipe=high, out=folder.parent / "tuned")
+    assert result.is_better == (lowered < 0.5)
+
+
 def test_another_source_is_refused(packed, tiny_model):
     _, folder = packed
     with pytest.raises(UsageError, match="was not compiled from"):
