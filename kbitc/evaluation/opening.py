@@ -16,7 +16,7 @@ from kbitc.backends import COMPRESSED, exported_kind
 from kbitc.backends.onnx_export.runtime import OnnxModel
 from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_in, tokenizer_of
-from kbitc.errors import SourceError
+from kbitc.errors import SourceError, UsageError
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,20 @@ def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
 
     Raises:
         SourceError: neither, or damaged.
+        UsageError: an export that other programs run.
     """
     folder = Path(source)
     if is_artifact(folder):
         artifact = Artifact.open(folder)
         model = load(folder, dtype=dtype)
         return Loaded(model, artifact.payload_bytes, artifact.bits_per_param, tokenizer_in(folder))
-    if exported_kind(folder) not in ("", COMPRESSED):
+    kind = exported_kind(folder)
+    if kind == COMPRESSED:
+        raise UsageError(
+            f"{folder}: is written for vLLM and transformers, which run it; kbitc runs the artifact that it "
+            "was exported from, and 'kbitc verify' compares the two"
+        )
+    if kind:
         exported = OnnxModel(folder)
         nbytes = int(exported.report["file_bytes"])
         return Loaded(exported, nbytes, 8 * nbytes / exported.report["parameters"], tokenizer_in(folder))

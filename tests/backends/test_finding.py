@@ -89,7 +89,9 @@ def test_what_writes_a_format(others):
     assert type(find_exporter("onnx")) is find_backend("onnx_export")
     others["absent"] = Absent
     assert export_formats() == ["compressed-tensors", "flat", "onnx"]
-    with pytest.raises(UsageError, match=r"no format 'onx'; did you mean 'onnx'\? \(known: compressed-tensors, flat, onnx\)"):
+    with pytest.raises(
+        UsageError, match=r"no format 'onx'; did you mean 'onnx'\? \(known: compressed-tensors, flat, onnx\)"
+    ):
         find_exporter("onx")
     others["other"] = type("Other", (Absent,), {"format": "onnx", "missing": lambda self: None})
     with pytest.raises(UsageError, match="by the backends 'onnx_export' and 'other'; name one"):

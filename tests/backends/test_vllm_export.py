@@ -19,6 +19,7 @@ from kbitc.backends.vllm_export.export import converted
 from kbitc.cli.app import app
 from kbitc.errors import BackendUnavailable, BudgetError, SourceError, UsageError
 from kbitc.evaluation import compressed_verify
+from kbitc.evaluation.opening import open_model
 from kbitc.sensitivity.score_table import ScoreTable
 
 FORMATS = {
@@ -128,6 +129,11 @@ def test_command_line(folders, tmp_path):
     done = runner.invoke(app, ["verify", str(again), "--against", str(out), "--json"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["passed"]
+
+
+def test_it_is_not_run_here(folders):
+    with pytest.raises(UsageError, match="kbitc runs the artifact that it was exported from"):
+        open_model(str(folders[1]))
 
 
 def test_a_budget_is_in_bytes_of_the_folder(source, tmp_path):
