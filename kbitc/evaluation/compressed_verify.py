@@ -112,7 +112,9 @@ def _outputs(folder: Path, artifact: Artifact) -> list[Check]:
 
     ours: Any = load(artifact.folder, dtype=torch.float32)
     with foreign(f"{folder}: transformers cannot load it"):
-        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     tokenizer, words = tokenizer_in(folder), int(ours.config.get_text_config().vocab_size)
     ids = torch.arange(TOKENS) % words if tokenizer is None else token_ids(tokenizer, TEXT, ours)
     options = {"max_new_tokens": TOKENS, "do_sample": False}
