@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kbitc.artifact.folders import FolderClaim
 from kbitc.checkpoint.folder_checks import inside
-from kbitc.errors import SourceError
+from kbitc.errors import SourceError, UsageError
 from kbitc.system import files
-from kbitc.system.checksums import SEAL, check_seal, digest_of_file
+from kbitc.system.checksums import SEAL, check_seal, digest_of_file, digests_in, sealed
 from kbitc.system.json_file import mapping, read_json, well_formed
 
 REPORT = "kbit_export.json"
@@ -17,6 +20,32 @@ DIGESTS = "checksums"
 ADVICE = "copy it again or export the model again"
 COMPRESSED = "compressed-tensors"
 """The kind of a folder that vLLM and transformers load; of other kinds ONNX Runtime does."""
+
+
+@contextmanager
+def filling(claim: FolderClaim) -> Iterator[Path]:
+    """The folder to fill; nothing appears under its name before it is complete.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        yield claim.begin()
+        claim.put_in_place()
+    except OSError as error:
+        raise UsageError(
+            f"{claim.shown}: cannot be written: {error.strerror or error}; nothing was written"
+        ) from error
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """The last file of a folder: it has the checksums of all others."""
+    write_json(folder / REPORT, sealed({**report, DIGESTS: digests_in(folder)}))
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """One small file."""
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def exported_kind(folder: Path) -> str:

@@ -6,7 +6,6 @@ The one thing to know: everything is written to a folder beside the target, whic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import onnx_ir as ir
 
 from kbitc.artifact.folders import FolderClaim
-from kbitc.backends._exported import DIGESTS, REPORT
+from kbitc.backends._exported import filling, write_json, write_report
 from kbitc.backends.onnx_export.runtime import GRAPH
 from kbitc.backends.onnx_export.trace import Signature
 from kbitc.checkpoint.companions import copy_files, write_config
-from kbitc.errors import UsageError
 from kbitc.graph.positions import stated_positions
-from kbitc.system.checksums import digests_in, sealed
 
 DATA = "model.onnx.data"
 GENAI = "genai_config.json"
@@ -44,8 +41,7 @@ def write_package(
     Raises:
         UsageError: the folder cannot be written.
     """
-    try:
-        partial = claim.begin()
+    with filling(claim) as partial:
         ir.save(model, partial / GRAPH, external_data=DATA, size_threshold_bytes=1024, max_workers=1)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         full = {**report, "files": sizes, "file_bytes": sum(sizes.values())}
@@ -54,22 +50,13 @@ def write_package(
         if config is not None:
             write_config(_without_dtype(config.to_dict()), partial)
         if signature.kind == "decoder":
-            _write_json(partial / GENAI, genai_config(config, generation_config, signature))
-        _write_json(partial / REPORT, sealed({**full, DIGESTS: digests_in(partial)}))
-        claim.put_in_place()
-    except OSError as error:
-        raise UsageError(
-            f"{claim.shown}: cannot be written: {error.strerror or error}; nothing was written"
-        ) from error
+            write_json(partial / GENAI, genai_config(config, generation_config, signature))
+        write_report(partial, full)
     return full
 
 
 def _without_dtype(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "dtype": "float32"}
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def genai_config(config: Any, generation_config: Any, signature: Signature) -> dict[str, Any]:

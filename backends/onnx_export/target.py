@@ -47,9 +47,7 @@ class OnnxTarget:
 
     def misfit(self, weight: Weight, spec: Spec) -> str:
         """A wider container, or one that is not exact."""
-        if spec.is_left_alone:
-            return "32-bit floats"
-        if _is_table(weight):
+        if spec.is_left_alone or _is_table(weight):
             return ""
         container = _container(spec)
         if container is None or not container.is_exact:

@@ -6,8 +6,7 @@ after:   -8 to 7 in the bits of 32-bit words, the lowest first; value = integer 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.loading import check_config
 from kbitc.artifact.plan_file import WeightEntry
 from kbitc.artifact.reader import Artifact
-from kbitc.artifact.stored import packed_of
-from kbitc.backends._exported import COMPRESSED, DIGESTS, REPORT
+from kbitc.backends._exported import COMPRESSED, REPORT, filling, write_json, write_report
 from kbitc.backends.vllm_export.target import BITS, GROUPS, holds
 from kbitc.checkpoint.companions import CONFIG, copy_files
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats import bit_planes
-from kbitc.formats.packed import TENSOR_FIELDS, Packed
-from kbitc.system.checksums import digests_in, sealed
+from kbitc.formats.packed import Packed
+from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.version import VERSION
 
 SHARD = "4GB"
@@ -62,29 +60,22 @@ def export_compressed_tensors(
     config = check_config(artifact)
     _check_formats(artifact)
     artifact.verify()
-    with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim:
-        try:
-            partial = claim.begin()
-            weights = _write_tensors(artifact, partial)
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            copy_files(artifact.folder, partial)
-            whole = {**config, "dtype": DTYPE, "quantization_config": quantization_config(artifact)}
-            _write_json(partial / CONFIG, whole)
-            report = {
-                "kbitc": VERSION,
-                "kind": COMPRESSED,
-                "source": str(artifact.folder.absolute()),
-                "parameters": artifact.plan.parameters,
-                "weights": weights,
-                "files": sizes,
-                "file_bytes": sum(sizes.values()),
-            }
-            _write_json(partial / REPORT, sealed({**report, DIGESTS: digests_in(partial)}))
-            claim.put_in_place()
-        except OSError as error:
-            raise UsageError(
-                f"{claim.shown}: cannot be written: {error.strerror or error}; nothing was written"
-            ) from error
+    with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim, filling(claim) as partial:
+        weights = _write_tensors(artifact, partial)
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        copy_files(artifact.folder, partial)
+        whole = {**config, "dtype": DTYPE, "quantization_config": quantization_config(artifact)}
+        write_json(partial / CONFIG, whole)
+        report = {
+            "kbitc": VERSION,
+            "kind": COMPRESSED,
+            "source": str(artifact.folder.absolute()),
+            "parameters": artifact.plan.parameters,
+            "weights": weights,
+            "files": sizes,
+            "file_bytes": sum(sizes.values()),
+        }
+        write_report(partial, report)
     return report
 
 
@@ -116,7 +107,7 @@ def _write_tensors(artifact: Artifact, folder: Path) -> dict[str, Any]:
         save_file({name: state[name] for name in sorted(names)}, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
     return {
         name: {
             "spec": str(entry.spec),
@@ -135,17 +126,11 @@ def _keys(name: str) -> tuple[str, str, str]:
 
 
 def _converted(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
-    shared = artifact.shared()
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in artifact.plan.packed}
-    for key, tensor in artifact.tensors():
-        owner, _, leaf = key.rpartition(".")
-        if owner in parts and leaf in TENSOR_FIELDS:
-            parts[owner][leaf] = tensor
-        elif key not in shared:
-            yield key, tensor.clone()  # of a file that is mapped
-    for name, entry in artifact.plan.packed.items():
-        packed = packed_of(parts.pop(name), entry.spec, entry.shape[1], shared)
-        yield from zip(_keys(name), converted(packed), strict=True)
+    for name, value in artifact.state().items():
+        if isinstance(value, KbitTensor):
+            yield from zip(_keys(name), converted(value.packed), strict=True)
+        else:
+            yield name, value
 
 
 def converted(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +185,3 @@ def quantization_config(artifact: Artifact) -> dict[str, Any]:
         "ignore": sorted({*alone, "lm_head"} - {name for names in named.values() for name in names}),
         "kv_cache_scheme": None,
     }
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -46,11 +46,9 @@ def _bytes(program: Program, target: Target | None) -> int:
 def _check_fit(program: Program, target: Target) -> None:
     """A budget's plan fits; one that was given, or that passes changed, may not."""
     assert program.plan is not None
-    every = list(misfits(target, program.weights, program.plan.weights))
     listed = [
         f"{name}: {spec} becomes {instead}, {bits:.2f} bits a weight"
-        for name, spec, instead, bits in every
-        if not spec.is_left_alone
+        for name, spec, instead, bits in misfits(target, program.weights, program.plan.weights)
     ]
     if listed:
         more = f"\n  ... and {len(listed) - MOST} more" if len(listed) > MOST else ""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kbitc.artifact.loading import load
@@ -18,6 +17,7 @@ from kbitc.artifact.reader import Artifact
 from kbitc.backends import REPORT, verify_exported
 from kbitc.checkpoint.companions import CONFIG
 from kbitc.checkpoint.dense import token_ids, tokenizer_in
+from kbitc.checkpoint.safetensors_file import read_header
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
 from kbitc.evaluation.checks import Check
 from kbitc.evaluation.onnx_verify import TEXT
@@ -26,6 +26,7 @@ from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 PACKAGE = "compressed_tensors"
+PARTS = ("weight_packed", "weight_scale", "weight_shape")
 TOKENS = 16
 TOLERANCE = 0.005  # of outputs: kbitc's kernels round activations to 16 bits
 
@@ -59,34 +60,24 @@ def verify(folder: str | Path, against: str | None = None) -> list[Check]:
 
 def _weights(folder: Path, artifact: Artifact) -> Check:
     """Packed weights that come out of the library in other bits than out of the artifact."""
-    where: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
+    stored = {
+        key: tensor for file in folder.glob("*.safetensors") for key, tensor in read_header(file).items()
+    }
     schemes = _schemes(folder)
     wrong = 0
     for name, weight in artifact.state().items():
         if not isinstance(weight, KbitTensor):
             continue
         module = name.removesuffix(".weight")
-        if module not in schemes:
+        places = {key: stored.get(f"{module}.{key}") for key in PARTS}
+        if module not in schemes or None in places.values():
             raise UsageError(f"{folder}: has no '{module}', which {artifact.folder} packs; export it again")
-        own = {
-            key: _read(where, f"{module}.{key}") for key in ("weight_packed", "weight_scale", "weight_shape")
-        }
+        own = {key: place.read() for key, place in places.items() if place is not None}
         with foreign(f"{folder}: compressed-tensors cannot decompress '{name}'", "export it again"):
             found = _decompressed(own, schemes[module])
         wanted = torch.ops.kbit.dequantize(*weight.packed.operands(), torch.float32)
         wrong += not torch.equal(found, wanted.to(found.dtype))
     return Check("weights that decompress to other bits", wrong, 0)
-
-
-def _read(where: dict[str, Path], key: str) -> Tensor:
-    if key not in where:
-        raise SourceError(f"holds no '{key}'; export it again")
-    with safe_open(where[key], framework="pt") as tensors:
-        read: Tensor = tensors.get_tensor(key)
-        return read
 
 
 def _schemes(folder: Path) -> dict[str, Any]:
