@@ -76,8 +76,8 @@ def compile(  # noqa: A001  # the command's name, and its options
         str,
         typer.Option(
             "--for",
-            metavar="cpu|triton|onnx|vllm",
-            help="What will hold the weights. For onnx and vllm the budget is in bytes of the exported file, "
+            metavar="cpu|triton|onnx|gguf|vllm",
+            help="What will hold the weights. For onnx, gguf and vllm the budget is in bytes of the exported file, "
             "and the formats are those that it holds as they are; kbitc's own kernels hold all.",
         ),
     ] = "cpu",

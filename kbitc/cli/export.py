@@ -28,13 +28,16 @@ MORE = 1.15  # times an artifact's bytes from which on an export says what each 
         "kbitc export demo-4bit --format onnx -o demo-onnx",
         "kbitc export demo-4bit --format onnx -o demo-onnx --storage compact --activations split",
         "kbitc export smol-for-vllm --format compressed-tensors -o smol-vllm",
+        "kbitc export smol-for-gguf --format gguf -o smol.gguf",
     )
 )
 def export(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="PATH", help="Folder, or file of gguf, to write.")
+    ],
     to: Annotated[
-        str, typer.Option("--format", metavar="onnx|compressed-tensors", help="Format to write.")
+        str, typer.Option("--format", metavar="onnx|gguf|compressed-tensors", help="Format to write.")
     ] = "onnx",
     storage: Annotated[
         str | None,
@@ -56,7 +59,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a compiled model for another program, ONNX Runtime or vLLM, its weights packed."""
+    """Write a compiled model for another program, ONNX Runtime, llama.cpp or vLLM, its weights packed."""
     from kbitc.backends import find_exporter
 
     exporter = find_exporter(to)
@@ -73,7 +76,8 @@ def export(
     elif "left_alone" in report:
         _print_weights(out, report)
     else:
-        console.out.print(f"written to [bold]{out}[/]")
+        size = report.get("file_bytes", 0)
+        console.out.print(f"written to [bold]{out}[/], {size / 1e6:,.2f} MB")
 
 
 def _takes(exporter: Exporting, option: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,11 +16,16 @@ from kbitc.errors import SourceError
 @app.command(
     "verify",
     epilog=examples(
-        "kbitc verify demo-4bit", "kbitc verify demo-onnx", "kbitc verify demo-onnx --against demo-4bit"
+        "kbitc verify demo-4bit",
+        "kbitc verify demo-onnx",
+        "kbitc verify demo-onnx --against demo-4bit",
+        "kbitc verify demo.gguf --against demo-for-gguf",
     ),
 )
 def verify_folder(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="An artifact, or an exported folder.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="PATH", help="An artifact, or what was exported from one.")
+    ],
     against: Annotated[
         str | None, typer.Option(metavar="OUT", help="The artifact that it came from. [default: as recorded]")
     ] = None,
@@ -30,9 +35,7 @@ def verify_folder(
     from kbitc.artifact.folders import is_artifact
     from kbitc.artifact.loading import check_config
     from kbitc.artifact.reader import Artifact
-    from kbitc.backends import COMPRESSED, exported_kind
     from kbitc.checkpoint.companions import CONFIG
-    from kbitc.evaluation import compressed_verify, onnx_verify
     from kbitc.evaluation.checks import Check
 
     with console.progress("comparing"):
@@ -44,8 +47,7 @@ def verify_folder(
             count = len(artifact.stored) + len(artifact.plan.files or ())
             checks = [Check(f"of {count} tensors and files do not match their checksums", 0, 0)]
         else:
-            is_compressed = exported_kind(Path(folder)) == COMPRESSED
-            checks = (compressed_verify if is_compressed else onnx_verify).verify(folder, against)
+            checks = _verifier(Path(folder)).verify(folder, against)
     failed = [check for check in checks if not check.is_passed]
     if as_json:
         rows = [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.is_passed} for c in checks]
@@ -60,3 +62,13 @@ def verify_folder(
         console.out.print(table)
     if failed:
         raise SourceError(f"{folder}: {len(failed)} of {len(checks)} checks failed, first: {failed[0].name}")
+
+
+def _verifier(path: Path) -> Any:
+    """What compares an export with its artifact."""
+    from kbitc.backends import COMPRESSED, exported_kind
+    from kbitc.evaluation import compressed_verify, gguf_verify, onnx_verify
+
+    if gguf_verify.is_gguf(path):
+        return gguf_verify
+    return compressed_verify if exported_kind(path) == COMPRESSED else onnx_verify

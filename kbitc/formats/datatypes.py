@@ -66,6 +66,21 @@ Builder: TypeAlias = Callable[[CodebookRequest], Floats]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A published construction of a family, and where there is one.
+
+    Attributes:
+        bits: that it exists at; () for all.
+        is_centered: with ``+zp`` alone, or only without; None for both.
+        is_from_minimum: the zero point is a block's minimum, not its middle: levels start at 0.
+    """
+
+    bits: tuple[int, ...] = ()
+    is_centered: bool | None = None
+    is_from_minimum: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """A named construction of codebooks.
 
@@ -75,7 +90,7 @@ class Family:
         is_signed: blocks are divided by the element of largest magnitude *with its sign*.
         uses_block: the codebook depends on the block size.
         uses_center: the codebook is another one under ``+zp``.
-        variants: published constructions that ``+name`` selects.
+        variants: published constructions that ``+name`` selects, by name.
         candidates: bits to the block sizes that a bit budget may spend it at; by default at none.
         centered_candidates: the same with ``+zp``.
         summary: one line for tables.
@@ -87,7 +102,7 @@ class Family:
     is_signed: bool = False
     uses_block: bool = False
     uses_center: bool = False
-    variants: tuple[str, ...] = ()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
     candidates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     centered_candidates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     summary: str = ""
@@ -145,31 +160,44 @@ def find_family(name: str) -> Family:
 @family(
     "int",
     uses_center=True,
+    variants={"min": Variant(is_centered=True, is_from_minimum=True)},
     candidates=dict.fromkeys(range(2, 9), BLOCKS),
     centered_candidates=dict.fromkeys((2, 3, 4), (32, 64, 128)),
 )
 def integer(request: CodebookRequest) -> Floats:
     """Evenly spaced: symmetric 2^k - 1 levels; with +zp all 2^k between minimum and maximum.
 
+    ``min`` counts from the minimum, ``0`` to ``2^k - 1`` over ``2^k`` (llama.cpp's Q4_1, and its K-quants
+    with minima), so that a power of two lies between a scale here and one there.
+
     >>> integer(CodebookRequest(bits=3)).round(3).tolist()
     [-1.0, -0.667, -0.333, 0.0, 0.333, 0.667, 1.0]
     """
+    if request.variant == "min":
+        return np.asarray(np.arange(2**request.bits) / 2**request.bits)
     levels = 2**request.bits - (0 if request.is_centered else 1)
     return np.linspace(-1.0, 1.0, levels)
 
 
-@family("sint", is_signed=True, uses_center=True)
+NON_LINEAR = (-113, -89, -69, -53, -38, -25, -13, -1, 10, 22, 35, 49, 65, 83, 104, 127)
+"""llama.cpp's IQ4_NL over 128, with the sign turned."""
+
+
+@family("sint", is_signed=True, uses_center=True, variants={"nl": Variant(bits=(4,), is_centered=False)})
 def signed_integer(request: CodebookRequest) -> Floats:
     """Evenly spaced, all 2^k levels: a block's largest magnitude is exact, whatever its sign.
 
     What 4-bit matmuls of other programs hold (ONNX Runtime's MatMulNBits, llama.cpp's Q4_0): -8 to 7, where
-    a negative scale turns the longer side to where it is needed. With +zp the same as int.
+    a negative scale turns the longer side to where it is needed. With +zp the same as int. ``nl`` has
+    llama.cpp's 16 unevenly spaced levels (IQ4_NL).
 
     >>> (signed_integer(CodebookRequest(bits=3)) * 4).tolist()
     [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
     """
     if request.is_centered:
         return integer(request)
+    if request.variant == "nl":
+        return np.asarray(NON_LINEAR) / 128
     half = 2 ** (request.bits - 1)
     return np.asarray(np.arange(1 - half, half + 1) / half)
 
@@ -179,7 +207,7 @@ BEST_EXPONENT = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 PAPER_EXPONENT = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
 
 
-@family("fp", variants=("paper", "half"), candidates=dict.fromkeys(range(3, 8), BLOCKS))
+@family("fp", variants={"paper": Variant(), "half": Variant()}, candidates=dict.fromkeys(range(3, 8), BLOCKS))
 def floating(request: CodebookRequest) -> Floats:
     """Sign, E exponent and M mantissa bits, IEEE sub-normals, no inf or nan, largest value 1.
 
@@ -234,7 +262,7 @@ def dynamic_exponent(request: CodebookRequest) -> Floats:
     return np.sort(np.concatenate([-positive, [0.0], positive, [1.0]]))
 
 
-@family("quantile", is_fitted=True, variants=("paper",))
+@family("quantile", is_fitted=True, variants={"paper": Variant()})
 def quantile(request: CodebookRequest) -> Floats:
     """Equal-mass levels of the tensor's own block-normalised weights, one of them moved to 0.
 

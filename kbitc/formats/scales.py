@@ -11,6 +11,7 @@ from kbitc.errors import UsageError
 from kbitc.formats.blocks import RowTiles, absmax
 from kbitc.formats.codebooks import dynamic_map
 from kbitc.formats.encoder import Encoder
+from kbitc.formats.scale_grid import scales_on_grid, zeros_on_grid
 from kbitc.formats.spec import SCALE_GROUP, Spec
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -19,17 +20,16 @@ MOST_OF_A_SCALE = 0.5  # that double quantization may lose; it loses 0.02 of ord
 
 
 def absmax_scales(source: RowTiles, spec: Spec, name: str) -> tuple[Tensor, Tensor | None]:
-    """Float32 scales, and the middles of the blocks under ``+zp``, of every row."""
+    """Float32 scales, and the zero points of the blocks under ``+zp``, of every row."""
     scales, zeros = [], []
     for start, blocks in source.tiles():
         if spec.has_zero_point:
             low, high = source.limits(blocks)
-            # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
-            middle = low / 2 + high / 2
-            zeros.append(middle)
-            # Centred on the zero as it is stored, so that its rounding is not lost.
-            centre = to_16_bits(middle).float() if middle.isfinite().all() else middle
-            scales.append(torch.maximum(high - centre, centre - low))
+            zero = _zero_points(low, high, spec)
+            zeros.append(zero)
+            # Measured from the zero as it is stored, so that its rounding is not lost.
+            origin = store_zeros(zero, spec).float() if zero.isfinite().all() else zero
+            scales.append(_reach(low, high, origin, spec))
         else:
             scales.append(absmax(blocks, spec.is_signed))
         if not scales[-1].isfinite().all():
@@ -39,6 +39,21 @@ def absmax_scales(source: RowTiles, spec: Spec, name: str) -> tuple[Tensor, Tens
                 "quantized. Repair the checkpoint, or leave this weight alone with spec fp16"
             )
     return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+
+def _zero_points(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
+    if spec.is_from_minimum:
+        return low.clamp_max(0.0) if spec.scale_bits else low
+    # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
+    return low / 2 + high / 2
+
+
+def _reach(low: Tensor, high: Tensor, origin: Tensor, spec: Spec) -> Tensor:
+    """Scales under which the levels reach a block's extremes from its zero point."""
+    if not spec.is_from_minimum:
+        return torch.maximum(high - origin, origin - low)
+    levels: int = 2**spec.bits
+    return (high - origin).clamp_min(0.0) * (levels / (levels - 1))
 
 
 def to_16_bits(values: Tensor) -> Tensor:
@@ -54,7 +69,7 @@ def store_scales(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor]:
     """Scales as stored, the double-quantization constants, and the scales that reading them gives."""
     if not spec.has_double_quant:
-        stored = to_16_bits(scales)
+        stored = scales_on_grid(scales, spec).half() if spec.scale_bits else to_16_bits(scales)
         return stored, None, stored.float()
     # QLoRA subtracts the mean because absmax scales are all positive. Signed ones are centred
     # already; and where a level 0 is missing, a mean would make an all-zero block inexact.
@@ -69,6 +84,11 @@ def store_scales(
             as_they_are = _with_mean(scales, torch.zeros(1))
             return as_they_are if _worst_error(as_they_are[2], scales) < lost else centred
     return centred
+
+
+def store_zeros(zeros: Tensor, spec: Spec) -> Tensor:
+    """Zero points as stored."""
+    return zeros_on_grid(zeros, spec).half() if spec.scale_bits else to_16_bits(zeros)
 
 
 def _worst_error(read: Tensor, scales: Tensor) -> float:

@@ -1,7 +1,8 @@
 """Spec strings: one short name for the format of one weight, e.g. ``nf4:64+dq``.
 
-Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq] [+outP%] [+VARIANT]``, or ``fp16`` for a weight that
-is left at 16 bits. ``parse(str(spec)) == spec`` always. A plan may also say ``+out`` without a share: `Wish`.
+Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq | +sbS] [+outP%] [+VARIANT]``, or ``fp16`` for a weight
+that is left at 16 bits. ``parse(str(spec)) == spec`` always. A plan may also say ``+out`` without a share:
+`Wish`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from kbitc.formats import datatypes
 
 DEFAULT_BLOCK = 64
 SCALE_GROUP = 256  # scales that share one fp32 constant under double quantization (QLoRA)
+SUPER_BLOCK = 256  # weights whose scales are integers times one constant under +sb (llama.cpp's K-quants)
+MIN_SCALE_BITS, MAX_SCALE_BITS = 4, 8
 EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
 
 _PATTERN = re.compile(r"(?P<family>[a-z_]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+))?(?::(?P<block>-?\d+))?")
+_SCALES = re.compile(r"sb(?P<bits>\d+)")
 _OUTLIERS = re.compile(r"out(?P<percent>\d+(?:\.\d+)?)%")
 
 
@@ -31,6 +35,8 @@ class Spec:
         exponent: exponent bits of ``fp``; None takes the default width.
         has_zero_point: ``+zp``: each block is centred on the middle of its range.
         has_double_quant: ``+dq``: scales are stored as 8-bit dynamic codes in groups of 256.
+        scale_bits: ``+sb6``: scales are integers of so many bits times a constant of each super-block, 256
+            weights of a row, and so are zero points; 0 where they are free (`kbitc.formats.scale_grid`).
         outliers: share of input features kept at 16 bits, in percent; 0 for none.
         variant: "" or the name of a published construction of the data type.
     """
@@ -41,6 +47,7 @@ class Spec:
     exponent: int | None = None
     has_zero_point: bool = False
     has_double_quant: bool = False
+    scale_bits: int = 0
     outliers: float = 0.0
     variant: str = ""
 
@@ -61,6 +68,35 @@ class Spec:
             raise UsageError(
                 f"{self}: " + did_you_mean(f"{self.family} variant", self.variant, family.variants)
             )
+        if self.variant:
+            self._check_variant(family.variants[self.variant])
+        if self.scale_bits:
+            self._check_super_blocks()
+
+    def _check_variant(self, variant: datatypes.Variant) -> None:
+        if variant.bits and self.bits not in variant.bits:
+            raise UsageError(
+                f"{self}: +{self.variant} is of {', '.join(map(str, variant.bits))} bits, not {self.bits}"
+            )
+        if variant.is_centered not in (None, self.has_zero_point):
+            how = "needs +zp: its levels start at a block's minimum" if variant.is_centered else "has no +zp"
+            raise UsageError(f"{self}: +{self.variant} {how}")
+
+    def _check_super_blocks(self) -> None:
+        if not MIN_SCALE_BITS <= self.scale_bits <= MAX_SCALE_BITS:
+            raise UsageError(
+                f"{self}: scales of {self.scale_bits} bits; +sb takes {MIN_SCALE_BITS} to {MAX_SCALE_BITS}"
+            )
+        if self.has_double_quant:
+            raise UsageError(f"{self}: +sb and +dq are two ways to store scales; name one of them")
+        if SUPER_BLOCK % self.block or self.block == SUPER_BLOCK:
+            raise UsageError(
+                f"{self}: +sb divides {SUPER_BLOCK} weights into blocks; {self.block} do not fit"
+            )
+        if self.has_zero_point and not self.is_from_minimum:
+            raise UsageError(
+                f"{self}: +sb has zero points that are minima; write +zp+sb{self.scale_bits}+min"
+            )
 
     @property
     def is_left_alone(self) -> bool:
@@ -71,6 +107,12 @@ class Spec:
     def is_fitted(self) -> bool:
         """True where the codebook depends on the weight, and is stored with it."""
         return datatypes.find_family(self.family).is_fitted
+
+    @property
+    def is_from_minimum(self) -> bool:
+        """True where the zero point is a block's minimum."""
+        variants = datatypes.find_family(self.family).variants
+        return bool(self.variant) and variants[self.variant].is_from_minimum
 
     @property
     def is_signed(self) -> bool:
@@ -96,6 +138,7 @@ class Spec:
             return "fp16"
         exponent = "" if self.exponent is None else f"e{self.exponent}"
         flags = ("+zp" if self.has_zero_point else "") + ("+dq" if self.has_double_quant else "")
+        flags += f"+sb{self.scale_bits}" if self.scale_bits else ""
         if self.outliers:
             flags += f"+out{self.outliers:.12g}%"
         if self.variant:
@@ -130,7 +173,7 @@ def parse(text: str) -> Spec:
     match = _PATTERN.fullmatch(head)
     if match is None:
         raise UsageError(f"'{text}' is not a spec; write one like {EXAMPLES}")
-    options: dict[str, bool | float | str] = {}
+    options: dict[str, bool | int | float | str] = {}
     for flag in flags:
         key, value = _parse_flag(text, flag)
         if key in options:
@@ -193,10 +236,15 @@ def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
             f"'{text}': +out means the outlier features that are found in compiling a model; name a share "
             "here, for example +out1%"
         )
+    scales = _SCALES.fullmatch(flag)
+    if scales is not None:
+        return "scale_bits", int(scales["bits"])
     outliers = _OUTLIERS.fullmatch(flag)
     if outliers is not None:
         return "outliers", float(outliers["percent"])
     variants = {name for known in datatypes.families().values() for name in known.variants}
     if flag in variants:
         return "variant", flag
-    raise UsageError(f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "out", "outP%", *variants]))
+    raise UsageError(
+        f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "sb6", "out", "outP%", *variants])
+    )

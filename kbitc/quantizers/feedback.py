@@ -26,7 +26,7 @@ from torch import Tensor
 from kbitc.formats.bit_planes import pack
 from kbitc.formats.encoder import Encoder
 from kbitc.formats.packed import Packed
-from kbitc.formats.scales import store_scales, to_16_bits
+from kbitc.formats.scales import store_scales, store_zeros
 from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
 from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
@@ -309,7 +309,8 @@ class _Stored:
     @staticmethod
     def of(made: Draft) -> _Stored:
         stored, constants, effective = store_scales(made.scales, made.spec, made.codebook)
-        return _Stored(stored, constants, effective, None if made.zeros is None else to_16_bits(made.zeros))
+        zeros = None if made.zeros is None else store_zeros(made.zeros, made.spec)
+        return _Stored(stored, constants, effective, zeros)
 
 
 def _revalued(rounded: Rounded, grid: Grid) -> Rounded:

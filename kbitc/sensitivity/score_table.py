@@ -161,10 +161,12 @@ SCORES: Fact[ScoreTable] = Fact("scores")
 
 def monotone(options: tuple[Option, ...]) -> tuple[Option, ...]:
     """Of formats that differ in bits alone, more bits never cost more: noise must not buy fewer of them."""
-    least: dict[object, float] = {}
+    least: dict[tuple[object, ...], float] = {}
     smoothed = {}
     for option in sorted(options, key=lambda o: o.spec.bits):
-        kind = replace(option.spec, bits=8, exponent=None)
+        spec = option.spec
+        stored = (spec.block, spec.has_zero_point, spec.has_double_quant, spec.scale_bits, spec.outliers)
+        kind = (spec.family, spec.variant, *stored)
         least[kind] = min(least.get(kind, option.cost), option.cost)
         smoothed[option.spec] = replace(option, cost=least[kind])
     return tuple(smoothed[option.spec] for option in options)

@@ -178,7 +178,7 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     target = Path(os.path.realpath(path))  # a link stays one
-    with _scratch_beside(target) as scratch:
+    with scratch_beside(target) as scratch:
         scratch.write_text(text, encoding="utf-8")
         if target.exists():
             scratch.chmod(stat.S_IMODE(target.stat().st_mode))
@@ -186,7 +186,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A name in the same folder to write under and to rename from; what is left there is removed."""
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield scratch

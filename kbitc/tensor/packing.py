@@ -17,7 +17,7 @@ from kbitc.formats.blocks import RowTiles
 from kbitc.formats.codebooks import codebook_for
 from kbitc.formats.packed import Packed
 from kbitc.formats.scale_search import SEARCH_ROUNDS, search_ratios
-from kbitc.formats.scales import absmax_scales, store_scales, to_16_bits
+from kbitc.formats.scales import absmax_scales, store_scales, store_zeros, to_16_bits
 from kbitc.formats.spec import Spec, parse
 from kbitc.kernels import ops as _ops  # noqa: F401  # registers torch.ops.kbit
 
@@ -68,7 +68,7 @@ class Draft:
         """
         spec, index = self.spec, self.outlier_index
         stored, constants, effective = store_scales(self.scales, spec, self.codebook)
-        zeros = None if self.zeros is None else to_16_bits(self.zeros)
+        zeros = None if self.zeros is None else store_zeros(self.zeros, spec)
         planes = torch.ops.kbit.encode(
             self.rows, effective, zeros, self.codebook, index, spec.bits, spec.block
         )

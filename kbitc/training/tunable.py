@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kbitc.formats import bit_planes
 from kbitc.formats.packed import Operands, Packed
-from kbitc.formats.scales import effective_scales, store_scales, to_16_bits
+from kbitc.formats.scales import effective_scales, store_scales, store_zeros, to_16_bits
 
 ROWS, BLOCKS, SCALES = "rows", "blocks", "scales"
 ZEROS, CODEBOOK, OUTLIERS, VALUE = "zeros", "codebook", "outliers", "value"
@@ -79,7 +79,9 @@ class TunableWeight:
             if constants is not None:
                 new = replace(new, scale_absmax=constants[1], scale_mean=constants[2])
         if ZEROS in changed and packed.zeros is not None:
-            new = replace(new, zeros=to_16_bits(packed.zeros.float() + self.scales.abs() * changed[ZEROS]))
+            zeros = packed.zeros.float() + self.scales.abs() * changed[ZEROS]
+            stored = store_zeros(zeros.flatten(0, -2), packed.spec)
+            new = replace(new, zeros=stored.view(zeros.shape))
         if OUTLIERS in changed and packed.outlier_values is not None:
             values_ = packed.outlier_values.float()
             new = replace(new, outlier_values=to_16_bits(values_ + _size(values_) * changed[OUTLIERS]))

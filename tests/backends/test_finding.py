@@ -88,9 +88,10 @@ def test_what_writes_a_format(others):
     pytest.importorskip("onnxscript", reason="needs the extra [onnx]")
     assert type(find_exporter("onnx")) is find_backend("onnx_export")
     others["absent"] = Absent
-    assert export_formats() == ["compressed-tensors", "flat", "onnx"]
+    assert export_formats() == ["compressed-tensors", "flat", "gguf", "onnx"]
     with pytest.raises(
-        UsageError, match=r"no format 'onx'; did you mean 'onnx'\? \(known: compressed-tensors, flat, onnx\)"
+        UsageError,
+        match=r"no format 'onx'; did you mean 'onnx'\? \(known: compressed-tensors, flat, gguf, onnx\)",
     ):
         find_exporter("onx")
     others["other"] = type("Other", (Absent,), {"format": "onnx", "missing": lambda self: None})

@@ -16,15 +16,24 @@ def specs(draw):
     family = draw(st.sampled_from(sorted(FAMILIES)))
     bits = draw(st.integers(2, 8))
     exponent = draw(st.none() | st.integers(1, bits - 1)) if family == "fp" else None
+    has_zero_point = draw(st.booleans())
+    variants = [
+        name
+        for name, variant in FAMILIES[family].variants.items()
+        if bits in (variant.bits or (bits,)) and variant.is_centered in (None, has_zero_point)
+    ]
+    variant = draw(st.sampled_from(["", *variants]))
+    is_gridded = draw(st.booleans()) and (not has_zero_point or variant == "min")
     return Spec(
         family,
         bits,
-        block=draw(st.integers(1, 5000)),
+        block=draw(st.sampled_from([1, 16, 32, 128]) if is_gridded else st.integers(1, 5000)),
         exponent=exponent,
-        has_zero_point=draw(st.booleans()),
-        has_double_quant=draw(st.booleans()),
+        has_zero_point=has_zero_point,
+        has_double_quant=draw(st.booleans()) and not is_gridded,
+        scale_bits=draw(st.integers(4, 8)) if is_gridded else 0,
         outliers=draw(st.sampled_from([0.0, 0.5, 1.0, 2.25, 33.0])),
-        variant=draw(st.sampled_from(["", *FAMILIES[family].variants])),
+        variant=variant,
     )
 
 
@@ -35,7 +44,18 @@ def test_spec_strings_round_trip(spec):
 
 @pytest.mark.parametrize(
     "text",
-    ["nf4:64", "int3:128+zp", "fp4e2:64+dq", "nf3:64+out0.5%", "fp16", "fp4:64+paper", "quantile4:64+paper"],
+    [
+        "nf4:64",
+        "int3:128+zp",
+        "fp4e2:64+dq",
+        "nf3:64+out0.5%",
+        "fp16",
+        "fp4:64+paper",
+        "quantile4:64+paper",
+        "sint3:16+sb6",
+        "int4:32+zp+sb6+out1%+min",
+        "sint4:32+sb6+nl",
+    ],
 )
 def test_documented_specs_are_their_own_names(text):
     assert str(parse(text)) == text
