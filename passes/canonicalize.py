@@ -11,12 +11,12 @@ in ``rest``, each with the reason. Tied weights are one `Weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kbitc.graph.capture import capture
 from kbitc.graph.computed_weights import computed_of, with_tables_looked_up
@@ -305,8 +305,16 @@ def _feeds_output(node: fx.Node, stored: set[fx.Node]) -> bool:
 
 
 def traced_on(source: Calibration, feed: Mapping[str, Any]) -> Program:
-    """The canonical program of what is calibrated, in float32, at the shapes of an input."""
-    return Canonicalize().run(capture(source.skeleton(), feed))
+    """The canonical program of what is calibrated, in float32, at the shapes of an input; made once."""
+    shapes = tuple((name, _shape_of(value)) for name, value in feed.items())
+    return source.once(("traced", shapes), lambda: Canonicalize().run(capture(source.skeleton(), feed)))
+
+
+def _shape_of(value: Any) -> Hashable:
+    """What a graph depends on of an input."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    return repr(value)
 
 
 PASS = Canonicalize

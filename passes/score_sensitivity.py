@@ -23,7 +23,7 @@ from kbitc.errors import UsageError
 from kbitc.formats import datatypes
 from kbitc.formats.layout import weight_bytes
 from kbitc.formats.packed import Packed
-from kbitc.formats.spec import LEFT_ALONE, Spec, parse
+from kbitc.formats.spec import DEFAULT_BLOCK, LEFT_ALONE, Spec, parse
 from kbitc.graph.facts import Fact
 from kbitc.graph.program import Program, Stage, Weight
 from kbitc.graph.queries import KINDS, NameGroups, agreeing_groups
@@ -45,6 +45,7 @@ from kbitc.tensor.cores import alone
 # perplexity 46.4, 43.7, 42.6, 46.4 at 1, 3, 10, 30 (16 bits: 30.0). Used without moments alone.
 HEAD_IMPORTANCE = 8.0
 
+KINDS_TRIED = 2  # kinds of levels of one number of bits that are tried at all block sizes
 FEEDS = 16  # inputs whose second moments feedback's prices are of
 
 
@@ -75,6 +76,33 @@ def default_candidates() -> tuple[Spec, ...]:
         for block in blocks
     ]
     return tuple(parse(text) for text in plain + centered)
+
+
+def _kind(spec: Spec) -> tuple[object, ...]:
+    """What specs have in common that differ in block size alone."""
+    return spec.bits, spec.family, spec.exponent, spec.has_zero_point, spec.variant
+
+
+def promising(options: Sequence[Option], numel: int) -> set[tuple[object, ...]]:
+    """The best kinds at one block size: `KINDS_TRIED` of each number of bits, those with zero points apart.
+
+    Which family of levels is best depends on the weight and on k, hardly on the block. Each kind that is
+    tried in all blocks costs four or five options, and most of the time that they take is Python's.
+
+    Args:
+        options: of all kinds, at one block size each.
+        numel: of the weight. A bit of it is worth a factor of 4.
+    """
+
+    def worth(option: Option) -> float:
+        return option.cost * float(4 ** (8 * option.nbytes / numel))
+
+    best: dict[tuple[int, bool], list[tuple[object, ...]]] = {}
+    for option in sorted(options, key=worth):
+        if not option.spec.outliers:
+            key = option.spec.bits, option.spec.has_zero_point
+            best.setdefault(key, []).append(_kind(option.spec))
+    return {kind for kinds in best.values() for kind in kinds[:KINDS_TRIED]}
 
 
 @dataclass(frozen=True)
@@ -136,22 +164,37 @@ class ScoreSensitivity:
     ) -> tuple[Option, ...]:
         sample = Sample.of(weight.oriented(data), moments)
         importance = self.head_importance if weight.is_head else 1.0
-        options = []
-        for spec in (*self._candidates(weight, len(outlying.index)), LEFT_ALONE):
+
+        def option(spec: Spec) -> Option:
             price, error = sample.price(spec, outlying.picked(spec), self._quantize)
             if price is None:  # a tied head counts as a head: the same numbers give the logits
                 price = importance * weight.numel * error**2
-            options.append(Option(spec, self._bytes(weight, spec), price, error))
-        return monotone(tuple(options))
+            return Option(spec, self._bytes(weight, spec), price, error)
 
-    def _candidates(self, weight: Weight, outliers: int) -> list[Spec]:
-        """What is tried beside 16 bits, where so many input features may stay outside."""
+        first, later = self._candidates(weight, len(outlying.index))
+        options = [option(spec) for spec in first]
+        kinds = promising(options, weight.numel)
+        options += [option(spec) for spec in later if _kind(spec) in kinds]
+        return monotone((*options, option(LEFT_ALONE)))
+
+    def _candidates(self, weight: Weight, outliers: int) -> tuple[list[Spec], list[Spec]]:
+        """What is tried beside 16 bits, where so many input features may stay outside.
+
+        Returns:
+            What is tried at any rate; and other block sizes, of kinds that :func:`promising` names then.
+        """
         more = outlier_candidates(weight.in_features, outliers) if 0 < outliers < weight.in_features else ()
         if self.target is not None:
             more = tuple(spec for spec in more if not self.target.misfit(weight, spec))
         usual = default_candidates() if self.target is None else self.target.candidates(weight)
         tried = self.candidates or (*usual, *more)
-        return [spec for spec in tried if not self.types or spec.family in self.types]
+        tried = tuple(spec for spec in tried if not self.types or spec.family in self.types)
+        if self.candidates or self.target is not None:
+            return list(tried), []
+        first = [spec for spec in tried if spec.block == DEFAULT_BLOCK or spec in more]
+        known = set(map(_kind, first))
+        first += [spec for spec in tried if _kind(spec) not in known]
+        return first, [spec for spec in tried if spec not in set(first)]
 
     def _bytes(self, weight: Weight, spec: Spec) -> int:
         if self.target is not None:

@@ -99,7 +99,9 @@ def header_of(config: Any, architecture: Architecture, label: str) -> Header:
 
 
 def _differs(label: str, what: str) -> UsageError:
-    return UsageError(f"{label}: llama.cpp has no {what} in this architecture, so it cannot be written as GGUF")
+    return UsageError(
+        f"{label}: llama.cpp has no {what} in this architecture, so it cannot be written as GGUF"
+    )
 
 
 def _head_width(config: Any) -> int:
@@ -170,7 +172,9 @@ def frequencies_of(config: Any) -> Tensor | None:
     return divisors.float()
 
 
-def names_of(parameters: Iterable[str], config: Any, architecture: Architecture, label: str) -> dict[str, str]:
+def names_of(
+    parameters: Iterable[str], config: Any, architecture: Architecture, label: str
+) -> dict[str, str]:
     """The name there of each parameter.
 
     Raises:

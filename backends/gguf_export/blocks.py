@@ -1,7 +1,7 @@
 """The bytes of a weight in each of llama.cpp's block types, from codes and scales that are packed already.
 
 The one thing to know: nothing is quantized here. A type's values are integers times a float16, plus a
-minimum; `KINDS` says which spec has the same ones. A power of two and perhaps the sign lie between two scales.
+minimum; `KINDS` says which spec has the same ones. A power of two, perhaps a sign, lies between two scales.
 
     sint4:32             level m/8 * scale        integer -m, stored as 8 - m;  d = -scale / 8
     int4:32+zp+min       level m/16 * scale + z   integer m;                    d = scale / 16, minimum z
@@ -145,14 +145,18 @@ def _q3_k(p: Parts) -> Bytes:
     raised = (p.scales + 32).astype(np.uint8)
     low = (raised[:, :8] & 15) | (raised[:, 8:] & 15) << 4
     high = _shifted(_high(raised, 4), 2, 4)
-    parts = [_shifted(_high(p.digits, 2), 1, 32), _shifted(_low(p.digits, 2), 2, 32), low, high, _raw(p.scale)]
+    parts = [
+        _shifted(_high(p.digits, 2), 1, 32),
+        _shifted(_low(p.digits, 2), 2, 32),
+        low,
+        high,
+        _raw(p.scale),
+    ]
     return np.concatenate(parts, axis=1)
 
 
 def _q4_k(p: Parts) -> Bytes:
-    return np.concatenate(
-        [_raw(p.scale), _raw(p.minimum), _six_bits(p), _shifted(p.digits, 4, 32)], axis=1
-    )
+    return np.concatenate([_raw(p.scale), _raw(p.minimum), _six_bits(p), _shifted(p.digits, 4, 32)], axis=1)
 
 
 def _q5_k(p: Parts) -> Bytes:

@@ -95,7 +95,11 @@ def export_gguf(model: nn.Module | str | Path, file: str | Path, *, force: bool 
         raise UsageError("GGUF is written from an artifact; compile with out=FOLDER, or kbitc.save")
     path = Path(file)
     if path.is_dir() or (files.exists(path) and not force):
-        how = "is a folder, not a file; remove it" if path.is_dir() else "exists already; pass --force to replace it,"
+        how = (
+            "is a folder, not a file; remove it"
+            if path.is_dir()
+            else "exists already; pass --force to replace it,"
+        )
         raise UsageError(f"{path}: {how} or name another file with -o")
     artifact = Artifact.open(Path(model))
     if not (artifact.folder / CONFIG).exists():
@@ -128,9 +132,9 @@ def _check_formats(artifact: Artifact) -> None:
     if bad:
         listed = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
         raise UsageError(
-            f"{artifact.folder}: {len(bad)} weights are in formats that llama.cpp does not hold:\n  {listed}\n"
-            f"It holds {', '.join(map(str, KINDS))}, in rows of multiples of {SUPER_BLOCK} those with +sb and "
-            f"of {SMALL} the others; 'kbitc compile MODEL --bits B --for gguf' plans so"
+            f"{artifact.folder}: {len(bad)} weights are in formats that llama.cpp does not hold:\n  "
+            f"{listed}\nIt holds {', '.join(map(str, KINDS))}, with +sb in rows of multiples of "
+            f"{SUPER_BLOCK} and of {SMALL} without; 'kbitc compile MODEL --bits B --for gguf' plans so"
         )
 
 
@@ -161,7 +165,9 @@ class _Source:
         own = [(f"{architecture.name}.{k}", v) for k, v in header_of(config, architecture, label)]
         tokenizer = tokenizer_in(artifact.folder)
         if tokenizer is None:
-            raise SourceError(f"{label}: has no tokenizer, which a GGUF file holds; add its files to the folder")
+            raise SourceError(
+                f"{label}: has no tokenizer, which a GGUF file holds; add its files to the folder"
+            )
         vocabulary = vocabulary_of(tokenizer, config.vocab_size, label)
         own += [(f"tokenizer.{key}", value) for key, value in vocabulary]
         return _Source(artifact, config, architecture, there, tuple(own))

@@ -1,8 +1,8 @@
 """A tokenizer of transformers as llama.cpp's: its tokens, merges, special tokens and chat template.
 
 The one thing to know: llama.cpp knows how text is split before merging by a *name*; what a tokenizer says is
-looked up in `SPLITTERS`. One that it has no name for is refused: under another name it would read other tokens
-than the model was trained on.
+looked up in `SPLITTERS`. One that it has no name for is refused: under another name it would read other
+tokens than the model was trained on.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def vocabulary_of(tokenizer: Any, size: int, label: str) -> Iterator[tuple[str, 
         yield "ggml.pre", "default"
         yield "ggml.scores", _scores(tokens, merges)
         yield "ggml.add_space_prefix", _begins_with_space(data)
-        types = [_typed(token, kind, model.get("unk_token")) for token, kind in zip(tokens, types, strict=True)]
+        types = [
+            _typed(token, kind, model.get("unk_token")) for token, kind in zip(tokens, types, strict=True)
+        ]
     else:
         yield "ggml.model", "gpt2"
         yield "ggml.pre", _splitter_of(data, label)

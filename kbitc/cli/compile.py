@@ -77,8 +77,8 @@ def compile(  # noqa: A001  # the command's name, and its options
         typer.Option(
             "--for",
             metavar="cpu|triton|onnx|gguf|vllm",
-            help="What will hold the weights. For onnx, gguf and vllm the budget is in bytes of the exported file, "
-            "and the formats are those that it holds as they are; kbitc's own kernels hold all.",
+            help="What will hold the weights. For onnx, gguf and vllm the budget is in bytes of the exported "
+            "file, and the formats are those that it holds as they are; kbitc's own kernels hold all.",
         ),
     ] = "cpu",
     types: Annotated[

@@ -65,17 +65,22 @@ def read_text(path: Path) -> str:
         raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text: {error}") from error
 
 
-def text_windows(
+def spread(windows: Tensor, count: int) -> Tensor:
+    """``count`` of them at most, from the first on, evenly over all."""
+    count = min(count, len(windows))
+    return windows[torch.arange(count) * len(windows) // max(1, count)]
+
+
+def all_windows(
     tokenizer: Any,
     text: str,
     length: int,
-    count: int,
     label: str = "the calibration text",
     model: nn.Module | None = None,
     *,
     has_ends: bool = False,
 ) -> Tensor:
-    """``(count, length)`` int64 token ids, evenly spread over a text.
+    """``(windows, length)`` int64 token ids: a text, cut.
 
     before:  a b c d e f g
     after:   [CLS] a b [SEP], [CLS] c d [SEP], [CLS] e f [SEP]  (length 4, with ends)
@@ -84,7 +89,6 @@ def text_windows(
         tokenizer: the model's.
         text: to be cut.
         length: tokens a window, those at its ends included.
-        count: windows at most; of a short text there are fewer.
         label: of the text, for messages.
         model: that is to read the tokens, if it is known.
         has_ends: put what the tokenizer puts around a text around each window.
@@ -106,8 +110,7 @@ def text_windows(
         raise UsageError(
             f"{label} has {len(ids)} tokens, fewer than one window of {inner}; give a longer one"
         )
-    picked = torch.arange(min(count, available)) * available // min(count, available)
-    windows = ids[: available * inner].view(available, inner)[picked]
+    windows = ids[: available * inner].view(available, inner)
     return torch.cat([first.expand(len(windows), -1), windows, last.expand(len(windows), -1)], dim=1)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from kbitc.checkpoint import Checkpoint
 from kbitc.checkpoint.dense import tokenizer_of
 from kbitc.checkpoint.tensor_digests import digest_of_tensors
 from kbitc.compiler.calibration_text import (
+    all_windows,
     is_language_model,
     read_text,
+    spread,
     takes_text,
-    text_windows,
     with_decoder_text,
 )
 from kbitc.compiler.kept_results import kept
@@ -56,6 +57,8 @@ SPARING = (
 
 TEXT = {"input_ids", "attention_mask"}  # inputs that say no more than a text does
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 Calibrate = str | Path | Tensor
@@ -82,6 +85,7 @@ class Calibrator:
     inputs: Mapping[str, Any] | None = None
     most: int | None = None
     is_default: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sampled: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -193,6 +197,11 @@ class Calibrator:
         count = COUNT if count is None else count
         if self.source == SELF:
             return self._sample(count)
+        return spread(self._cut, count)
+
+    @cached_property
+    def _cut(self) -> Tensor:
+        """All windows of the text file."""
         tokenizer = tokenizer_of(self.checkpoint)
         if tokenizer is None:
             instead = "'self'" if self._is_causal else "'random'"
@@ -200,9 +209,9 @@ class Calibrator:
                 f"--calibrate {self.source}: {self.checkpoint.label} has no tokenizer; give token ids "
                 f"(kbitc.compile(..., calibrate=ids)), or calibrate with {instead}"
             )
+        assert not isinstance(self.source, Tensor)
         text, model, label = read_text(Path(self.source)), self.checkpoint.skeleton(), str(self.source)
-        length, has_ends = self._length, not self._is_causal
-        return text_windows(tokenizer, text, length, count, label, model, has_ends=has_ends)
+        return all_windows(tokenizer, text, self._length, label, model, has_ends=not self._is_causal)
 
     def _sample(self, count: int) -> Tensor:
         """The first windows of all that the model samples, in this run or an earlier one."""
@@ -240,6 +249,13 @@ class Calibrator:
                 "model's own set-up; calibrate with 'none'"
             )
         return buffer
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """See `kbitc.graph.context.Calibration`."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def remembered(
         self, measure: Callable[[], Mapping[str, Tensor]], options: str = ""

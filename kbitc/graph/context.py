@@ -5,12 +5,14 @@ The one thing to know: a pass takes what it needs from here, so that nobody has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 ReadTensor: TypeAlias = Callable[[str], Tensor]
 """Reads one tensor by its name in the model."""
@@ -55,6 +57,10 @@ class Calibration(Protocol):
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer, those included that no checkpoint holds."""
+        ...
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made for a key, or was made for it before in this run."""
         ...
 
     def remembered(

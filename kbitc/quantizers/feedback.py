@@ -48,7 +48,6 @@ class Feedback:
 
     Attributes:
         target: fit the inputs of the partly quantized model, and not those of the source.
-        residual: and what the output is added to in it.
         search: search the scales; absmax otherwise.
         order: columns by falling second moment; as they stand otherwise.
         feedback: pass errors on; nearest codes otherwise.
@@ -59,7 +58,6 @@ class Feedback:
     """
 
     target: bool = True
-    residual: bool = True
     search: bool = True
     order: bool = True
     feedback: bool = True
@@ -78,8 +76,6 @@ class Feedback:
         """See `kbitc.quantizers.Quantizer`."""
         groups = evidence.get(GRAM)
         assert groups is not None
-        if not self.residual:
-            groups = tuple(replace(group, residual=None, held_out=None) for group in groups)
         made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
         parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
         aimed = replace(made, rows=_scattered(parts, groups))
@@ -100,14 +96,17 @@ class Feedback:
     def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
         """The rows that fit x^ best, as far as held-out tokens agree."""
         gram = group.gram
-        if not self.target or gram.cross is None:
+        if not self.target or (gram.cross is None and group.residual is None):
             return rows
         root = gram.once(("root", self.damping), lambda: alone(lambda: _root(gram, self.damping)))
-        difference = gram.cross - gram.inputs
+        difference = None if gram.cross is None else gram.cross - gram.inputs
 
         def way(tile: slice) -> Tensor:
-            pulled = rows[tile] @ difference
-            return _solved(pulled if group.residual is None else pulled.add_(group.residual[tile]), root)
+            pulled = None if difference is None else rows[tile] @ difference
+            if group.residual is not None:
+                pulled = group.residual[tile] if pulled is None else pulled.add_(group.residual[tile])
+            assert pulled is not None
+            return _solved(pulled, root)
 
         ways = torch.cat(side_by_side(way, _tiles(rows)))
         return ways.mul_(_part(rows, ways, group)).add_(rows)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kbitc.replay.engine import Inputs
 from kbitc.replay.stops import added_to
 from kbitc.replay.values import Pair
 from kbitc.sensitivity.gram import Gram, gram_of
 from kbitc.sensitivity.streaming import expert_slices
-from kbitc.tensor.cores import cores, side_by_side
+from kbitc.tensor.cores import side_by_side
 
 WIDTH = 256  # columns of a moment that one core sums at a time, at most,
 PARTS = 8  # but of wide inputs an eighth; numbers that no core counts for, so that sums are the same
@@ -24,20 +24,26 @@ Windows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """``(tokens, in_features)`` pairs of the source's and the packed model's inputs."""
 
 
-def grams(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) -> tuple[Gram, ...]:
+def grams(
+    inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int], *, is_crossed: bool = True
+) -> tuple[Gram, ...]:
     """One of a linear's inputs, or one of each expert's.
 
     Args:
         inputs: at a stop.
         fitted: indices of the inputs to sum over.
         held_out: those of ``Gram.held_out``.
+        is_crossed: with ``Gram.cross``, which otherwise each weight's :func:`pull` makes up for.
     """
     if inputs.stop.kind == "grouped_linear":
         return _of_experts(inputs, fitted, held_out)
-    return (_joined(_grams([_windows(inputs, indices) for indices in (fitted, held_out) if indices])),)
+    parts = [_windows(inputs, indices) for indices in (fitted, held_out) if indices]
+    return (_joined(_grams(parts, is_crossed=is_crossed)),)
 
 
-def residual(inputs: Inputs, name: str, rows: int, indices: Sequence[int]) -> Tensor | None:
+def pull(
+    inputs: Inputs, name: str, rows: int, indices: Sequence[int], weight: Tensor | None = None
+) -> Tensor | None:
     """``(rows, in_features)``: mean of (r - r^) x^T, r what a weight's output is added to; None of nothing.
 
     Args:
@@ -45,28 +51,50 @@ def residual(inputs: Inputs, name: str, rows: int, indices: Sequence[int]) -> Te
         name: one of its weights.
         rows: of that weight.
         indices: of the inputs to take the mean over.
+        weight: ``(rows, in_features)`` float32 of the source: with w (x - x^) added to r - r^. Of few rows
+            that is cheaper than the cross moment of all pairs of features.
     """
     (read,) = (read for read in inputs.stop.reads if read.name == name)
-    node = added_to(read) if read.kind == "linear" else None
-    if node is None or not indices or not isinstance(inputs.value(indices[0], node), Pair):
+    node = added_to(read) if indices and read.kind == "linear" else None
+    if node is not None and not _is_of_each(inputs, node, indices[0], rows):
+        node = None
+    pairs = [inputs.pair(index) for index in indices[:1]]
+    if weight is not None and all(x is y for x, y in pairs):
+        weight = None
+    if not indices or (node is None and weight is None):
         return None
 
-    def both(index: int) -> tuple[Tensor, Tensor]:
-        pair = inputs.value(index, node)
-        lost: Tensor = pair.source - pair.packed
-        return lost.flatten(0, -2), inputs.pair(index)[1]
+    def lost(index: int, strip: slice) -> tuple[Tensor, Tensor]:
+        x, y = inputs.pair(index)
+        off = None if weight is None else (x - y) @ weight[strip].mT
+        if node is not None:
+            pair = inputs.value(index, node)
+            own = (pair.source.flatten(0, -2)[:, strip]) - pair.packed.flatten(0, -2)[:, strip]
+            off = own if off is None else off.add_(own)
+        assert off is not None
+        return off, y
 
-    lost, x = both(indices[0])
-    if lost.shape != (len(x), rows):
-        return None  # what is added is one for all tokens, or for all rows
-
-    def part(start: int) -> Tensor:
-        windows = (both(index) for index in indices)
-        return gram_of((lost[:, start : start + WIDTH], x) for lost, x in windows)
+    def part(strip: slice) -> Tensor:
+        return gram_of(lost(index, strip) for index in indices)
 
     tokens = sum(len(inputs.pair(index)[1]) for index in indices)
-    parts = cores().map(part, range(0, rows, WIDTH))
+    parts = side_by_side(part, _strips(rows, 2 * -(-rows // (2 * WIDTH))))
     return torch.cat([(part / tokens).float() for part in parts])
+
+
+def _is_of_each(inputs: Inputs, node: fx.Node, index: int, rows: int) -> bool:
+    """Whether a node's value differs between the models, and has an element for each token and row."""
+    pair = inputs.value(index, node)
+    if not isinstance(pair, Pair):
+        return False
+    source: Tensor = pair.source
+    return source.flatten(0, -2).shape == (len(inputs.pair(index)[1]), rows)
+
+
+def _strips(width: int, count: int) -> list[slice]:
+    """So many of one width, but for the last."""
+    step = -(-width // count)
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def _joined(parts: Sequence[Gram]) -> Gram:
@@ -93,7 +121,9 @@ def _of_experts(inputs: Inputs, fitted: Sequence[int], held_out: Sequence[int]) 
 
     count = len(inputs.expert_slices(0)[1])
     both = [indices for indices in (fitted, held_out) if indices]
-    every = iter(_grams([of(expert, indices) for expert in range(count) for indices in both]))
+    every = iter(
+        _grams([of(expert, indices) for expert in range(count) for indices in both], is_crossed=False)
+    )
     return tuple(_joined([_damped(next(every)) for _ in both]) for _ in range(count))
 
 
@@ -104,9 +134,9 @@ def _damped(gram: Gram) -> Gram:
     return Gram(gram.inputs.diagonal().diag_embed(), None, gram.tokens)
 
 
-def _grams(parts: Sequence[Windows]) -> list[Gram]:
+def _grams(parts: Sequence[Windows], *, is_crossed: bool) -> list[Gram]:
     """Of several sets of windows; all that there is to sum is one heap of work for the cores."""
-    of_parts = [_Sums.of(windows) for windows in parts]
+    of_parts = [_Sums.of(windows, is_crossed=is_crossed) for windows in parts]
     jobs = [job for sums in of_parts for job in sums.jobs()]
     found = iter(side_by_side(lambda job: job(), jobs))
     return [sums.joined(found) for sums in of_parts]
@@ -120,7 +150,7 @@ class _Sums:
         windows: of ``(tokens, width)`` inputs.
         width: input features.
         tokens: of all windows.
-        is_one: whether both models have the same inputs.
+        is_one: no cross moment: both models have the same inputs, or nobody asks.
     """
 
     windows: Windows
@@ -129,16 +159,15 @@ class _Sums:
     is_one: bool
 
     @staticmethod
-    def of(windows: Windows) -> _Sums:
+    def of(windows: Windows, *, is_crossed: bool) -> _Sums:
         x, y = next(windows())
-        return _Sums(windows, x.shape[1], sum(len(own) for own, _ in windows()), x is y)
+        tokens = sum(len(own) for own, _ in windows())
+        return _Sums(windows, x.shape[1], tokens, x is y or not is_crossed)
 
     @property
     def strips(self) -> list[slice]:
         """Of one width but the last; of wide inputs few, as what waits in a file is read for each of them."""
-        count = min(PARTS, -(-self.width // WIDTH))
-        step = -(-self.width // count)
-        return [slice(start, min(start + step, self.width)) for start in range(0, self.width, step)]
+        return _strips(self.width, min(PARTS, -(-self.width // WIDTH)))
 
     def jobs(self) -> list[Callable[[], Tensor]]:
         """The largest first: H from each strip's first column on, and C."""

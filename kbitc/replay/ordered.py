@@ -18,7 +18,7 @@ from kbitc.formats.packed import Packed
 from kbitc.graph.program import Program
 from kbitc.quantizers import Evidence, settled_quantizer
 from kbitc.replay.engine import Inputs, Replay
-from kbitc.replay.grams import grams, residual
+from kbitc.replay.grams import grams, pull
 from kbitc.replay.stops import stops
 from kbitc.sensitivity.gram import GRAM, RowGroup, equal_groups, groups_of_moments
 from kbitc.sensitivity.moments import MOMENTS
@@ -76,12 +76,19 @@ class InOrder:
         return [(2 * i + 1) * len(self.feeds) // (2 * count) for i in range(count)]
 
     def _at(self, inputs: Inputs) -> Iterator[tuple[str, str, Packed]]:
-        own = grams(inputs, self.fitted, self.held_out)
-        for name in filter(self._is_waiting, inputs.stop.names):
-            rows = self.program.weights[name].rows
-            groups = equal_groups(own, rows)
+        weights = {name: self.program.weights[name] for name in inputs.stop.names if self._is_waiting(name)}
+        width = inputs.pair(0)[0].shape[1]
+        # Of few rows, as those of a down projection, the products with the weight itself are cheaper.
+        is_crossed = sum(weight.rows for weight in weights.values()) >= width
+        own = grams(inputs, self.fitted, self.held_out, is_crossed=is_crossed)
+        for name, weight in weights.items():
+            groups = equal_groups(own, weight.rows)
             if len(groups) == 1:
-                fitted, held_out = (residual(inputs, name, rows, i) for i in (self.fitted, self.held_out))
+                source = None if is_crossed else weight.oriented(self.read(name)).float()
+                fitted, held_out = (
+                    pull(inputs, name, weight.rows, indices, source)
+                    for indices in (self.fitted, self.held_out)
+                )
                 groups = (replace(groups[0], residual=fitted, held_out=held_out),)
             yield self._packed(name, groups)
 

@@ -63,7 +63,8 @@ class RowGroup:
         rows: ``(count,)`` int64 indices, experts' rows one after another.
         gram: the moments.
         residual: ``(count, in_features)`` float32: mean of (r - r^) x^T, where the rows' outputs are added to
-            r in the source model and to r^ in the packed one; None where they are added to nothing.
+            r in the source model and to r^ in the packed one, and, where the moments have no cross part, of
+            w (x - x^) x^T; None where there is neither.
         held_out: the same of tokens that nothing is fitted to.
     """
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import kbitc
 from kbitc.checkpoint import open_checkpoint
-from kbitc.compiler.calibration_text import takes_text, text_windows, with_decoder_text
+from kbitc.compiler.calibration_text import all_windows, spread, takes_text, with_decoder_text
 from kbitc.compiler.calibrator import Calibrator, make_calibrator
 from kbitc.errors import UsageError
 from kbitc.graph.context import silent
@@ -56,24 +56,24 @@ def folder(tiny_model, tmp_path):
 )
 def test_each_window_has_the_ends_of_a_text(template, first, last):
     tokenizer = tokenizer_with(template)
-    windows = text_windows(tokenizer, LETTERS, 6, 3, has_ends=True)
+    windows = spread(all_windows(tokenizer, LETTERS, 6, has_ends=True), 3)
     inner = 6 - len(first) - len(last)
     assert windows.shape == (3, 6)
     starts = [i * (len(LETTERS) // inner) // 3 * inner for i in range(3)]
     for window, start in zip(windows.tolist(), starts, strict=True):
         assert window == first + [A + start + i for i in range(inner)] + last
-    plain = text_windows(tokenizer, LETTERS, 6, 1)  # a causal language model's: the text begins once
+    plain = spread(all_windows(tokenizer, LETTERS, 6), 1)  # a causal language model's: the text begins once
     assert plain[0].tolist() == (first + [A + i for i in range(6)])[:6]
 
 
 def test_windows_that_cannot_be():
     tokenizer = tokenizer_with("[CLS] $A [SEP]")
     with pytest.raises(UsageError, match="my text has 3 tokens, fewer than one window of 4; give a longer"):
-        text_windows(tokenizer, "abc", 6, 3, "my text", has_ends=True)
+        all_windows(tokenizer, "abc", 6, "my text", has_ends=True)
     with pytest.raises(UsageError, match="a window of 2 tokens has no room for text between the 2 tokens"):
-        text_windows(tokenizer, "abc", 2, 3, has_ends=True)
+        all_windows(tokenizer, "abc", 2, has_ends=True)
     with pytest.raises(UsageError, match="has 0 tokens"):
-        text_windows(tokenizer, " \n"[:0], 6, 3, has_ends=True)
+        all_windows(tokenizer, " \n"[:0], 6, has_ends=True)
 
 
 @pytest.mark.parametrize(("family", "takes"), [("roberta", True), ("t5", True), ("clip", True)])

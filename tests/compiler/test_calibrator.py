@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import kbitc
 from kbitc.checkpoint import open_checkpoint
 from kbitc.cli.main import app
+from kbitc.compiler.calibration_text import all_windows, spread
 from kbitc.compiler.calibrator import (
     RANDOM,
     SELF,
@@ -17,7 +18,6 @@ from kbitc.compiler.calibrator import (
     is_language_model,
     make_calibrator,
     sample_windows,
-    text_windows,
     window_length,
 )
 from kbitc.compiler.sampling import SamplingError
@@ -39,11 +39,11 @@ def cache(tmp_path, monkeypatch):
 
 def test_windows_are_spread_over_the_text():
     text = "".join(chr(ord("a") + i) * 10 for i in range(20))
-    windows = text_windows(Characters(), text, 10, 4)
+    windows = spread(all_windows(Characters(), text, 10), 4)
     assert ["".join(map(chr, w.tolist()))[0] for w in windows] == ["a", "f", "k", "p"]
-    assert len(text_windows(Characters(), text[:25], 10, 4)) == 2
+    assert len(spread(all_windows(Characters(), text[:25], 10), 4)) == 2
     with pytest.raises(UsageError, match="9 tokens, fewer than one window of 10"):
-        text_windows(Characters(), text[:9], 10, 4)
+        all_windows(Characters(), text[:9], 10)
 
 
 def test_sampling_repeats_and_touches_no_seed(tiny_model):

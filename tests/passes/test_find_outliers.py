@@ -12,7 +12,8 @@ import torch
 
 import kbitc
 from kbitc.checkpoint import demo, open_checkpoint
-from kbitc.compiler.calibrator import Calibrator, text_windows
+from kbitc.compiler.calibration_text import all_windows, spread
+from kbitc.compiler.calibrator import Calibrator
 from kbitc.compiler.driver import compile_to
 from kbitc.compiler.inspection import inspect
 from kbitc.compiler.request import Request, pipeline_of, unmeasured
@@ -52,7 +53,7 @@ def planted():
     """
     loaded = open_model(str(demo.folder()), torch.float32)
     model = loaded.model
-    tokens = text_windows(loaded.tokenizer, demo.heldout().read_text(), 64, 8)
+    tokens = spread(all_windows(loaded.tokenizer, demo.heldout().read_text(), 64), 8)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for norm, readers in (

@@ -16,6 +16,7 @@ from kbitc.graph.context import Context
 from kbitc.graph.program import Program, Rest, Stage, Use, Weight
 from kbitc.passes.score_sensitivity import (
     HEAD_IMPORTANCE,
+    KINDS_TRIED,
     ScoreSensitivity,
     default_candidates,
     outlier_candidates,
@@ -89,7 +90,29 @@ def test_options_are_the_candidates_and_sixteen_bits():
     assert [option.spec for option in options] == [*FEW, LEFT_ALONE]
     for option in options:
         assert option.nbytes == weight_bytes(option.spec, (48,), 128)
-    assert len(scores_of(program).options["w"]) == len(default_candidates()) + 1
+
+
+def test_kinds_that_lead_at_one_block_size_are_tried_at_all():
+    program = make_program({"w": randn(48, 256)})
+    (options,) = scores_of(program).options.values()
+    tried = {option.spec for option in options}
+    usual = set(default_candidates())
+    assert tried - usual == {LEFT_ALONE}
+    assert {spec for spec in usual if spec.block == 64} < tried
+    for bits in range(2, 9):
+        for has_zeros in (False, True):
+            own = [o for o in options if (o.spec.bits, o.spec.has_zero_point) == (bits, has_zeros)]
+            kinds = {spec.family for spec in usual if (spec.bits, spec.has_zero_point) == (bits, has_zeros)}
+            whole = [
+                kind
+                for kind in kinds
+                if {s for s in usual if (s.family, s.bits, s.has_zero_point) == (kind, bits, has_zeros)}
+                <= tried
+            ]
+            assert len(whole) == min(KINDS_TRIED, len(kinds))
+            if own:
+                best = min((o for o in own if o.spec.block == 64), key=lambda o: o.cost)
+                assert best.spec.family in whole
 
 
 def test_the_table_says_what_is_fixed_and_of_how_many_parameters():
@@ -138,7 +161,8 @@ def test_outlier_features_make_more_candidates_of_the_weight_that_has_them():
     scores = scores_of(make_program(data).with_fact(OUTLIERS, outliers))
     own = {option.spec: option for option in scores.options["a"]}
     more = outlier_candidates(128, 3)
-    assert set(own) - {option.spec for option in scores.options["b"]} == set(more)
+    assert {spec for spec in own if spec.outliers} == set(more)
+    assert not any(option.spec.outliers for option in scores.options["b"])
     assert all(spec.outlier_count(128) == 3 for spec in more)
     assert own[more[1]].cost < own[parse("nf4:64+dq")].cost / 10
     # All features are none: nothing would be left to pack.

@@ -133,7 +133,7 @@ def test_experts_are_rounded_each_against_its_own():
 
 def test_gptq_as_published_is_one_setting():
     """Symmetric integers, absmax scales, the columns as they stand, the source's inputs: no more than feedback."""
-    plain = dict(target=False, residual=False, search=False, order=False, refit=False, polish=0, damping=0.01)
+    plain = dict(target=False, search=False, order=False, refit=False, polish=0, damping=0.01)
     spec = "int4:128"
     made = packed(spec, **plain)
     absmax = quantize_weight(WEIGHT, spec)

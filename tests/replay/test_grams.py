@@ -13,7 +13,7 @@ from kbitc.graph.capture import capture
 from kbitc.passes.canonicalize import Canonicalize
 from kbitc.replay import grams as grams_module
 from kbitc.replay.engine import Replay
-from kbitc.replay.grams import grams, residual
+from kbitc.replay.grams import grams, pull
 
 FITTED, HELD_OUT = [0, 1, 3], [2]
 
@@ -72,7 +72,7 @@ def test_what_an_output_is_added_to_is_the_residual_stream(both):
     for inputs in replay.run():
         for name in inputs.stop.names:
             rows = replay.program.weights[name].rows
-            added[name] = residual(inputs, name, rows, FITTED)
+            added[name] = pull(inputs, name, rows, FITTED)
     assert {name for name, found in added.items() if found is not None} == {
         name for name in added if name.endswith(("o_proj.weight", "down_proj.weight"))
     }
@@ -87,6 +87,26 @@ def test_what_an_output_is_added_to_is_the_residual_stream(both):
             found = added[f"{path}.{branch}.weight"]
             assert found is not None
             torch.testing.assert_close(found.double(), (r - other).mT @ y / len(y), rtol=1e-3, atol=1e-5)
+
+
+def test_rows_pull_as_the_cross_moment_does(both):
+    """W (C - H) and what the output is added to, without C."""
+    model, _, replay = both
+    compared = 0
+    for inputs in replay.run():
+        (whole,), (own,) = (grams(inputs, FITTED, HELD_OUT, is_crossed=crossed) for crossed in (True, False))
+        assert own.cross is None
+        assert torch.equal(own.inputs, whole.inputs)
+        for name in inputs.stop.names:
+            weight = model.get_parameter(name).float()
+            added = pull(inputs, name, len(weight), FITTED)
+            found = pull(inputs, name, len(weight), FITTED, weight)
+            wanted = weight @ (whole.cross - whole.inputs)
+            wanted = wanted if added is None else wanted + added
+            assert found is not None
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+            compared += added is not None
+    assert compared == 4
 
 
 def test_each_expert_has_moments_of_its_own_tokens(tiny_model):
