@@ -139,13 +139,15 @@ class Runner:
 
     def planned(self, kind: str, nbytes: int) -> Path:
         """Ours, in so many bytes."""
-        name = f"kbitc-{self.options.quantizer}-{kind}"
+        families = self.options.families
+        name = f"kbitc-{self.options.quantizer}-{families or 'all'}-{kind}"
         out, file = self.work / name, self.work / f"{name}.gguf"
         if not file.exists():
             command = [
                 sys.executable, "-m", "kbitc", "compile", str(self.options.model), "--for", "gguf",
                 "--bits", f"{8 * nbytes / self.parameters:.9f}", "--calibrate", str(self.options.calibrate),
                 "--quantizer", self.options.quantizer, "-o", str(out), "--force",
+                *(["--types", families] if families else []),
             ]  # fmt: skip
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             find_exporter("gguf").export(out, file)
@@ -184,6 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--types", type=lambda text: text.split(","), default=list(TYPES))
     parser.add_argument("--quantizer", default="feedback")
+    parser.add_argument(
+        "--families", default="", help="of data types that kbitc may use, as --types of compile"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
@@ -195,7 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdicts = []
     for kind, file in runner.quantize().items():
         theirs = runner.row(f"llama.cpp {kind}, imatrix", file)
-        ours = runner.row(f"kbitc at its bytes, {options.quantizer}", runner.planned(kind, theirs.nbytes))
+        ours = runner.row(
+            f"kbitc at its bytes, {options.quantizer} {options.families}".strip(),
+            runner.planned(kind, theirs.nbytes),
+        )
         rows += [theirs, ours]
         verdicts.append(f"{kind}: log perplexity {paired(ours.losses, theirs.losses)}")
     head = f"{kbitc.__version__}, llama.cpp of {options.threads} threads, {TESTED} x {CONTEXT} tokens"
