@@ -1,11 +1,13 @@
 """From an artifact to a folder of compressed-tensors.
 
 before:  codes in bit planes; value = codebook[code] * scale, with levels -7/8 to 8/8 at 4 bits
-after:   -8 to 7 in the bits of 32-bit words, the lowest first; value = integer * (-scale / 8)
+after:   -8 to 7 in the bits of 32-bit words, the lowest first; value = integer * (-scale / 8), and of
+         ``int4+zp+iz`` (integer - zero point) * (scale / 16)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from kbitc.checkpoint.companions import CONFIG, copy_files
 from kbitc.errors import SourceError, UsageError
 from kbitc.formats import bit_planes
 from kbitc.formats.packed import Packed
+from kbitc.formats.scale_grid import level_bits, whole_steps
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.version import VERSION
 
@@ -87,7 +90,7 @@ def _check_formats(artifact: Artifact) -> None:
         listed = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
         raise UsageError(
             f"{artifact.folder}: {len(bad)} weights are in formats that compressed-tensors does not hold:\n  "
-            f"{listed}\nIt holds sint of {' and '.join(map(str, BITS))} bits in groups of "
+            f"{listed}\nIt holds sint of {' and '.join(map(str, BITS))} bits, and int4+zp+iz, in groups of "
             f"{', '.join(map(str, GROUPS))} of nn.Linear; 'kbitc compile MODEL --bits B --for vllm' plans so"
         )
 
@@ -102,6 +105,9 @@ def _is_held(name: str, entry: WeightEntry) -> bool:
 def _write_tensors(artifact: Artifact, folder: Path) -> dict[str, Any]:
     """All tensors, in shards; returns the report of the packed ones."""
     state = dict(_converted(artifact))
+    sizes: Counter[str] = Counter()
+    for key, value in state.items():
+        sizes[key.rpartition(".")[0]] += value.nbytes
     shards = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: state[name] for name in sorted(names)}, folder / file, metadata={"format": "pt"})
@@ -112,61 +118,78 @@ def _write_tensors(artifact: Artifact, folder: Path) -> dict[str, Any]:
         name: {
             "spec": str(entry.spec),
             "shape": list(entry.shape),
-            "container": f"int{entry.spec.bits}, groups of {entry.spec.block}",
-            "bytes": sum(state[key].nbytes for key in _keys(name)),
+            "container": f"int{entry.spec.bits}, groups of {entry.spec.block}"
+            + (", zero points" if entry.spec.has_zero_point else ""),
+            "bytes": sizes[_module(name)],
             "error": 0.0,
         }
         for name, entry in artifact.plan.packed.items()
     }
 
 
-def _keys(name: str) -> tuple[str, str, str]:
-    module = name.removesuffix(".weight")
-    return f"{module}.weight_packed", f"{module}.weight_scale", f"{module}.weight_shape"
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def _converted(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
     for name, value in artifact.state().items():
         if isinstance(value, KbitTensor):
-            yield from zip(_keys(name), converted(value.packed), strict=True)
+            yield from ((f"{_module(name)}.{key}", part) for key, part in converted(value.packed).items())
         else:
             yield name, value
 
 
-def converted(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+def converted(packed: Packed) -> dict[str, Tensor]:
     """A ``(rows, in_features)`` weight as compressed-tensors has it.
 
     Returns:
-        ``(rows, in_features * bits / 32)`` int32 words; ``(rows, groups)`` scales; int64 shape.
+        ``weight_packed``, ``(rows, in_features * bits / 32)`` int32 words; ``weight_scale``,
+        ``(rows, groups)`` floats; ``weight_shape``; with zero points ``weight_zero_point``,
+        ``(rows * bits / 32, groups)`` words.
     """
-    bits, half = packed.spec.bits, 2 ** (packed.spec.bits - 1)
-    # A level m / half is the integer -m, which is stored as half - m.
-    digits = (half - (packed.codebook * half).round()).to(torch.uint8)
-    codes = bit_planes.unpack(packed.planes, packed.in_features, bits)
-    stream = bit_planes.pack_row_by_row(digits[codes.int()], bits)
-    words = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4)).view(torch.int32)
-    return words, _scales(packed.scales, half), torch.tensor([len(words), packed.in_features])
+    spec = packed.spec
+    codes = bit_planes.unpack(packed.planes, packed.in_features, spec.bits)
+    factor = 2.0 ** -level_bits(spec)
+    if packed.zeros is None:
+        # A level m / half is the integer -m, which is stored as half - m: the codes from the other end.
+        codes, factor = (2**spec.bits - 1) - codes, -factor
+    parts = {
+        "weight_packed": _words(codes, spec.bits),
+        "weight_scale": _scales(packed.scales, factor),
+        "weight_shape": torch.tensor([len(codes), packed.in_features]),
+    }
+    if packed.zeros is not None:
+        steps = whole_steps(packed.zeros, packed.scales, spec).to(torch.uint8)
+        parts["weight_zero_point"] = _words(steps.mT.contiguous(), spec.bits).mT.contiguous()
+    return parts
 
 
-def _scales(scales: Tensor, half: int) -> Tensor:
-    """``-scales / half``; in float32 where 16 bits would round some, far below all others."""
-    turned = scales.float() / -half
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Rows of codes in 32-bit words."""
+    stream = bit_planes.pack_row_by_row(codes, bits)
+    return torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4)).view(torch.int32)
+
+
+def _scales(scales: Tensor, factor: float) -> Tensor:
+    """Times a power of two; in float32 where 16 bits would round some, far below all others."""
+    turned = scales.float() * factor
     narrow = turned.to(scales.dtype)
     return narrow if torch.equal(narrow.float(), turned) else turned
 
 
 def quantization_config(artifact: Artifact) -> dict[str, Any]:
     """What compressed-tensors reads: a group of weights for each format, and what is left alone."""
-    named: dict[tuple[int, int], list[str]] = {}
+    named: dict[tuple[int, int, bool], list[str]] = {}
     for name, entry in artifact.plan.packed.items():
-        named.setdefault((entry.spec.bits, entry.spec.block), []).append(name.removesuffix(".weight"))
+        spec = entry.spec
+        named.setdefault((spec.bits, spec.block, not spec.has_zero_point), []).append(_module(name))
     groups = {
         f"group_{i}": {
             "targets": named[key],
             "weights": {
                 "num_bits": key[0],
                 "type": "int",
-                "symmetric": True,
+                "symmetric": key[2],
                 "strategy": "group",
                 "group_size": key[1],
                 "dynamic": False,
@@ -176,7 +199,7 @@ def quantization_config(artifact: Artifact) -> dict[str, Any]:
         }
         for i, key in enumerate(sorted(named))
     }
-    alone = [n.removesuffix(".weight") for n, e in artifact.plan.weights.items() if e.spec.is_left_alone]
+    alone = [_module(n) for n, e in artifact.plan.weights.items() if e.spec.is_left_alone]
     return {
         "quant_method": COMPRESSED,
         "format": "pack-quantized",

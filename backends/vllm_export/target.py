@@ -1,7 +1,8 @@
 """What a folder of compressed-tensors holds of each weight, in groups that vLLM's packed matmuls take.
 
-The one thing to know: `sint` is its format with the sign of scales turned: -8 to 7 times a scale of 16 bits.
-A power of two lies between the two scales, so that nothing is rounded on the way.
+The one thing to know: `sint` is its symmetric format with the sign of scales turned, -8 to 7 times a scale of
+16 bits, and `int4+zp+iz` the asymmetric one. A power of two lies between the two scales, so that nothing is
+rounded on the way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class VllmTarget:
     agree: ClassVar[str] = "input"  # queries, keys and values are one matmul there; gate and up, too
 
     def candidates(self, weight: Weight) -> tuple[Spec, ...]:
-        """Groups that the row is a multiple of."""
+        """Symmetric groups that the row is a multiple of: transformers 5.23 cannot load others.
+
+        (Of asymmetric ones compressed-tensors 0.20 makes empty zero points in another shape than it stores.)
+        """
         every = (parse(f"sint{bits}:{group}") for bits in BITS for group in GROUPS)
         return tuple(spec for spec in every if not self.misfit(weight, spec))
 
@@ -39,8 +43,9 @@ class VllmTarget:
         """Of codes in 32-bit words, scales and the shape."""
         if spec.is_left_alone or self.misfit(weight, spec):
             return 2 * weight.numel
-        words = -(-weight.in_features * spec.bits // 32)
-        return weight.rows * (4 * words + 2 * weight.in_features // spec.block) + SHAPE_BYTES
+        words, groups = -(-weight.in_features * spec.bits // 32), weight.in_features // spec.block
+        zeros = -(-weight.rows * spec.bits // 32) * groups if spec.has_zero_point else 0
+        return weight.rows * (4 * words + 2 * groups) + 4 * zeros + SHAPE_BYTES
 
     def rest_bytes(self, rest: Rest) -> int:
         """As in the artifact."""
@@ -55,5 +60,7 @@ def is_linear(weight: Weight) -> bool:
 
 def holds(spec: Spec, in_features: int) -> bool:
     """Whether a matrix of rows of that length is held bit by bit."""
-    is_plain = not (spec.has_zero_point or spec.has_double_quant or spec.outliers)
-    return is_plain and spec.family == "sint" and spec.bits in BITS and in_features % spec.block == 0
+    is_plain = not (spec.has_double_quant or spec.scale_bits or spec.outliers) and spec.block in GROUPS
+    is_symmetric = spec.family == "sint" and not spec.has_zero_point and not spec.variant
+    is_held = is_symmetric or (spec.has_integer_zeros and spec.bits == BITS[0])
+    return is_plain and is_held and spec.bits in BITS and in_features % spec.block == 0

@@ -13,7 +13,7 @@ from kbitc.errors import BudgetError, UntracedWarning, UsageError
 from kbitc.graph.program import Program
 from kbitc.graph.stored import stored_bytes
 from kbitc.pipeline.manager import STEPS
-from kbitc.planning.target import Target, misfits
+from kbitc.planning.target import Target, misfits, target_bytes
 
 MOST = 20  # weights that an error lists
 
@@ -24,23 +24,13 @@ def check_request(program: Program, request: Request) -> None:
         _check_strict(program)
     if request.target is not None:
         _check_fit(program, request.target)
-    size = _bytes(program, request.target)
+    size = stored_bytes(program) if request.target is None else target_bytes(request.target, program)
     if request.bits is not None and size > request.bits * program.parameter_count / 8:
         raise BudgetError(
             f"--bits {request.bits:g}: the passes {list(program.history)} ended with a plan of "
             f"{8 * size / program.parameter_count:.4f} stored bits per parameter; a pass that adds bits "
             "needs a planner with a smaller budget before it"
         )
-
-
-def _bytes(program: Program, target: Target | None) -> int:
-    """What a budget counts: bytes of the artifact, or of the target's file."""
-    if target is None:
-        return stored_bytes(program)
-    assert program.plan is not None
-    choices = program.plan.weights
-    packed = sum(target.weight_bytes(weight, choices[name].spec) for name, weight in program.weights.items())
-    return packed + sum(map(target.rest_bytes, program.rest.values()))
 
 
 def _check_fit(program: Program, target: Target) -> None:

@@ -40,6 +40,7 @@ from kbitc.pipeline.manager import STEPS, PassManager
 from kbitc.pipeline.records import Fired, records
 from kbitc.planning import tradeoff
 from kbitc.planning.allocation import ALLOCATION
+from kbitc.planning.target import Target, target_bytes
 from kbitc.report.module_tree import graph_section
 from kbitc.sensitivity.moments import CALIBRATION
 from kbitc.sensitivity.outliers import OUTLIERS
@@ -59,6 +60,7 @@ class Result:
         payload_bytes: bytes of all stored tensors.
         source_bytes: bytes of the same tensors in the source.
         out: the artifact; None after a dry run.
+        held_by: the other program that the plan is for; None for kbitc itself.
         fusions: what fusion and clean-up passes did and left, by the pass.
         seconds: wall time by phase.
         skipped: names of the passes that were left out, since the model could not be traced.
@@ -70,6 +72,7 @@ class Result:
     payload_bytes: int
     source_bytes: int
     out: Path | None
+    held_by: Target | None = None
     fusions: Mapping[str, Fired] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
@@ -77,11 +80,8 @@ class Result:
 
     @property
     def exported_bytes(self) -> int | None:
-        """Of the weights in the file of the target that a budget was spent for; None without."""
-        scores, solution = self.program.get(SCORES), self.program.get(ALLOCATION)
-        if scores is None or solution is None or not scores.target:
-            return None
-        return solution.nbytes + scores.fixed
+        """Of all tensors in the file of the program that the plan is for; None without."""
+        return None if self.held_by is None else target_bytes(self.held_by, self.program)
 
     @property
     def bits_per_param(self) -> float:
@@ -111,11 +111,11 @@ class Result:
         }
 
     def _exported_json(self) -> dict[str, Any]:
-        nbytes, scores = self.exported_bytes, self.program.get(SCORES)
-        if nbytes is None or scores is None:
+        nbytes = self.exported_bytes
+        if nbytes is None or self.held_by is None:
             return {}
         bits = 8 * nbytes / self.program.parameter_count
-        return {"for": {"target": scores.target, "bytes": nbytes, "bits_per_param": bits}}
+        return {"for": {"target": self.held_by.name, "bytes": nbytes, "bits_per_param": bits}}
 
 
 def compile_to(
@@ -192,6 +192,7 @@ def compile_to(
             stored_bytes(program),
             source_bytes,
             target,
+            request.target,
             records(lowered),
             seconds,
             skipped_passes(lowered),

@@ -1,6 +1,7 @@
 """``kbitc verify DIR`` of compressed-tensors: its own library and transformers against the artifact.
 
-The one thing to know: weights are compared as the library decompresses them, to the last bit.
+The one thing to know: weights are compared as the library decompresses them, to the last bit. A folder with
+zero points is not run: transformers cannot load it (`kbitc.backends.vllm_export.target`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kbitc.tensor.kbit_tensor import KbitTensor
 
 PACKAGE = "compressed_tensors"
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
+ZEROS = "weight_zero_point"
 TOKENS = 16
 TOLERANCE = 0.005  # of outputs: kbitc's kernels round activations to 16 bits
 
@@ -55,7 +57,8 @@ def verify(folder: str | Path, against: str | None = None) -> list[Check]:
         raise SourceError(f"{folder}: its source {source} is not there; name the artifact with --against OUT")
     artifact = Artifact.open(source)
     unchanged = Check("files that do not match their checksums", 0, 0)
-    return [unchanged, _weights(path, artifact), *_outputs(path, artifact)]
+    has_zeros = any(spec.has_zero_point for spec in artifact.specs.values())
+    return [unchanged, _weights(path, artifact), *([] if has_zeros else _outputs(path, artifact))]
 
 
 def _weights(folder: Path, artifact: Artifact) -> Check:
@@ -73,6 +76,8 @@ def _weights(folder: Path, artifact: Artifact) -> Check:
         if module not in schemes or None in places.values():
             raise UsageError(f"{folder}: has no '{module}', which {artifact.folder} packs; export it again")
         own = {key: place.read() for key, place in places.items() if place is not None}
+        if f"{module}.{ZEROS}" in stored:
+            own[ZEROS] = stored[f"{module}.{ZEROS}"].read()
         with foreign(f"{folder}: compressed-tensors cannot decompress '{name}'", "export it again"):
             found = _decompressed(own, schemes[module])
         wanted = torch.ops.kbit.dequantize(*weight.packed.operands(), torch.float32)

@@ -73,11 +73,13 @@ class Variant:
         bits: that it exists at; () for all.
         is_centered: with ``+zp`` alone, or only without; None for both.
         is_from_minimum: the zero point is a block's minimum, not its middle: levels start at 0.
+        has_integer_zeros: and that is a whole number of steps below 0 (`kbitc.formats.scale_grid`).
     """
 
     bits: tuple[int, ...] = ()
     is_centered: bool | None = None
     is_from_minimum: bool = False
+    has_integer_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def find_family(name: str) -> Family:
 @family(
     "int",
     uses_center=True,
-    variants={"min": Variant(is_centered=True, is_from_minimum=True)},
+    variants={
+        "min": Variant(is_centered=True, is_from_minimum=True),
+        "iz": Variant(bits=(2, 3, 4), is_centered=True, is_from_minimum=True, has_integer_zeros=True),
+    },
     candidates=dict.fromkeys(range(2, 9), BLOCKS),
     centered_candidates=dict.fromkeys((2, 3, 4), (32, 64, 128)),
 )
@@ -168,12 +173,13 @@ def integer(request: CodebookRequest) -> Floats:
     """Evenly spaced: symmetric 2^k - 1 levels; with +zp all 2^k between minimum and maximum.
 
     ``min`` counts from the minimum, ``0`` to ``2^k - 1`` over ``2^k`` (llama.cpp's Q4_1, and its K-quants
-    with minima), so that a power of two lies between a scale here and one there.
+    with minima), so that a power of two lies between a scale here and one there. ``iz`` does, too, and 0 is
+    one of the levels: the minimum is a whole number of steps below it (compressed-tensors).
 
     >>> integer(CodebookRequest(bits=3)).round(3).tolist()
     [-1.0, -0.667, -0.333, 0.0, 0.333, 0.667, 1.0]
     """
-    if request.variant == "min":
+    if request.variant in ("min", "iz"):
         return np.asarray(np.arange(2**request.bits) / 2**request.bits)
     levels = 2**request.bits - (0 if request.is_centered else 1)
     return np.linspace(-1.0, 1.0, levels)

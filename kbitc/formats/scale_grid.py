@@ -1,10 +1,12 @@
-"""Scales on a grid: integers times one constant of each super-block, as llama.cpp's K-quants have them.
+"""Scales and zero points on a grid, as other programs have them.
 
-    scale of a block = D * s,  s an integer of S bits, D shared by the blocks of 256 weights of a row
-    zero point       = -M * m, m likewise, M its own constant
+    +sbS   scale = D * s,  s an integer of S bits, D shared by the blocks of 256 weights of a row
+           zero point = -M * m, m likewise, M its own constant                       (llama.cpp's K-quants)
+    +iz    zero point = -d * m, m an integer of k bits, d the step between two levels (compressed-tensors)
 
-The one thing to know: D has so few significant bits that every product is a float16. An artifact stores the
-products as any other scale, and whoever writes the other program's file finds D and s in them again, exactly.
+The one thing to know: D, M and d have so few significant bits that every product is a float16. An artifact
+stores the products as any other scale or zero point, and whoever writes the other program's file finds the
+factors in them again, exactly.
 """
 
 from __future__ import annotations
@@ -37,6 +39,20 @@ def scales_on_grid(scales: Tensor, spec: Spec) -> Tensor:
 def zeros_on_grid(zeros: Tensor, spec: Spec) -> Tensor:
     """The nearest zero points: none is above 0."""
     return _on_grid(zeros.clamp_max(0.0), largest_of(spec), FINEST, spec.block)
+
+
+def steps_on_grid(scales: Tensor, spec: Spec) -> Tensor:
+    """The nearest scales whose steps, times any integer of k bits, are a float16."""
+    values = scales.double().clamp(-FP16_MAX, FP16_MAX)
+    exponent = torch.frexp(values).exponent - (SIGNIFICANT - spec.bits)
+    unit = torch.ldexp(torch.ones_like(values), exponent.clamp_min(FINEST + spec.bits))
+    return ((values / unit).round() * unit).float()
+
+
+def whole_steps(zeros: Tensor, scales: Tensor, spec: Spec) -> Tensor:
+    """The integers m of the nearest zero points under scales as they are stored: float64, 0 to 2**k - 1."""
+    step = scales.double() * 2.0**-spec.bits
+    return torch.where(step > 0, -zeros.double() / step, 0.0).round().clamp(0, 2**spec.bits - 1)
 
 
 def level_bits(spec: Spec) -> int:

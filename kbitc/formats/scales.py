@@ -11,7 +11,7 @@ from kbitc.errors import UsageError
 from kbitc.formats.blocks import RowTiles, absmax
 from kbitc.formats.codebooks import dynamic_map
 from kbitc.formats.encoder import Encoder
-from kbitc.formats.scale_grid import scales_on_grid, zeros_on_grid
+from kbitc.formats.scale_grid import scales_on_grid, steps_on_grid, whole_steps, zeros_on_grid
 from kbitc.formats.spec import SCALE_GROUP, Spec
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -28,7 +28,8 @@ def absmax_scales(source: RowTiles, spec: Spec, name: str) -> tuple[Tensor, Tens
             zero = _zero_points(low, high, spec)
             zeros.append(zero)
             # Measured from the zero as it is stored, so that its rounding is not lost.
-            origin = store_zeros(zero, spec).float() if zero.isfinite().all() else zero
+            is_exact = zero.isfinite().all() and not spec.has_integer_zeros
+            origin = store_zeros(zero, zero, spec).float() if is_exact else zero
             scales.append(_reach(low, high, origin, spec))
         else:
             scales.append(absmax(blocks, spec.is_signed))
@@ -43,7 +44,7 @@ def absmax_scales(source: RowTiles, spec: Spec, name: str) -> tuple[Tensor, Tens
 
 def _zero_points(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
     if spec.is_from_minimum:
-        return low.clamp_max(0.0) if spec.scale_bits else low
+        return low.clamp_max(0.0) if spec.scale_bits or spec.has_integer_zeros else low
     # Halves first: low + high can overflow float32, low / 2 + high / 2 cannot.
     return low / 2 + high / 2
 
@@ -53,6 +54,7 @@ def _reach(low: Tensor, high: Tensor, origin: Tensor, spec: Spec) -> Tensor:
     if not spec.is_from_minimum:
         return torch.maximum(high - origin, origin - low)
     levels: int = 2**spec.bits
+    high = high.clamp_min(0.0) if spec.has_integer_zeros else high  # 0 is a level
     return (high - origin).clamp_min(0.0) * (levels / (levels - 1))
 
 
@@ -69,7 +71,7 @@ def store_scales(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor]:
     """Scales as stored, the double-quantization constants, and the scales that reading them gives."""
     if not spec.has_double_quant:
-        stored = scales_on_grid(scales, spec).half() if spec.scale_bits else to_16_bits(scales)
+        stored = _as_stored(scales, spec)
         return stored, None, stored.float()
     # QLoRA subtracts the mean because absmax scales are all positive. Signed ones are centred
     # already; and where a level 0 is missing, a mean would make an all-zero block inexact.
@@ -86,8 +88,18 @@ def store_scales(
     return centred
 
 
-def store_zeros(zeros: Tensor, spec: Spec) -> Tensor:
-    """Zero points as stored."""
+def _as_stored(scales: Tensor, spec: Spec) -> Tensor:
+    """At 16 bits each."""
+    if spec.scale_bits:
+        return scales_on_grid(scales, spec).half()
+    return steps_on_grid(scales, spec).half() if spec.has_integer_zeros else to_16_bits(scales)
+
+
+def store_zeros(zeros: Tensor, scales: Tensor, spec: Spec) -> Tensor:
+    """Zero points as stored, under scales as reading them gives."""
+    if spec.has_integer_zeros:
+        step = scales.double() * 2.0**-spec.bits
+        return (-step * whole_steps(zeros, scales, spec)).half()
     return zeros_on_grid(zeros, spec).half() if spec.scale_bits else to_16_bits(zeros)
 
 

@@ -81,6 +81,8 @@ class Spec:
         if variant.is_centered not in (None, self.has_zero_point):
             how = "needs +zp: its levels start at a block's minimum" if variant.is_centered else "has no +zp"
             raise UsageError(f"{self}: +{self.variant} {how}")
+        if variant.has_integer_zeros and (self.has_double_quant or self.scale_bits):
+            raise UsageError(f"{self}: +{self.variant} has scales of few bits itself; leave +dq and +sb away")
 
     def _check_super_blocks(self) -> None:
         if not MIN_SCALE_BITS <= self.scale_bits <= MAX_SCALE_BITS:
@@ -111,8 +113,17 @@ class Spec:
     @property
     def is_from_minimum(self) -> bool:
         """True where the zero point is a block's minimum."""
+        return self._variant.is_from_minimum
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """True where it is a whole number of steps below 0."""
+        return self._variant.has_integer_zeros
+
+    @property
+    def _variant(self) -> datatypes.Variant:
         variants = datatypes.find_family(self.family).variants
-        return bool(self.variant) and variants[self.variant].is_from_minimum
+        return variants[self.variant] if self.variant else datatypes.Variant()
 
     @property
     def is_signed(self) -> bool:

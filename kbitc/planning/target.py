@@ -12,7 +12,7 @@ from typing import Protocol
 
 from kbitc.formats.spec import Spec
 from kbitc.graph.plan import Choice
-from kbitc.graph.program import Rest, Weight
+from kbitc.graph.program import Program, Rest, Weight
 
 
 class Target(Protocol):
@@ -48,6 +48,14 @@ class Target(Protocol):
     def rest_bytes(self, rest: Rest) -> int:
         """Bytes of another tensor in its file."""
         ...
+
+
+def target_bytes(target: Target, program: Program) -> int:
+    """Bytes of all tensors of a planned program in a target's file: what a budget counts."""
+    assert program.plan is not None
+    choices = program.plan.weights
+    packed = sum(target.weight_bytes(weight, choices[name].spec) for name, weight in program.weights.items())
+    return packed + sum(map(target.rest_bytes, program.rest.values()))
 
 
 def misfits(

@@ -308,7 +308,7 @@ class _Stored:
     @staticmethod
     def of(made: Draft) -> _Stored:
         stored, constants, effective = store_scales(made.scales, made.spec, made.codebook)
-        zeros = None if made.zeros is None else store_zeros(made.zeros, made.spec)
+        zeros = None if made.zeros is None else store_zeros(made.zeros, effective, made.spec)
         return _Stored(stored, constants, effective, zeros)
 
 

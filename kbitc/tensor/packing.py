@@ -68,7 +68,7 @@ class Draft:
         """
         spec, index = self.spec, self.outlier_index
         stored, constants, effective = store_scales(self.scales, spec, self.codebook)
-        zeros = None if self.zeros is None else store_zeros(self.zeros, spec)
+        zeros = None if self.zeros is None else store_zeros(self.zeros, effective, spec)
         planes = torch.ops.kbit.encode(
             self.rows, effective, zeros, self.codebook, index, spec.bits, spec.block
         )

@@ -69,18 +69,18 @@ class TunableWeight:
             values: some or all of what :meth:`start` names.
         """
         packed, changed = self.packed, {name: value for name, value in values.items() if bool(value.any())}
-        new = packed
+        new, read = packed, self.scales.flatten(0, -2)
         if CODEBOOK in changed:  # sorted, whatever a step did to it
             new = replace(new, codebook=torch.cummax(packed.codebook + changed[CODEBOOK], 0).values)
         if any(name in changed for name in (ROWS, BLOCKS, SCALES)):
             scales = self.tuned_scales(changed)
-            stored, constants, _ = store_scales(scales.flatten(0, -2), packed.spec, new.codebook)
+            stored, constants, read = store_scales(scales.flatten(0, -2), packed.spec, new.codebook)
             new = replace(new, scales=stored.view(scales.shape))
             if constants is not None:
                 new = replace(new, scale_absmax=constants[1], scale_mean=constants[2])
-        if ZEROS in changed and packed.zeros is not None:
-            zeros = packed.zeros.float() + self.scales.abs() * changed[ZEROS]
-            stored = store_zeros(zeros.flatten(0, -2), packed.spec)
+        if packed.zeros is not None and (ZEROS in changed or packed.spec.has_integer_zeros):
+            zeros = packed.zeros.float() + self.scales.abs() * changed.get(ZEROS, torch.zeros(()))
+            stored = store_zeros(zeros.flatten(0, -2), read, packed.spec)
             new = replace(new, zeros=stored.view(zeros.shape))
         if OUTLIERS in changed and packed.outlier_values is not None:
             values_ = packed.outlier_values.float()

@@ -60,28 +60,47 @@ def folders(source):
     return out, folder, report
 
 
-@pytest.mark.parametrize(("spec", "features"), [("sint4:32", 96), ("sint8:64", 128), ("sint4:8", 40)])
+SPECS = [("sint4:32", 96), ("sint8:64", 128), ("sint4:8", 40), ("int4:32+zp+iz", 96), ("int4:32+zp+iz", 64)]
+
+
+@pytest.mark.parametrize(("spec", "features"), SPECS)
 def test_integers_times_scales_are_the_weight(spec, features):
     torch.manual_seed(0)
-    packed = kbitc.quantize(torch.randn(5, features), spec).packed
-    words, scales, shape = converted(packed)
+    weight = torch.randn(5, features)
+    weight[1] += 3.0
+    weight[2] -= 3.0
+    weight[3] = 0.0
+    packed = kbitc.quantize(weight, spec).packed
+    found = converted(packed)
+    words, scales = found["weight_packed"], found["weight_scale"]
     bits, block = packed.spec.bits, packed.spec.block
     assert words.dtype == torch.int32
     assert words.shape == (5, -(-features * bits // 32))
-    assert shape.tolist() == [5, features]
-    stream = words.view(torch.uint8).to(torch.int64)
-    apart = torch.stack([(stream >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1).flatten(1)
-    integers = apart[:, :features] - 2 ** (bits - 1)
+    assert found["weight_shape"].tolist() == [5, features]
+    integers = apart(words, bits)[:, :features] - 2 ** (bits - 1)
+    if packed.zeros is not None:
+        zeros = found["weight_zero_point"]
+        assert zeros.shape == (1, features // block)
+        own = apart(zeros.mT.contiguous(), bits).mT[:5] - 2 ** (bits - 1)
+        integers = integers - own.repeat_interleave(block, 1)
     back = integers.float() * scales.float().repeat_interleave(block, 1)
-    assert torch.equal(back, torch.ops.kbit.dequantize(*packed.operands(), torch.float32))
+    wanted = torch.ops.kbit.dequantize(*packed.operands(), torch.float32)
+    assert torch.equal(back, wanted)
+    assert not wanted[3].any()
+    assert float((wanted - weight).norm() / weight.norm()) < 0.12
+
+
+def apart(words, bits):
+    stream = words.view(torch.uint8).to(torch.int64)
+    return torch.stack([(stream >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1).flatten(1)
 
 
 def test_scales_that_16_bits_would_round_are_kept_whole():
     values = torch.randn(4, 64)
     values[0] *= 1e-6
     packed = kbitc.quantize(values, "sint4:32").packed
-    assert converted(packed)[1].dtype == torch.float32
-    assert converted(kbitc.quantize(values[1:], "sint4:32").packed)[1].dtype == torch.float16
+    assert converted(packed)["weight_scale"].dtype == torch.float32
+    assert converted(kbitc.quantize(values[1:], "sint4:32").packed)["weight_scale"].dtype == torch.float16
 
 
 def test_the_library_and_transformers_agree(folders):
@@ -98,6 +117,20 @@ def test_the_library_and_transformers_agree(folders):
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float16"
     assert "lm_head" in config["quantization_config"]["ignore"]
+
+
+def test_zero_points_are_whole_numbers(source, tmp_path):
+    """Held, and decompressed by the library to the last bit; a budget does not choose them."""
+    pytest.importorskip("compressed_tensors")
+    plan = {"weights": {"*o_proj.weight": {"spec": "int4:32+zp+iz"}, "*": {"spec": "fp16"}}}
+    kbitc.compile(source, plan=plan, out=tmp_path / "out", quantizer="absmax", target="vllm")
+    report = find_exporter("compressed-tensors").export(tmp_path / "out", tmp_path / "folder")
+    assert {entry["container"] for entry in report["weights"].values()} == {"int4, groups of 32, zero points"}
+    checks = compressed_verify.verify(tmp_path / "folder")
+    assert [check.name for check in checks][1:] == ["weights that decompress to other bits"]
+    assert all(check.is_passed for check in checks), checks
+    size = sum(entry["bytes"] for entry in report["weights"].values())
+    assert size == 2 * (64 * (64 // 2 + 2 * 2) + 4 * (64 // 8) * 2 + 16)
 
 
 def test_a_changed_weight_is_found(folders, tmp_path):

@@ -7,7 +7,14 @@ import torch
 
 import kbitc
 from kbitc.errors import UsageError
-from kbitc.formats.scale_grid import constants_of, largest_of, level_bits, scales_on_grid, zeros_on_grid
+from kbitc.formats.scale_grid import (
+    constants_of,
+    largest_of,
+    level_bits,
+    scales_on_grid,
+    whole_steps,
+    zeros_on_grid,
+)
 from kbitc.formats.spec import SUPER_BLOCK, parse
 
 SPECS = ["sint3:16+sb6", "sint6:16+sb8", "sint4:32+sb6+nl", "int4:32+zp+sb6+min", "int2:16+zp+sb4+min"]
@@ -58,6 +65,23 @@ def test_zero_points_are_never_above_zero():
     assert float((found - zeros.clamp_max(0)).abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_of_whole_steps_are_exact(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 96)
+    weight[1] += 4.0
+    weight[2] -= 4.0
+    weight[3] = 0.0
+    packed = kbitc.quantize(weight, f"int{bits}:32+zp+iz").packed
+    steps = whole_steps(packed.zeros, packed.scales, packed.spec)
+    assert bool(((steps >= 0) & (steps <= 2**bits - 1)).all())
+    step = packed.scales.double() * 2.0**-bits
+    assert torch.equal(packed.zeros.double(), -steps * step)
+    back = kbitc.quantize(weight, f"int{bits}:32+zp+iz").dequantize().float()
+    assert float((back - weight).abs().max()) <= 0.55 * float(step.max())
+    assert not back[3].any()
+
+
 @pytest.mark.parametrize("largest", [1e-9, 1e-6, 1e-4, 6e4, 3e38])
 def test_extremes_stay_finite(largest):
     spec = parse("sint3:16+sb6")
@@ -91,6 +115,8 @@ def test_weights_come_back(text, width):
         ("sint4:32+zp+nl", "has no +zp"),
         ("sint3:32+nl", "+nl is of 4 bits"),
         ("sint3:16+sb3", "takes 4 to 8"),
+        ("int8:64+zp+iz", "+iz is of 2, 3, 4 bits"),
+        ("int4:64+zp+dq+iz", "leave +dq and +sb away"),
         ("sint3:16+sb6+dq", "name one of them"),
         ("sint3:24+sb6", "24 do not fit"),
         ("sint3:256+sb6", "256 do not fit"),
