@@ -72,13 +72,15 @@ class TunableWeight:
         new, read = packed, self.scales.flatten(0, -2)
         if CODEBOOK in changed:  # sorted, whatever a step did to it
             new = replace(new, codebook=torch.cummax(packed.codebook + changed[CODEBOOK], 0).values)
-        if any(name in changed for name in (ROWS, BLOCKS, SCALES)):
+        is_scaled = any(name in changed for name in (ROWS, BLOCKS, SCALES))
+        if is_scaled:
             scales = self.tuned_scales(changed)
             stored, constants, read = store_scales(scales.flatten(0, -2), packed.spec, new.codebook)
             new = replace(new, scales=stored.view(scales.shape))
             if constants is not None:
                 new = replace(new, scale_absmax=constants[1], scale_mean=constants[2])
-        if packed.zeros is not None and (ZEROS in changed or packed.spec.has_integer_zeros):
+        has_moved = ZEROS in changed or (is_scaled and packed.spec.has_integer_zeros)
+        if packed.zeros is not None and has_moved:
             zeros = packed.zeros.float() + self.scales.abs() * changed.get(ZEROS, torch.zeros(()))
             stored = store_zeros(zeros.flatten(0, -2), read, packed.spec)
             new = replace(new, zeros=stored.view(zeros.shape))

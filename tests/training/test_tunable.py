@@ -9,7 +9,8 @@ from kbitc.formats.dequantize import dequantize
 from kbitc.quantizers import quantize
 from kbitc.training.tunable import BlockSums, TunablePlain, TunableWeight
 
-SPECS = ["nf3:10", "int4:16+zp", "nf4:7+dq", "learned3:33+out6%", "bof4:64"]
+SPECS = ["nf3:10", "int4:16+zp", "nf4:7+dq", "learned3:33+out6%", "bof4:64", "sint3:16+sb6"]
+SPECS += ["int4:16+zp+iz", "int2:16+zp+sb4+min"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -33,7 +34,12 @@ def test_a_row_and_a_block_are_scaled(spec):
     assert (tuned.planes is packed.planes, tuned.spec, tuned.nbytes()) == (True, packed.spec, packed.nbytes())
     before, after = (TunableWeight(each).scales for each in (packed, tuned))
     factors = (values["rows"] + values["blocks"] + values["scales"]).exp()
-    torch.testing.assert_close(after, before * factors, rtol=0.06 if "+dq" in spec else 1e-3, atol=1e-3)
+    rough = {"dq": 0.06, "sb6": 0.1, "iz": 0.01, "sb4": 0.1}
+    rtol = max((value for flag, value in rough.items() if flag in spec), default=1e-3)
+    torch.testing.assert_close(after, before * factors, rtol=rtol, atol=0.1 if "sb" in spec else 1e-3)
+    if tuned.zeros is not None and "iz" in spec:
+        steps = -tuned.zeros.double() / (tuned.scales.double() / 16)
+        assert torch.equal(steps, steps.round())
 
 
 def test_levels_stay_sorted():
