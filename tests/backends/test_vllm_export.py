@@ -196,6 +196,14 @@ def test_a_budget_is_in_bytes_of_the_folder(source, tmp_path):
         own = {specs[f"model.layers.{layer}.self_attn.{kind}_proj.weight"] for kind in "qkv"}
         assert len(own) == 1  # one matmul there
     assert ScoreTable.open(out).target == "vllm"
+    planned = runner.invoke(app, ["plan", str(out), "--bits", "7", "--for", "vllm", "--json"])
+    assert planned.exit_code == 0, planned.stderr
+    chosen = json.loads(planned.stdout)["weights"]
+    for layer in range(2):
+        own = {chosen[f"model.layers.{layer}.self_attn.{kind}_proj.weight"]["spec"] for kind in "qkv"}
+        assert len(own) == 1
+    other = runner.invoke(app, ["plan", str(out), "--bits", "7", "--for", "onnx"])
+    assert "is of vllm, with its formats and bytes" in str(other.exception)
     done = runner.invoke(app, [*command, "--bits", "4", "-o", str(tmp_path / "small")])
     assert isinstance(done.exception, BudgetError)
 
