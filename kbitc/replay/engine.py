@@ -21,6 +21,7 @@ from kbitc.graph.program import Program
 from kbitc.replay.stops import Stop, WeightRead, stops, weight_reads
 from kbitc.replay.values import Pair, Shelf, Values, has_pair, is_pair, of_packed, of_source, storages
 from kbitc.sensitivity.streaming import each_expert, writes
+from kbitc.system.memory import give_back
 from kbitc.tensor.cores import cores
 
 ROOM = 1 << 29  # bytes of values that wait in memory; more go to a file
@@ -76,6 +77,7 @@ class Replay:
                 shelf = self._step(shelf, _Span(nodes, start, stop.position, last_use), inputs)
                 start = stop.position
                 yield Inputs(stop, shelf)
+                give_back()
             if outputs is not None:
                 rest = _Span(nodes, start, len(nodes), last_use)
                 self._step(shelf, rest, sorted(judged), outputs)
