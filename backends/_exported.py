@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kbitc.artifact.folders import FolderClaim
+from kbitc.artifact.plan_file import WeightEntry
+from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint.folder_checks import inside
 from kbitc.errors import SourceError, UsageError
 from kbitc.system import files
@@ -20,6 +22,32 @@ DIGESTS = "checksums"
 ADVICE = "copy it again or export the model again"
 COMPRESSED = "compressed-tensors"
 """The kind of a folder that vLLM and transformers load; of other kinds ONNX Runtime does."""
+LISTED = 20  # weights that an error names
+
+IsHeld: TypeAlias = Callable[[str, WeightEntry], bool]
+
+
+def check_formats(artifact: Artifact, is_held: IsHeld, program: str, instead: str) -> None:
+    """Refuse what another program has no format for, with the weights' own.
+
+    Args:
+        artifact: to be exported.
+        is_held: whether a weight is, by its name and entry.
+        program: that is to hold them.
+        instead: what it holds, and how to get that.
+
+    Raises:
+        UsageError: lists the weights that are not.
+    """
+    bad = [
+        f"{name}: {entry.spec}" for name, entry in artifact.plan.packed.items() if not is_held(name, entry)
+    ]
+    if bad:
+        listed = "\n  ".join(bad[:LISTED]) + (f"\n  ... and {len(bad) - LISTED} more" * (len(bad) > LISTED))
+        raise UsageError(
+            f"{artifact.folder}: {len(bad)} weights are in formats that {program} does not hold:\n  "
+            f"{listed}\n{instead}"
+        )
 
 
 @contextmanager

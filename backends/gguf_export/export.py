@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kbitc.artifact.loading import check_config
 from kbitc.artifact.plan_file import WeightEntry
 from kbitc.artifact.reader import Artifact
+from kbitc.backends._exported import check_formats
 from kbitc.backends.gguf_export.architectures import (
     Architecture,
     architecture_of,
@@ -105,7 +106,11 @@ def export_gguf(model: nn.Module | str | Path, file: str | Path, *, force: bool 
     if not (artifact.folder / CONFIG).exists():
         raise SourceError(f"{model}: holds the weights of a plain module, which llama.cpp cannot build")
     check_config(artifact)
-    _check_formats(artifact)
+    instead = (
+        f"It holds {', '.join(map(str, KINDS))}, with +sb in rows of multiples of {SUPER_BLOCK} and of "
+        f"{SMALL} without; 'kbitc compile MODEL --bits B --for gguf' plans so"
+    )
+    check_formats(artifact, _is_held, "llama.cpp", instead)
     source = _Source.of(artifact)
     artifact.verify()
     try:
@@ -127,18 +132,7 @@ def export_gguf(model: nn.Module | str | Path, file: str | Path, *, force: bool 
     }
 
 
-def _check_formats(artifact: Artifact) -> None:
-    bad = [f"{n}: {e.spec}" for n, e in artifact.plan.packed.items() if not _is_held(e)]
-    if bad:
-        listed = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise UsageError(
-            f"{artifact.folder}: {len(bad)} weights are in formats that llama.cpp does not hold:\n  "
-            f"{listed}\nIt holds {', '.join(map(str, KINDS))}, with +sb in rows of multiples of "
-            f"{SUPER_BLOCK} and of {SMALL} without; 'kbitc compile MODEL --bits B --for gguf' plans so"
-        )
-
-
-def _is_held(entry: WeightEntry) -> bool:
+def _is_held(_: str, entry: WeightEntry) -> bool:
     width = entry.shape[-2 if entry.is_transposed else -1]
     return entry.view_of is None and kind_of(entry.spec, width) is not None
 

@@ -21,7 +21,7 @@ from kbitc.artifact.folders import FolderClaim
 from kbitc.artifact.loading import check_config
 from kbitc.artifact.plan_file import WeightEntry
 from kbitc.artifact.reader import Artifact
-from kbitc.backends._exported import COMPRESSED, REPORT, filling, write_json, write_report
+from kbitc.backends._exported import COMPRESSED, REPORT, check_formats, filling, write_json, write_report
 from kbitc.backends.vllm_export.target import BITS, GROUPS, holds
 from kbitc.checkpoint.companions import CONFIG, copy_files
 from kbitc.errors import SourceError, UsageError
@@ -61,7 +61,11 @@ def export_compressed_tensors(
     if not (artifact.folder / CONFIG).exists():
         raise SourceError(f"{model}: holds the weights of a plain module, which vLLM cannot build")
     config = check_config(artifact)
-    _check_formats(artifact)
+    instead = (
+        f"It holds sint of {' and '.join(map(str, BITS))} bits, and int4+zp+iz, in groups of "
+        f"{', '.join(map(str, GROUPS))} of nn.Linear; 'kbitc compile MODEL --bits B --for vllm' plans so"
+    )
+    check_formats(artifact, _is_held, COMPRESSED, instead)
     artifact.verify()
     with FolderClaim(Path(folder), is_forced=force, marker=REPORT) as claim, filling(claim) as partial:
         weights = _write_tensors(artifact, partial)
@@ -80,19 +84,6 @@ def export_compressed_tensors(
         }
         write_report(partial, report)
     return report
-
-
-def _check_formats(artifact: Artifact) -> None:
-    bad = [
-        f"{name}: {entry.spec}" for name, entry in artifact.plan.packed.items() if not _is_held(name, entry)
-    ]
-    if bad:
-        listed = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise UsageError(
-            f"{artifact.folder}: {len(bad)} weights are in formats that compressed-tensors does not hold:\n  "
-            f"{listed}\nIt holds sint of {' and '.join(map(str, BITS))} bits, and int4+zp+iz, in groups of "
-            f"{', '.join(map(str, GROUPS))} of nn.Linear; 'kbitc compile MODEL --bits B --for vllm' plans so"
-        )
 
 
 def _is_held(name: str, entry: WeightEntry) -> bool:
