@@ -25,7 +25,7 @@ from kbitc.graph.facts import Fact
 from kbitc.graph.matching import Miss, match
 from kbitc.graph.program import CANONICAL, Program, Stage
 from kbitc.graph.rewriting import build, copy_of
-from kbitc.graph.weight_reads import WeightRead, op_name, reads_of, value_of
+from kbitc.graph.weight_reads import INT8_INPUTS, WeightRead, op_name, reads_of, value_of
 from kbitc.pipeline.records import Fired
 
 FACT: Fact[Fired] = Fact("fuse_dequantize")
@@ -104,15 +104,15 @@ def _replace(graph: fx.Graph, node: fx.Node, by: fx.Node) -> None:
 
 def _packed_call(graph: fx.Graph, canonical: fx.Node, dequantize: fx.Node) -> fx.Node:
     """The ``kbit`` op that a canonical call of a dequantized weight is."""
+    weight, _ = Operands.split(dequantize.args)
     target: Any = {
-        program.linear: kbit.linear.default,
+        program.linear: (kbit.linear_int8 if dequantize.meta.get(INT8_INPUTS) else kbit.linear).default,
         program.embedding: kbit.embedding.default,
         program.grouped_linear: kbit.grouped_linear.default,
     }[canonical.target]  # type: ignore[index]
     x, _, *rest = canonical.args
     if canonical.target is program.embedding:
         rest = [value_of(dequantize).dtype]
-    weight, _ = Operands.split(dequantize.args)
     packed = graph.call_function(target, (x, *weight, *rest))
     packed.meta = dict(canonical.meta)
     return packed

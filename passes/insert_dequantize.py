@@ -24,7 +24,7 @@ from kbitc.formats.packed import TENSOR_FIELDS
 from kbitc.formats.spec import Spec
 from kbitc.graph.program import CANONICAL, Program, Stage, Weight
 from kbitc.graph.rewriting import call, copy_of
-from kbitc.graph.weight_reads import value_of
+from kbitc.graph.weight_reads import INT8_INPUTS, value_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class InsertDequantize:
             if name not in program.weights or program.plan.weights[name].spec.is_left_alone:
                 parameters[node.name] = name
                 continue
-            weight = program.weights[name]
-            _read_packed(graph, node, weight, inputs.of(node, weight, program.plan.weights[name].spec))
+            weight, spec = program.weights[name], program.plan.weights[name].spec
+            _read_packed(graph, node, weight, spec, inputs.of(node, weight, spec))
         parameters |= {node.name: stored for stored, node in inputs.made.items()}
         module = fx.GraphModule(program.graph, graph)
         return replace(program, graph=module, parameters=parameters, stage=Stage.PACKED)
@@ -80,13 +80,14 @@ class _Inputs:
 
 
 def _read_packed(
-    graph: fx.Graph, dense: fx.Node, weight: Weight, operands: list[fx.Node | int | None]
+    graph: fx.Graph, dense: fx.Node, weight: Weight, spec: Spec, operands: list[fx.Node | int | None]
 ) -> None:
     dequantize = torch.ops.kbit.dequantize.default
     for use in list(dense.users):
         with graph.inserting_before(use):
             unpacked = graph.call_function(dequantize, (*operands, weight.dtype))
         unpacked.meta = {**use.meta, "val": value_of(dense).new_empty(weight.oriented_shape)}
+        unpacked.meta[INT8_INPUTS] = spec.has_int8_inputs
         # What is dequantized has its output features first, however the source stores it.
         if use.target not in CANONICAL:
             with graph.inserting_before(use):

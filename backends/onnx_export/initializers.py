@@ -63,7 +63,9 @@ class WeightInitializers:
     """
 
     def __init__(self, emitter: Emitter, name: str, packed: Packed, options: ExportOptions) -> None:
-        self.emitter, self.name, self.packed, self.options = emitter, name, packed, options
+        self.emitter, self.name, self.packed = emitter, name, packed
+        is_int8 = packed.spec.has_int8_inputs and options.activations == "fp32"
+        self.options = replace(options, activations="int8") if is_int8 else options
 
     @cached_property
     def container(self) -> Container:

@@ -304,6 +304,7 @@ def _table() -> dict[Any, Any]:
     ops = torch.ops.kbit
     return {
         ops.linear.default: _marked("linear", ("bias",), is_optional=True),
+        ops.linear_int8.default: _marked("linear", ("bias",), is_optional=True),
         ops.embedding.default: _marked("embedding", ("dtype",)),
         ops.grouped_linear.default: _marked("grouped_linear", ("offsets",)),
     }

@@ -25,6 +25,7 @@ from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import SourceError, UsageError, foreign
 from kbitc.evaluation.checks import Check
 from kbitc.evaluation.opening import Loaded, open_model
+from kbitc.formats.spec import parse
 from kbitc.system import files
 from kbitc.tensor.kbit_tensor import KbitTensor
 
@@ -66,7 +67,8 @@ def verify(folder: str | Path, against: str | nn.Module | None = None) -> list[C
 def _tolerance(report: dict[str, Any], folder: Path) -> float:
     if report["activations"] not in TOLERANCE:
         raise SourceError(f"{folder}: is of another kind of activations, '{report['activations']}'")
-    return TOLERANCE[report["activations"]]
+    has_int8_inputs = any(parse(str(entry["spec"])).has_int8_inputs for entry in report["weights"].values())
+    return max(TOLERANCE[report["activations"]], TOLERANCE["int8"] if has_int8_inputs else 0.0)
 
 
 def _reference(report: dict[str, Any], against: str | nn.Module | None, folder: Path) -> tuple[Any, Any]:

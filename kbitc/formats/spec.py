@@ -1,8 +1,8 @@
 """Spec strings: one short name for the format of one weight, e.g. ``nf4:64+dq``.
 
-Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq | +sbS] [+outP%] [+VARIANT]``, or ``fp16`` for a weight
-that is left at 16 bits. ``parse(str(spec)) == spec`` always. A plan may also say ``+out`` without a share:
-`Wish`.
+Grammar: ``FAMILY BITS [eEXPONENT] [:BLOCK] [+zp] [+dq | +sbS] [+outP%] [+VARIANT] [+a8]``, or ``fp16``
+for a weight that is left at 16 bits. ``parse(str(spec)) == spec`` always. A plan may also say ``+out``
+without a share: `Wish`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kbitc.formats import datatypes
 DEFAULT_BLOCK = 64
 SCALE_GROUP = 256  # scales that share one fp32 constant under double quantization (QLoRA)
 SUPER_BLOCK = 256  # weights whose scales are integers times one constant under +sb (llama.cpp's K-quants)
+INT8 = 8
 MIN_SCALE_BITS, MAX_SCALE_BITS = 4, 8
 EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
 
@@ -39,6 +40,8 @@ class Spec:
             weights of a row, and so are zero points; 0 where they are free (`kbitc.formats.scale_grid`).
         outliers: share of input features kept at 16 bits, in percent; 0 for none.
         variant: "" or the name of a published construction of the data type.
+        has_int8_inputs: ``+a8``: linears round each row of their input to int8, the outlier features apart,
+            and multiply in integers (LLM.int8()); of ``int8`` with one scale a row.
     """
 
     family: str
@@ -50,6 +53,7 @@ class Spec:
     scale_bits: int = 0
     outliers: float = 0.0
     variant: str = ""
+    has_int8_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.is_left_alone:
@@ -72,6 +76,9 @@ class Spec:
             self._check_variant(family.variants[self.variant])
         if self.scale_bits:
             self._check_super_blocks()
+        is_int8 = self.family == "int" and self.bits == INT8 and not self.has_zero_point
+        if self.has_int8_inputs and not is_int8:
+            raise UsageError(f"{self}: +a8 multiplies integers of 8 bits: int8 without zero points")
 
     def _check_variant(self, variant: datatypes.Variant) -> None:
         if variant.bits and self.bits not in variant.bits:
@@ -154,6 +161,7 @@ class Spec:
             flags += f"+out{self.outliers:.12g}%"
         if self.variant:
             flags += f"+{self.variant}"
+        flags += "+a8" if self.has_int8_inputs else ""
         return f"{self.family}{self.bits}{exponent}:{self.block}{flags}"
 
     def outlier_count(self, in_features: int) -> int:
@@ -242,6 +250,8 @@ def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
         return "has_zero_point", True
     if flag == "dq":
         return "has_double_quant", True
+    if flag == "a8":
+        return "has_int8_inputs", True
     if flag == "out":
         raise UsageError(
             f"'{text}': +out means the outlier features that are found in compiling a model; name a share "
@@ -257,5 +267,5 @@ def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
     if flag in variants:
         return "variant", flag
     raise UsageError(
-        f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "sb6", "out", "outP%", *variants])
+        f"'{text}': " + did_you_mean("flag", flag, ["zp", "dq", "sb6", "a8", "out", "outP%", *variants])
     )

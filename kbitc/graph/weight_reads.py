@@ -51,6 +51,9 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+INT8_INPUTS = "has_int8_inputs"
+"""In the ``meta`` of a dequantization: the linears that read it round their inputs to int8 (``+a8``)."""
+
 # What tracing leaves behind to check itself; it computes nothing.
 CHECKS = ("aten._assert_tensor_metadata",)
 

@@ -46,7 +46,8 @@ class KbitTensor(Tensor):
         geometry: where its elements lie in the packed matrix, if they are not that matrix or its transpose:
             the kernel of a convolution, rows of a weight.
         factor: of the logical shape, most of its strides 0; what is read is the packed matrix times it.
-        activations: "float", or "int8" for a linear in integers (`kbitc.tensor.activations`).
+        activations: "float", or "int8" for a linear in integers (`kbitc.tensor.activations`); by default as
+            the spec says.
         is_stored_turned: the model's parameter, of which this may be a view, is ``(..., in_features, rows)``.
     """
 
@@ -64,7 +65,7 @@ class KbitTensor(Tensor):
         dtype: torch.dtype | None = None,
         *,
         is_transposed: bool = False,
-        activations: str = "float",
+        activations: str | None = None,
         geometry: Geometry | None = None,
         factor: Tensor | None = None,
         is_stored_turned: bool | None = None,
@@ -93,7 +94,7 @@ class KbitTensor(Tensor):
         )
         self.packed = packed
         self.is_transposed = is_transposed
-        self.activations = activations
+        self.activations = activations or ("int8" if packed.spec.has_int8_inputs else "float")
         self.geometry = geometry
         self.factor = factor
         self.is_stored_turned = is_transposed if is_stored_turned is None else is_stored_turned

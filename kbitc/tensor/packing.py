@@ -110,6 +110,13 @@ def draft(weight: Tensor, spec: Spec | str, *, outliers: Tensor | None = None, n
             f"{name}: expected a non-empty 2-D or 3-D float weight, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
+    if spec.has_int8_inputs and weight.dim() == 3:
+        raise UsageError(f"{name}: experts have no int8 matmul; leave +a8 away for them")
+    if spec.has_int8_inputs and spec.block < weight.shape[-1]:
+        raise UsageError(
+            f"{name}: {spec} has several scales for its rows of {weight.shape[-1]}; +a8 takes one, in a "
+            f"block of at least so many: int8:{weight.shape[-1]}+a8"
+        )
     weight = weight.detach()
     index, values = _split_outliers(weight, spec, outliers, name)
     rows = weight.flatten(0, -2) if weight.dim() == 3 else weight
