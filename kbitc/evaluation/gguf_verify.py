@@ -29,7 +29,7 @@ from kbitc.tensor.kbit_tensor import KbitTensor
 
 PACKAGE = "llama_cpp"
 TOKENS = 16
-TOLERANCE = 0.05  # of logits; 0.008 of the demo model, 0.02 of random ones with one packed weight
+TOLERANCE = 0.1  # of logits; 0.008 of the demo model, 0.048 of SmolLM2-135M; a wrong order of rows gives 1
 MAGIC = b"GGUF"
 
 
