@@ -332,5 +332,7 @@ def test_a_target_offers_what_rows_allow():
     down = next(name for name in weights if "down_proj" in name)  # rows of 384
     query = next(name for name in weights if "q_proj" in name)  # rows of 256
     assert "sint3:16+sb6" in offered[query]
+    assert "sint5:32" not in offered[query]
+    assert GgufTarget().misfit(weights[query], parse("sint5:32")) == ""
     assert "sint3:16+sb6" not in offered[down]
     assert GgufTarget().weight_bytes(weights[down], parse("sint4:32")) == 256 * 384 // 32 * 18
