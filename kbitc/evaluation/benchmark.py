@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kbitc.backends import exported_kind
 from kbitc.errors import SourceError
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.opening import open_model
@@ -33,8 +34,9 @@ def compare(
     """Measure an artifact and the dense bfloat16 model.
 
     Args:
-        artifact: compiled folder.
-        against: source of the dense model; None dequantizes the artifact's own weights.
+        artifact: compiled folder, or one that was exported for ONNX Runtime.
+        against: source of the dense model; None dequantizes the artifact's own weights, and leaves out that
+            row of what was exported.
         prompt_tokens: of the prefill.
         new_tokens: to decode.
         runs: medians are over so many, after one warm-up.
@@ -42,21 +44,24 @@ def compare(
 
     Returns:
         ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
-        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit".
+        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit"; "exported" of an exported folder.
 
     Raises:
         SourceError: a model cannot be loaded or measured.
     """
     numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
     rows = {}
-    if backend in ("auto", "eager"):
+    if exported_kind(Path(artifact)):
+        rows["exported"] = _measure([artifact, "packed", backend, *numbers])
+    elif backend in ("auto", "eager"):
         rows["packed"] = _measure([artifact, "packed", "eager", *numbers])
-    if backend != "eager":
+    if "exported" not in rows and backend != "eager":
         compiled = _measure([artifact, "packed", backend, *numbers])
         # Where auto had to fall back, the row would repeat the eager one.
         if compiled.pop("is_compiled") or backend != "auto":
             rows["packed, cpu"] = compiled
-    rows["16-bit"] = _measure([against or artifact, "dense", "eager", *numbers])
+    if against or "exported" not in rows:
+        rows["16-bit"] = _measure([against or artifact, "dense", "eager", *numbers])
     for row in rows.values():
         row.pop("is_compiled", None)
     return rows

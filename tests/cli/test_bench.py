@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 
 def test_bench_measures_both(kbitc, compiled):
     out, _ = compiled
@@ -17,3 +19,14 @@ def test_bench_measures_both(kbitc, compiled):
         assert row["decode"] > 0
         assert row["prefill"] > 0
         assert row["peak_bytes"] > row["bytes"] > 0
+
+
+def test_bench_measures_what_was_exported(kbitc, compiled, tmp_path):
+    pytest.importorskip("onnxruntime")
+    out, _ = compiled
+    assert kbitc("export", out, "--format", "onnx", "-o", tmp_path / "onnx").returncode == 0
+    done = kbitc("bench", tmp_path / "onnx", "-n", "2", "--prompt-tokens", "8", "--runs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert set(rows) == {"exported"}
+    assert rows["exported"]["decode"] > 0
