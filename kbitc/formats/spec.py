@@ -17,7 +17,7 @@ DEFAULT_BLOCK = 64
 SCALE_GROUP = 256  # scales that share one fp32 constant under double quantization (QLoRA)
 SUPER_BLOCK = 256  # weights whose scales are integers times one constant under +sb (llama.cpp's K-quants)
 INT8 = 8
-MIN_SCALE_BITS, MAX_SCALE_BITS = 4, 8
+MAX_SCALE_BITS, MIN_SCALE_BITS = 8, 4
 EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
 
 _PATTERN = re.compile(r"(?P<family>[a-z_]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+))?(?::(?P<block>-?\d+))?")
