@@ -30,7 +30,7 @@ def specs(draw):
         block=draw(st.sampled_from([1, 16, 32, 128]) if is_gridded else st.integers(1, 5000)),
         exponent=exponent,
         has_zero_point=has_zero_point,
-        has_double_quant=draw(st.booleans()) and not is_gridded,
+        has_double_quant=draw(st.booleans()) and not is_gridded and variant != "iz",
         scale_bits=draw(st.integers(4, 8)) if is_gridded else 0,
         outliers=draw(st.sampled_from([0.0, 0.5, 1.0, 2.25, 33.0])),
         variant=variant,
