@@ -33,6 +33,7 @@ from benchmarks.quality.campaign import run, whole, write_json
 from benchmarks.quality.settings import TOOLS
 from benchmarks.tables import Section, markdown, print_section
 from kbitc.backends import find_exporter
+from kbitc.backends.gguf_export.target import padded
 from kbitc.cache import cache_folder
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import read_text, windows
@@ -105,9 +106,9 @@ class Runner:
         self.parameters = sum(parameter.numel() for parameter in model.model.parameters())
         for name, file, count in (
             ("test", self.options.text, TESTED),
-            ("calibration", self.options.calibrate, 64),
+            ("calibration", self.options.calibrate, CALIBRATED),
         ):
-            text = read_text(file)[: count * CONTEXT * 8]
+            text = read_text(file)[: count * CONTEXT * CHARACTERS]
             ids = windows(model.model, tokenizer, text, CONTEXT, count * CONTEXT)
             save_file({"ids": ids.contiguous()}, self.work / f"{name}.safetensors")
         dense = self.work / "dense.gguf"
@@ -158,7 +159,8 @@ class Runner:
         kept = file.with_suffix(".json")
         if not kept.exists():
             with whole(kept) as scratch:
-                self.worker("score", str(file), str(self.work / "test.safetensors"), str(scratch))
+                tokens = self.work / "test.safetensors"
+                self.worker("score", str(file), str(tokens), str(scratch), str(self.options.threads))
         return Row(label, tensor_bytes(file), json.loads(kept.read_text()), self._decode(file))
 
     def _decode(self, file: Path) -> float:
@@ -173,7 +175,7 @@ def tensor_bytes(file: Path) -> int:
     """Bytes of a file's tensors, each rounded up to where the next may start."""
     import gguf
 
-    return sum(-(-int(tensor.n_bytes) // 32) * 32 for tensor in gguf.GGUFReader(file).tensors)
+    return sum(padded(int(tensor.n_bytes)) for tensor in gguf.GGUFReader(file).tensors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ Header: TypeAlias = Iterator[tuple[str, Value]]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LOCAL_BASE = 10_000.0  # llama.cpp's, of Gemma 3's sliding windows
-PERIOD = 6  # of Gemma 3's layers every sixth sees everything
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Architecture:
         name: there.
         is_permuted: rows of queries and keys lie in pairs, as its rotary embedding takes them.
         adds_one: norms multiply by their weight and not by 1 + weight.
-        slides: windows of attention: "" for none, "gemma2" every second layer, "gemma3" five of six.
+        period: every so manyth layer sees all tokens, the others a window of them; 0 where all see all.
         activation: of the feed-forward layers.
     """
 
     name: str
     is_permuted: bool = False
     adds_one: bool = False
-    slides: str = ""
+    period: int = 0
     activation: str = "silu"
 
 
@@ -52,8 +51,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma": Architecture("gemma", adds_one=True, activation="gelu_pytorch_tanh"),
-    "gemma2": Architecture("gemma2", adds_one=True, activation="gelu_pytorch_tanh", slides="gemma2"),
-    "gemma3_text": Architecture("gemma3", adds_one=True, activation="gelu_pytorch_tanh", slides="gemma3"),
+    "gemma2": Architecture("gemma2", adds_one=True, activation="gelu_pytorch_tanh", period=2),
+    "gemma3_text": Architecture("gemma3", adds_one=True, activation="gelu_pytorch_tanh", period=6),
 }
 """By ``model_type``."""
 
@@ -132,7 +131,8 @@ def _rotation(config: Any, label: str) -> Header:
 def _windows(config: Any, architecture: Architecture, label: str) -> Header:
     layers = list(getattr(config, "layer_types", None) or [])
     window = int(getattr(config, "sliding_window", None) or 0)
-    if not architecture.slides:
+    period = architecture.period
+    if not period:
         if 0 < window < config.max_position_embeddings and (SLIDING in layers or not layers):
             _log.warning(
                 "%s: llama.cpp attends to all tokens where this model sees %d; beyond them they differ",
@@ -143,11 +143,10 @@ def _windows(config: Any, architecture: Architecture, label: str) -> Header:
     scale = getattr(config, "query_pre_attn_scalar", None)
     if scale is not None and scale != _head_width(config):
         raise _differs(label, f"attention scaled by {scale} ** -0.5 with heads of {_head_width(config)}")
-    period = 2 if architecture.slides == "gemma2" else PERIOD
     if layers != [FULL if (i + 1) % period == 0 else SLIDING for i in range(len(layers))]:
         raise _differs(label, f"sliding windows but in all layers beside every {period}th")
     yield "attention.sliding_window", window
-    if architecture.slides == "gemma2":
+    if architecture.name == "gemma2":
         yield "attn_logit_softcapping", float(config.attn_logit_softcapping or 0.0)
         yield "final_logit_softcapping", float(config.final_logit_softcapping or 0.0)
         return

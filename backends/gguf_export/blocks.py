@@ -106,26 +106,18 @@ def _six_bits(p: Parts) -> Bytes:
     return np.concatenate([first, second, third], axis=1).astype(np.uint8)
 
 
-def _q4_0(p: Parts) -> Bytes:
-    return np.concatenate([_raw(p.scale), _shifted(p.digits, 4, 16)], axis=1)
+def _front(p: Parts) -> list[Bytes]:
+    """The scale, and what minima are multiples of where there are some."""
+    return [_raw(p.scale)] if p.minimum is None else [_raw(p.scale), _raw(p.minimum)]
 
 
-def _q4_1(p: Parts) -> Bytes:
-    return np.concatenate([_raw(p.scale), _raw(p.minimum), _shifted(p.digits, 4, 16)], axis=1)
+def _four_bits(p: Parts) -> Bytes:
+    return np.concatenate([*_front(p), _shifted(p.digits, 4, 16)], axis=1)
 
 
-def _fifth_bits(digits: Bytes) -> Bytes:
-    return np.packbits(_high(digits, 4), axis=1, bitorder="little")
-
-
-def _q5_0(p: Parts) -> Bytes:
-    parts = [_raw(p.scale), _fifth_bits(p.digits), _shifted(_low(p.digits, 4), 4, 16)]
-    return np.concatenate(parts, axis=1)
-
-
-def _q5_1(p: Parts) -> Bytes:
-    parts = [_raw(p.scale), _raw(p.minimum), _fifth_bits(p.digits), _shifted(_low(p.digits, 4), 4, 16)]
-    return np.concatenate(parts, axis=1)
+def _five_bits(p: Parts) -> Bytes:
+    fifth = np.packbits(_high(p.digits, 4), axis=1, bitorder="little")
+    return np.concatenate([*_front(p), fifth, _shifted(_low(p.digits, 4), 4, 16)], axis=1)
 
 
 def _q8_0(p: Parts) -> Bytes:
@@ -156,12 +148,12 @@ def _q3_k(p: Parts) -> Bytes:
 
 
 def _q4_k(p: Parts) -> Bytes:
-    return np.concatenate([_raw(p.scale), _raw(p.minimum), _six_bits(p), _shifted(p.digits, 4, 32)], axis=1)
+    return np.concatenate([*_front(p), _six_bits(p), _shifted(p.digits, 4, 32)], axis=1)
 
 
 def _q5_k(p: Parts) -> Bytes:
     codes = [_shifted(_high(p.digits, 4), 1, 32), _shifted(_low(p.digits, 4), 4, 32)]
-    return np.concatenate([_raw(p.scale), _raw(p.minimum), _six_bits(p), *codes], axis=1)
+    return np.concatenate([*_front(p), _six_bits(p), *codes], axis=1)
 
 
 def _q6_k(p: Parts) -> Bytes:
@@ -185,13 +177,13 @@ KINDS: Mapping[Spec, Kind] = {
         ("Q2_K", "int2:16+zp+sb4+min", _q2_k, 84),
         ("Q3_K", "sint3:16+sb6", _q3_k, 110),
         ("IQ4_XS", "sint4:32+sb6+nl", _iq4_xs, 136),
-        ("Q4_0", "sint4:32", _q4_0, 18),
-        ("IQ4_NL", "sint4:32+nl", _q4_0, 18),
+        ("Q4_0", "sint4:32", _four_bits, 18),
+        ("IQ4_NL", "sint4:32+nl", _four_bits, 18),
         ("Q4_K", "int4:32+zp+sb6+min", _q4_k, 144),
-        ("Q4_1", "int4:32+zp+min", _q4_1, 20),
-        ("Q5_0", "sint5:32", _q5_0, 22),
+        ("Q4_1", "int4:32+zp+min", _four_bits, 20),
+        ("Q5_0", "sint5:32", _five_bits, 22),
         ("Q5_K", "int5:32+zp+sb6+min", _q5_k, 176),
-        ("Q5_1", "int5:32+zp+min", _q5_1, 24),
+        ("Q5_1", "int5:32+zp+min", _five_bits, 24),
         ("Q6_K", "sint6:16+sb8", _q6_k, 210),
         ("Q8_0", "sint8:32", _q8_0, 34),
     )

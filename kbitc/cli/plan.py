@@ -47,7 +47,8 @@ def plan_again(
     from kbitc.planning.replanning import replan
     from kbitc.sensitivity.score_table import ScoreTable
 
-    plan = replan(artifact, bits, agree or _agree(ScoreTable.open(artifact).target, target, artifact))
+    scores = ScoreTable.open(artifact)
+    plan = replan(artifact, bits, agree or _agree(scores.target, target, artifact))
     if out is not None:
         console.write_file(out, json.dumps(plan, indent=1) + "\n")
     if as_json:
@@ -67,7 +68,7 @@ def plan_again(
         f"predicted cost {predicted['cost']:.4g} ({predicted['unit']}); no plan of this size costs "
         f"{100 * predicted['gap']:.2g} % less"
     )
-    console.out.print(trade_off_table(ScoreTable.open(artifact), plan["bits_per_param"]))
+    console.out.print(trade_off_table(scores, plan["bits_per_param"]))
 
 
 def _agree(made_for: str, asked: str, artifact: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,3 +24,8 @@ class Check:
     def is_passed(self) -> bool:
         """False for NaN too."""
         return self.value <= self.limit
+
+
+def differing(first: Sequence[int], second: Sequence[int]) -> int:
+    """Places at which two sequences of tokens differ; those that only the longer one has count."""
+    return sum(a != b for a, b in zip(first, second, strict=False)) + abs(len(first) - len(second))

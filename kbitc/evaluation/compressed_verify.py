@@ -20,7 +20,7 @@ from kbitc.checkpoint.companions import CONFIG
 from kbitc.checkpoint.dense import token_ids, tokenizer_in
 from kbitc.checkpoint.safetensors_file import read_header
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
-from kbitc.evaluation.checks import Check
+from kbitc.evaluation.checks import Check, differing
 from kbitc.evaluation.onnx_verify import TEXT
 from kbitc.system import files
 from kbitc.system.json_file import read_json
@@ -118,8 +118,7 @@ def _outputs(folder: Path, artifact: Artifact) -> list[Check]:
         wanted, found = (model(input_ids=ids[None]).logits for model in (ours, theirs))
         tokens = [model.generate(ids[None], **options)[0].tolist() for model in (ours, theirs)]
     error = float((found - wanted).norm() / wanted.norm())
-    differing = sum(a != b for a, b in zip(*tokens, strict=False)) + abs(len(tokens[0]) - len(tokens[1]))
     return [
         Check("relative error of logits in transformers", error, TOLERANCE),
-        Check(f"of {TOKENS} greedy tokens that differ", differing, 0),
+        Check(f"of {TOKENS} greedy tokens that differ", differing(*tokens), 0),
     ]

@@ -22,7 +22,7 @@ from kbitc.artifact.reader import Artifact
 from kbitc.backends.gguf_export.architectures import architecture_of, names_of, order_of
 from kbitc.checkpoint.dense import tokenizer_in
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
-from kbitc.evaluation.checks import Check
+from kbitc.evaluation.checks import Check, differing
 from kbitc.evaluation.onnx_verify import TEXT
 from kbitc.system import files
 from kbitc.tensor.kbit_tensor import KbitTensor
@@ -115,14 +115,10 @@ def _runs(file: Path, artifact: Artifact) -> list[Check]:
     error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
     margin = 2 * float(np.abs(found - wanted).max())
     return [
-        Check("tokens of a text that llama.cpp reads otherwise", _differing(own, ids), 0),
+        Check("tokens of a text that llama.cpp reads otherwise", differing(own, ids), 0),
         Check("relative error of logits in llama.cpp", error, TOLERANCE),
         Check(f"of {TOKENS} greedy tokens that clearly differ", _clear(found, wanted, len(ids), margin), 0),
     ]
-
-
-def _differing(first: list[int], second: list[int]) -> int:
-    return sum(a != b for a, b in zip(first, second, strict=False)) + abs(len(first) - len(second))
 
 
 def _clear(found: Any, wanted: Any, start: int, margin: float) -> int:

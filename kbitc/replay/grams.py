@@ -54,14 +54,16 @@ def pull(
         weight: ``(rows, in_features)`` float32 of the source: with w (x - x^) added to r - r^. Of few rows
             that is cheaper than the cross moment of all pairs of features.
     """
+    if not indices:
+        return None
     (read,) = (read for read in inputs.stop.reads if read.name == name)
-    node = added_to(read) if indices and read.kind == "linear" else None
+    node = added_to(read) if read.kind == "linear" else None
     if node is not None and not _is_of_each(inputs, node, indices[0], rows):
         node = None
-    pairs = [inputs.pair(index) for index in indices[:1]]
-    if weight is not None and all(x is y for x, y in pairs):
+    x, y = inputs.pair(indices[0])
+    if x is y:
         weight = None
-    if not indices or (node is None and weight is None):
+    if node is None and weight is None:
         return None
 
     def lost(index: int, strip: slice) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,7 @@ def pull(
         off = None if weight is None else (x - y) @ weight[strip].mT
         if node is not None:
             pair = inputs.value(index, node)
-            own = (pair.source.flatten(0, -2)[:, strip]) - pair.packed.flatten(0, -2)[:, strip]
+            own = pair.source.flatten(0, -2)[:, strip] - pair.packed.flatten(0, -2)[:, strip]
             off = own if off is None else off.add_(own)
         assert off is not None
         return off, y

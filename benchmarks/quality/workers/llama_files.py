@@ -1,7 +1,7 @@
 """Files of llama.cpp: made by its own quantizer, and scored by its own kernels.
 
-python -m workers.llama_files quantize JOB.json     one file of each type from a dense one
-python -m workers.llama_files score FILE TOKENS OUT  the loss of each window of tokens
+python -m workers.llama_files quantize JOB.json                one file of each type from a dense one
+python -m workers.llama_files score FILE TOKENS OUT [THREADS]  the loss of each window of tokens
 """
 
 from __future__ import annotations
