@@ -6,9 +6,12 @@ code 0 is success, 1 a failure of the input or the machine, 2 bad usage.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     name="kbitc",
@@ -39,11 +42,38 @@ Backend = Annotated[
         help="Of the decode step: cpu (compiled, once per architecture and format), eager, or auto.",
     ),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="auto|float32|bfloat16|float16",
+        help="To compute in: activations, caches and what is not packed; auto is the model's own. Processors "
+        "without bfloat16 instructions (AVX2) are faster in float32.",
+    ),
+]
 
 
 def examples(*lines: str) -> str:
     """The end of a command's help: what to type."""
     return "\n\n[bold]Examples[/]\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """None for "auto".
+
+    Raises:
+        UsageError: a name that is no dtype to compute in.
+    """
+    import torch
+
+    from kbitc.errors import UsageError, did_you_mean
+
+    if name == "auto":
+        return None
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(did_you_mean("dtype to compute in", name, ["auto", *known]))
+    return known[name]
 
 
 def check_backend(name: str) -> None:

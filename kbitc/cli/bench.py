@@ -8,11 +8,15 @@ import typer
 from rich.table import Table
 
 from kbitc.cli import console
-from kbitc.cli.app import Backend, Json, app, check_backend, examples
+from kbitc.cli.app import Backend, Dtype, Json, app, check_backend, examples, named_dtype
 
 
 @app.command(
-    epilog=examples("kbitc bench demo-4bit", "kbitc bench demo-4bit --against demo --prompt-tokens 64")
+    epilog=examples(
+        "kbitc bench demo-4bit",
+        "kbitc bench demo-4bit --against demo --prompt-tokens 64",
+        "kbitc bench smol-int8 --dtype float32 --prompt-tokens 256",
+    )
 )
 def bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A compiled artifact.")],
@@ -24,14 +28,16 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Runs to take the median of.")] = 3,
     backend: Backend = "auto",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode speed and peak memory, against the 16-bit model."""
+    """Prefill and decode speed and peak memory, against the dense model."""
     from kbitc.evaluation.benchmark import compare
 
     check_backend(backend)
+    wanted = named_dtype(dtype)
     with console.progress("measuring"):
-        rows = compare(model, against, prompt_tokens, new_tokens, runs, backend)
+        rows = compare(model, against, prompt_tokens, new_tokens, runs, backend, wanted)
     if as_json:
         console.print_json(rows)
         return

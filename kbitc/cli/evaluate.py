@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Json, app, examples
+from kbitc.cli.app import Dtype, Json, app, examples, named_dtype
 from kbitc.errors import UsageError
 
 
@@ -34,8 +34,14 @@ def evaluate(
         bool, typer.Option("--record", help="Keep the result beside the artifact, for 'inspect --html'.")
     ] = False,
     activations: Annotated[
-        str, typer.Option(help="'int8': linears in integers, LLM.int8(), where the format allows it.")
-    ] = "float",
+        str | None,
+        typer.Option(
+            metavar="float|int8",
+            help="'int8': linears in integers, LLM.int8(), where the format allows it. [default: as each "
+            "weight's format says: int8 of +a8]",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text."""
@@ -45,17 +51,18 @@ def evaluate(
     from kbitc.evaluation.causality import check_causal
     from kbitc.evaluation.opening import need_tokenizer, open_model
     from kbitc.evaluation.perplexity import perplexity, read_text, windows
-    from kbitc.tensor.activations import use_activations
+    from kbitc.tensor.activations import use_activations, used_activations
 
     if record and not is_artifact(Path(model)):
         raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
+    wanted = named_dtype(dtype)
     body = read_text(demo.heldout() if text is None else text)
     with console.progress("loading") as update:
-        loaded = open_model(model)
+        loaded = open_model(model, wanted)
         tokenizer = need_tokenizer(loaded, model)
         check_causal(loaded.model, model)
-        left = use_activations(loaded.model, activations) if activations != "float" else {}
-        reference = open_model(against).model if against else None
+        left = {} if activations is None else use_activations(loaded.model, activations)
+        reference = open_model(against, wanted).model if against else None
         if reference is not None:
             check_causal(reference, f"--against {against}")
         context = min(context, demo.CONTEXT) if text is None else context
@@ -69,7 +76,7 @@ def evaluate(
         bits_per_param=loaded.bits_per_param,
         loss=score.loss,
         nbytes=loaded.nbytes,
-        activations=activations,
+        activations=used_activations(loaded.model),
         float_activations=left,
         reference_loss=score.reference_loss,
         divergence=score.divergence,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Backend, Json, app, check_backend, examples
+from kbitc.cli.app import Backend, Dtype, Json, app, check_backend, examples, named_dtype
 
 
 @app.command(epilog=examples('kbitc run demo-4bit "The function returns" -n 40'))
@@ -21,6 +21,7 @@ def run(
         int, typer.Option("--new-tokens", "-n", min=1, help="Tokens to generate at most.")
     ] = 64,
     backend: Backend = "auto",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
@@ -32,8 +33,9 @@ def run(
     from kbitc.evaluation.opening import need_tokenizer, open_model
 
     check_backend(backend)
+    wanted = named_dtype(dtype)
     with console.progress("loading"):
-        loaded = open_model(model)
+        loaded = open_model(model, wanted)
         tokenizer = need_tokenizer(loaded, model)
         check_causal(loaded.model, model)
     decoder = make_decoder(loaded.model, backend)

@@ -12,13 +12,16 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbitc.backends import exported_kind
 from kbitc.errors import SourceError
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.speed import speed
+
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, float]
 
@@ -30,8 +33,9 @@ def compare(
     new_tokens: int,
     runs: int,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Row]:
-    """Measure an artifact and the dense bfloat16 model.
+    """Measure an artifact and the dense model.
 
     Args:
         artifact: compiled folder, or one that was exported for ONNX Runtime.
@@ -41,27 +45,32 @@ def compare(
         new_tokens: to decode.
         runs: medians are over so many, after one warm-up.
         backend: of the artifact's decode step; "auto" measures "eager" and, where it works, "cpu".
+        dtype: that both compute in; None leaves the artifact its own, and the dense model is bfloat16.
 
     Returns:
         ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
-        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit"; "exported" of an exported folder.
+        "packed" on the eager backend, "packed, cpu" compiled, and "16-bit" ("32-bit" in float32);
+        "exported" of an exported folder.
 
     Raises:
         SourceError: a model cannot be loaded or measured.
     """
+    own = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    dense = "bfloat16" if dtype is None else own
     numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
     rows = {}
     if exported_kind(Path(artifact)):
-        rows["exported"] = _measure([artifact, "packed", backend, *numbers])
+        rows["exported"] = _measure([artifact, "packed", backend, own, *numbers])
     elif backend in ("auto", "eager"):
-        rows["packed"] = _measure([artifact, "packed", "eager", *numbers])
+        rows["packed"] = _measure([artifact, "packed", "eager", own, *numbers])
     if "exported" not in rows and backend != "eager":
-        compiled = _measure([artifact, "packed", backend, *numbers])
+        compiled = _measure([artifact, "packed", backend, own, *numbers])
         # Where auto had to fall back, the row would repeat the eager one.
         if compiled.pop("is_compiled") or backend != "auto":
             rows["packed, cpu"] = compiled
     if against or "exported" not in rows:
-        rows["16-bit"] = _measure([against or artifact, "dense", "eager", *numbers])
+        label = "32-bit" if dense == "float32" else "16-bit"
+        rows[label] = _measure([against or artifact, "dense", "eager", dense, *numbers])
     for row in rows.values():
         row.pop("is_compiled", None)
     return rows
@@ -78,18 +87,23 @@ def _measure(arguments: list[str]) -> Row:
     return row
 
 
-def measure(source: str, kind: str, backend: str, prompt_tokens: int, new_tokens: int, runs: int) -> Row:
+def measure(
+    source: str, kind: str, backend: str, dtype: str, prompt_tokens: int, new_tokens: int, runs: int
+) -> Row:
     """One row, in this process."""
     import torch
 
     from kbitc.backends import make_decoder
 
-    loaded = open_model(source, torch.bfloat16 if kind == "dense" else None)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    loaded = open_model(source, wanted)
     model, nbytes, bits = loaded.model, loaded.nbytes, loaded.bits_per_param
-    if kind == "dense" and getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize(torch.bfloat16)  # type: ignore[operator]  # transformers' method
-        nbytes = sum(parameter.nbytes for parameter in model.parameters())
-        bits = 16.0
+    if kind == "dense":
+        if getattr(model, "hf_quantizer", None) is not None:
+            model = model.dequantize(wanted)  # type: ignore[operator]  # transformers' method
+        parameters = list(model.parameters())  # tied ones once
+        nbytes = sum(parameter.nbytes for parameter in parameters)
+        bits = 8 * nbytes / sum(parameter.numel() for parameter in parameters)
     check_causal(model, source)
     decoder = make_decoder(model, backend)
     _forget_peak()
@@ -120,9 +134,9 @@ def _peak() -> int:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """``SOURCE packed|dense BACKEND PROMPT NEW RUNS``."""
-    source, kind, backend, *numbers = arguments
-    return measure(source, kind, backend, *map(int, numbers))
+    """``SOURCE packed|dense BACKEND DTYPE PROMPT NEW RUNS``."""
+    source, kind, backend, dtype, *numbers = arguments
+    return measure(source, kind, backend, dtype, *map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ def use_activations(model: nn.Module, activations: str) -> dict[str, str]:
     return left
 
 
+def used_activations(model: nn.Module) -> str:
+    """What the packed linears of a model take: "int8" if any does, else "float"."""
+    weights = (parameter for parameter in model.parameters() if isinstance(parameter, KbitTensor))
+    return "int8" if any(weight.activations == "int8" for weight in weights) else "float"
+
+
 def obstacle(packed: Packed) -> str | None:
     """Why a weight cannot meet int8 activations; None if it can."""
     if len(packed.shape) != 2:

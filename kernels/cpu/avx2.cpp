@@ -13,6 +13,7 @@
 
 #include "encode.h"
 #include "round.h"
+#include "transpose.h"
 
 namespace kbit {
 namespace {
@@ -457,20 +458,53 @@ INLINE void multiply_unit(const Lut<K>& lut, const Codes* rows, Unit u, const in
   }
 }
 
-constexpr int BYTES = 32;
-constexpr bool MIDDLE_LATER = false;
+// LLM.int8(): `pmaddwd` of 16-bit integers, since `pmaddubsw` saturates.
+using Value = int16_t;
 using ByteVec = Vec;
-INLINE Vec bytes_at(const int8_t* p) { return bytes_at(reinterpret_cast<const uint8_t*>(p)); }
-INLINE Vec add_products(Vec sum, Vec codes, Vec x) {
-  // `pmaddubsw` wants one side unsigned: |code - 127| times x with the sign moved over; 2 * 127 * 127 fits.
-  const Vec weight = _mm256_sub_epi8(codes, _mm256_set1_epi8(MIDDLE));
-  const Vec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+using IntVec = Vec;
+constexpr int BYTES = 16;
+constexpr int INTS = 8;
+constexpr int PANEL_COLS = 4;
+constexpr bool MIDDLE_LATER = false;
+#define HAS_PANELS
+INLINE Vec codes_at(const uint8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_sub_epi16(_mm256_cvtepu8_epi16(raw), _mm256_set1_epi16(MIDDLE));
 }
+INLINE Vec values_at(const Value* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE Vec add_products(Vec sum, Vec codes, Vec x) { return mul_add(sum, codes, x); }
+INLINE Vec add_groups(Vec sum, Vec codes, Vec x) { return mul_add(sum, codes, x); }
+INLINE Vec load_ints(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE Vec repeat_int(const Value* p) {
+  int32_t group;
+  std::memcpy(&group, p, 4);
+  return _mm256_set1_epi32(group);
+}
+INLINE Vec subtract_int(Vec v, int32_t by) { return _mm256_sub_epi32(v, _mm256_set1_epi32(by)); }
+INLINE VecF to_floats(Vec v) { return _mm256_cvtepi32_ps(v); }
+INLINE VecF load_floats(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store_floats(float* p, VecF v) { _mm256_storeu_ps(p, v); }
 INLINE int32_t sum_ints(Vec v) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+// Codes of sixteen rows, two features in each 32 bits; returns how many features are done.
+INLINE int64_t gather_panel(const uint8_t* const* rows, int64_t cols, int32_t* panel) {
+  int64_t i = 0;
+  for (; i + 16 <= cols; i += 16) {
+    for (int half = 0; half < 2; ++half) {
+      Vec v[8];
+      unroll<8>([&](auto r) INLINE_LAMBDA { v[r] = codes_at(rows[8 * half + r] + i); });
+      transpose_ints(v);
+      int32_t* to = panel + i / 2 * 16 + 8 * half;
+      unroll<8>([&](auto r) INLINE_LAMBDA {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 16 * r), v[r]);
+      });
+    }
+  }
+  return i;
 }
 
 }  // namespace
@@ -483,7 +517,7 @@ INLINE int32_t sum_ints(Vec v) {
 namespace kbit {
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, multiply_bytes, decode, dot_floats, encode, search, round_strip};
+  static const Kernels kernels = {"avx2", is_fast_weight, mode, prepare, gemv, gemm, sizeof(Value), round_bytes, multiply_bytes, decode, dot_floats, encode, search, round_strip};
   return &kernels;
 }
 

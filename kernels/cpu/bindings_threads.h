@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -14,6 +15,8 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 4;  // rows of a weight that a thread takes at least
 constexpr int64_t SERIAL = 1 << 16;  // multiplications below which a second thread does not pay
+constexpr int64_t LONG = 1 << 24;  // multiplications from which threads take rows as they come: cores differ in speed
+constexpr int64_t SHARED_ROWS = 32;  // that they then take at least
 constexpr int64_t TILE = 1 << 18;  // weights decoded at a time
 
 // Memory that a thread keeps between calls, so that large activations are not mapped anew each time.
@@ -81,6 +84,17 @@ template <class F>
 void over_rows(int64_t rows, int64_t work, const F& body) {
   if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region() || works_alone()) {
     body(int64_t{0}, rows);
+    return;
+  }
+  if (work >= LONG) {
+    const int64_t threads = at::get_num_threads();
+    const int64_t step = std::max(SHARED_ROWS, rows / (threads * 16) / SHARED_ROWS * SHARED_ROWS);
+    std::atomic<int64_t> next = 0;
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t begin = next.fetch_add(step); begin < rows; begin = next.fetch_add(step)) {
+        body(begin, std::min(rows, begin + step));
+      }
+    });
     return;
   }
   const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;

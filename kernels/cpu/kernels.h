@@ -76,9 +76,17 @@ struct Activation {
 
 // Rows of x, each as int8 under one scale.
 struct Bytes {
-  const int8_t* values;  // (rows, apart); outlier features are zero
-  const int32_t* sums;  // (rows): of the values
-  int64_t rows, apart;
+  void* values;  // (rows, apart), integers of the set's `value_bytes`; outlier features are zero
+  int32_t* sums;  // (rows): of the values
+  float* scales;  // (rows)
+  float* outliers;  // (rows, outliers)
+  int64_t rows, cols, apart;  // `apart`: at least `cols`, a multiple of 4
+};
+
+// What multiplies the codes of a weight's rows.
+struct ByteRows {
+  const float* scales;  // (rows): of a step
+  const float* outliers;  // (rows, outliers)
 };
 
 // The boundaries between the levels of a codebook, and a grid over [-1, 1] that finds them quickly.
@@ -132,9 +140,12 @@ struct Kernels {
   // out[m * stride + r - begin] for r in [begin, end) and every row m of x, at least two.
   void (*gemm)(const Weight& weight, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
                int64_t stride);
-  // out[m * stride + r - begin] = sum of (code - MIDDLE) * x over 8-bit codes, for r in [begin, end), every row m of x.
-  void (*multiply_bytes)(const Weight& weight, const Bytes& x, int64_t begin, int64_t end, int32_t* out,
-                         int64_t stride);
+  int64_t value_bytes;  // of an integer in `Bytes`
+  // Row m of x, outlier features already set to zero, to int8.
+  void (*round_bytes)(const float* x, int64_t m, Bytes& out);
+  // out[m * stride + r] for r in [begin, end) and every row m of x: products with 8-bit codes, and with outliers.
+  void (*multiply_bytes)(const Weight& weight, const ByteRows& rows, const Bytes& x, int64_t begin, int64_t end,
+                         float* out, int64_t stride);
   // Row `row` as `cols` floats, outlier columns in place: codebook[code] * scale + zero.
   void (*decode)(const Weight& weight, int64_t row, float* out);
   float (*dot)(const float* a, const float* b, int64_t count);

@@ -5,19 +5,24 @@
 namespace kbit {
 namespace {
 
+using Value = int8_t;
 constexpr int BYTES = 8;
 constexpr bool MIDDLE_LATER = false;
 struct ByteVec {
   int32_t lane[BYTES];
 };
-template <class Byte>
-inline ByteVec bytes_at(const Byte* p) {
+inline ByteVec codes_at(const uint8_t* p) {
+  ByteVec out;
+  for (int i = 0; i < BYTES; ++i) out.lane[i] = p[i] - MIDDLE;
+  return out;
+}
+inline ByteVec values_at(const Value* p) {
   ByteVec out;
   for (int i = 0; i < BYTES; ++i) out.lane[i] = p[i];
   return out;
 }
 inline ByteVec add_products(ByteVec sum, const ByteVec& codes, const ByteVec& x) {
-  for (int i = 0; i < BYTES; ++i) sum.lane[i] += (codes.lane[i] - MIDDLE) * x.lane[i];
+  for (int i = 0; i < BYTES; ++i) sum.lane[i] += codes.lane[i] * x.lane[i];
   return sum;
 }
 inline int32_t sum_ints(const ByteVec& v) {
@@ -77,7 +82,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, multiply_bytes, decode, dot, encode, search, round_strip};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, sizeof(Value), round_bytes, multiply_bytes, decode, dot, encode, search, round_strip};
   return &kernels;
 }
 

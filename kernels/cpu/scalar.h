@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "kernels.h"
 
@@ -26,6 +28,17 @@ INLINE void unroll(const Body& body) {
     body(Constant<COUNT - 1>{});
   }
 }
+
+// Memory that a kernel needs for the duration of a call.
+struct Scratch {
+  explicit Scratch(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data;
+};
 
 // Into the L2 cache. What lies past the end of the memory is not touched.
 INLINE void prefetch(const void* at, int64_t bytes) {

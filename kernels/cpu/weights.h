@@ -18,17 +18,6 @@ namespace {
     default: { constexpr int K = 8; call; break; } \
   }
 
-// Memory that a kernel needs for the duration of a call.
-struct Scratch {
-  explicit Scratch(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data;
-};
-
 inline int64_t chunk_count(const Weight& w) { return (w.cols + CHUNK - 1) / CHUNK; }
 
 inline bool is_fast_weight(const Weight& w) { return w.block % 32 == 0; }

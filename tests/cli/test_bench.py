@@ -7,14 +7,15 @@ import json
 import pytest
 
 
-def test_bench_measures_both(kbitc, compiled):
+@pytest.mark.parametrize(("dtype", "bits"), [("auto", 16), ("float32", 32)])
+def test_bench_measures_both(kbitc, compiled, dtype, bits):
     out, _ = compiled
-    done = kbitc(
-        "bench", out, "-n", "2", "--prompt-tokens", "8", "--runs", "1", "--json", "--backend", "eager"
-    )
+    short = ("-n", "2", "--prompt-tokens", "8", "--runs", "1", "--backend", "eager")
+    done = kbitc("bench", out, *short, "--json", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert set(rows) == {"packed", "16-bit"}
+    assert set(rows) == {"packed", f"{bits}-bit"}
+    assert rows[f"{bits}-bit"]["bits_per_param"] == bits
     for row in rows.values():
         assert row["decode"] > 0
         assert row["prefill"] > 0

@@ -55,7 +55,7 @@ def definition(x, weight, bias=None):
 @given(
     rows=st.integers(1, 70),
     features=st.integers(1, 700),
-    tokens=st.integers(0, 9),
+    tokens=st.integers(0, 30),
     flags=st.sampled_from(["", "+dq", "+out1%", "+dq+out30%"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     with_bias=st.booleans(),
@@ -75,12 +75,13 @@ def test_equals_the_definition(multiply, rows, features, tokens, flags, dtype, w
     assert bool(((y.double() - expected).abs() <= 2e-6 * size + rounding * expected.abs()).all())
 
 
-def test_whole_numbers_are_exact(multiply):
+@pytest.mark.parametrize("tokens", [3, 21])
+def test_whole_numbers_are_exact(multiply, tokens):
     """Extreme codes and values over many features: no sum saturates or is rounded."""
     generator = torch.Generator().manual_seed(0)
     features = 1000
-    whole = torch.randint(0, 2, (9, features), generator=generator) * 254.0 - 127
-    x = torch.randint(0, 2, (3, features), generator=generator) * 254.0 - 127
+    whole = torch.randint(0, 2, (39, features), generator=generator) * 254.0 - 127
+    x = torch.randint(0, 2, (tokens, features), generator=generator) * 254.0 - 127
     weight = quantize(whole, f"int8:{features}")
     expected = (x.double() @ whole.double().mT).float()
     assert_close(multiply(x, weight), expected, rtol=1e-6, atol=0.0)
@@ -99,9 +100,10 @@ def test_outliers_do_not_coarsen_the_rest(multiply):
     assert (multiply(x, kept).double() - exact).norm() < rest + 0.02 * 40
 
 
-def test_zero_tiny_and_broken_rows(multiply):
+@pytest.mark.parametrize("tokens", [5, 13])
+def test_zero_tiny_and_broken_rows(multiply, tokens):
     weight = quantize(torch.randn(5, 33), "int8:33")
-    x = torch.randn(5, 33)
+    x = torch.randn(tokens, 33)
     x[0] = 0.0
     x[1] = 1e-42
     x[2, 4] = float("nan")

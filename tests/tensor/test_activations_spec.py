@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -85,6 +87,26 @@ def test_the_command_line_runs_and_says_so(folder):
     shown = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
     assert shown.exit_code == 0, shown.output
     assert "+a8" in shown.stdout
+
+
+def test_an_evaluation_says_what_the_linears_took(folder):
+    scores = {}
+    for asked in ([], ["--activations", "int8"], ["--activations", "float"]):
+        done = CliRunner().invoke(app, ["eval", str(folder), "--limit-tokens", "600", "--json", *asked])
+        assert done.exit_code == 0, done.output
+        score = json.loads(done.stdout)
+        scores[asked[-1] if asked else "own"] = (score["activations"], score["loss"])
+    assert scores["own"] == scores["int8"]
+    assert scores["own"][0] == "int8"
+    assert scores["float"][0] == "float"
+    assert scores["float"][1] != scores["own"][1]
+
+
+def test_a_dtype_to_compute_in(folder):
+    run = ["run", str(folder), "Once upon", "-n", "2", "--backend", "eager", "--dtype"]
+    assert CliRunner().invoke(app, [*run, "float32"]).exit_code == 0
+    wrong = CliRunner().invoke(app, [*run, "flaot32"])
+    assert "did you mean 'float32'" in str(wrong.exception)
 
 
 def test_onnx_rounds_its_inputs_too(folder, tmp_path):
