@@ -4,6 +4,7 @@ Makes a synthetic fp16 LLaMA folder (random weights, by default 1.1 B parameters
 it in a process of its own.
 
     python -m benchmarks.compile_memory [--spec nf4:64] [--layers 22] [--keep FOLDER]
+    python -m benchmarks.compile_memory --bits 4 --quantizer feedback --calibrate TEXT
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +25,16 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 
 
 
 def make_folder(folder: Path, layers: int) -> int:
-    """Write config and shards of two layers each, one at a time; returns the bytes of all tensors."""
+    """Write config, the demo's tokenizer and a shard for each layer; returns the bytes of all tensors."""
     from transformers import LlamaConfig
+
+    from kbitc.checkpoint import demo
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=32000, dtype="float16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.folder() / name, folder / name)
     generator = torch.Generator().manual_seed(0)
     hidden, wide, key_value = 2048, 5632, 256
     rows = {"q_proj": hidden, "k_proj": key_value, "v_proj": key_value, "o_proj": hidden}
@@ -66,6 +72,8 @@ def main() -> None:
     )
     parser.add_argument("--spec", default="nf4:64")
     parser.add_argument("--bits", help="plan under a budget instead of --spec")
+    parser.add_argument("--quantizer", default="auto")
+    parser.add_argument("--calibrate", default="auto", help="a text file, self, random or none")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--keep", type=Path, help="keep the folder here and use it again")
     options = parser.parse_args()
@@ -76,8 +84,9 @@ def main() -> None:
             print(f"made {make_folder(folder, options.layers) / 1e9:.2f} GB of fp16 weights")
         choice = ["--bits", options.bits] if options.bits else ["--spec", options.spec]
         out = Path(temporary) / "out"
+        choice += ["--quantizer", options.quantizer, "--calibrate", options.calibrate]
         command = [sys.executable, "-m", "kbitc", "compile", str(folder), *choice, "-o", str(out), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         megabytes = result["source_bytes"] / 1e6

@@ -65,10 +65,23 @@ def verify_folder(
 
 
 def _verifier(path: Path) -> Any:
-    """What compares an export with its artifact."""
+    """What compares an export with its artifact.
+
+    Raises:
+        SourceError: it is none.
+    """
     from kbitc.backends import COMPRESSED, exported_kind
     from kbitc.evaluation import compressed_verify, gguf_verify, onnx_verify
+    from kbitc.system import files
 
+    if not files.exists(path):
+        raise SourceError(f"{path}: no such file or folder")
     if gguf_verify.is_gguf(path):
         return gguf_verify
-    return compressed_verify if exported_kind(path) == COMPRESSED else onnx_verify
+    kind = exported_kind(path)
+    if not kind:
+        raise SourceError(
+            f"{path}: neither a compiled model nor exported from one; write them with 'kbitc compile MODEL "
+            "-o OUT' and 'kbitc export OUT --format onnx|gguf|compressed-tensors -o PATH'"
+        )
+    return compressed_verify if kind == COMPRESSED else onnx_verify

@@ -33,6 +33,15 @@ def another(data):
     data["quantization_config"]["quant_method"] = "x"
 
 
+def test_what_is_no_export_says_so(kbitc, tmp_path):
+    missing = kbitc("verify", tmp_path / "gone.gguf")
+    assert missing.returncode == 1
+    assert "no such file or folder" in missing.stderr
+    empty = kbitc("verify", tmp_path)
+    assert empty.returncode == 1
+    assert "neither a compiled model nor exported from one" in empty.stderr
+
+
 def test_an_artifact_is_verified(kbitc, compiled):
     done = kbitc("verify", compiled[0])
     assert done.returncode == 0, done.stderr
