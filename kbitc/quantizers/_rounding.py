@@ -18,6 +18,7 @@ from kbitc.kernels.rounding import KEPT, Levels
 from kbitc.sensitivity.gram import Gram
 
 STRIP = 128  # columns whose errors are passed on one by one; later ones get them together
+PART = 512  # rows of an inverse that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -44,36 +45,74 @@ class Damped:
             is_ordered: columns by falling diagonal; else as they stand.
             last: columns that come after all others.
         """
-        moments = damped(gram.inputs, damping)
-        diagonal = moments.diagonal().clone()
+        added = _added(gram.inputs, damping)
+        moments = gram.once(("moments", damping), lambda: _plus(gram.inputs.clone(), added))
+        diagonal = gram.inputs.diagonal().double()
         if last is not None:
             diagonal[last.long()] = -1.0
         if not is_ordered:
             diagonal = torch.where(diagonal < 0, diagonal, 1.0)
         order = torch.sort(diagonal, descending=True, stable=True).indices
-        return Damped(moments.float(), order, _inverse_factor(moments[order][:, order]).float())
+        return Damped(moments, order, _inverse_factor(gram.inputs, order, added))
 
 
 def damped(inputs: Tensor, damping: float) -> Tensor:
     """H + l I in float64, l at least what keeps it invertible."""
-    moments = inputs.double()
-    mean = float(moments.diagonal().mean())
-    moments = moments.clone()
-    moments.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return _plus(inputs.to(torch.float64, copy=True), _added(inputs, damping))
+
+
+def root(inputs: Tensor, damping: float) -> Tensor:
+    """Lower R with ``R R^T = H + l I``, float64."""
+    return _cholesky(damped(inputs, damping))
+
+
+def _added(inputs: Tensor, damping: float) -> float:
+    mean = float(inputs.diagonal().double().mean())
+    return damping * mean if mean > 0 else 1.0
+
+
+def _plus(moments: Tensor, added: float) -> Tensor:
+    """In place: rounded once, after the sum."""
+    moments.diagonal().copy_(moments.diagonal().double() + added)
     return moments
 
 
-def _inverse_factor(moments: Tensor) -> Tensor:
-    """Upper U with ``U^T U = moments^-1``: the inverse of R where ``moments = R R^T``, R upper."""
-    backwards = torch.linalg.cholesky(moments.flip(0, 1))
-    upper = backwards.flip(0, 1)
-    inverse = torch.zeros_like(upper)
-    # Below its last column a strip of columns is zero, which spares two thirds of the work.
-    for start in range(0, len(upper), STRIP):
-        stop = min(start + STRIP, len(upper))
-        unit = torch.eye(stop, dtype=upper.dtype)[:, start:]
-        inverse[:stop, start:stop] = torch.linalg.solve_triangular(upper[:stop, :stop], unit, upper=True)
-    return inverse
+def _cholesky(symmetric: Tensor) -> Tensor:
+    """Lower R with ``R R^T = symmetric``, in its memory: of wide inputs one such matrix is large."""
+    by_columns = symmetric.mT  # the same matrix, as LAPACK wants it, which spares a copy
+    info = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(by_columns, check_errors=True, out=(by_columns, info))
+    return by_columns
+
+
+def _inverse_factor(inputs: Tensor, order: Tensor, added: float) -> Tensor:
+    """Upper U, float32, with ``U^T U = (H + added I)^-1``, both sides in an order.
+
+    With both sides turned around as well, H + added I is R R^T for a lower R, and U is R^-1 turned around.
+    """
+    backwards = order.flip(0)
+    lower = _cholesky(_plus(inputs[backwards[:, None], backwards].double(), added))
+    _invert(lower)
+    width = len(lower)
+    factor = torch.empty(width, width)
+    for top in range(0, width, PART):
+        part = lower[top : top + PART].flip(0, 1)
+        factor[width - top - len(part) : width - top] = part
+    return factor
+
+
+def _invert(lower: Tensor) -> None:
+    """The inverse of a lower matrix, in place, from its last strip of columns to its first."""
+    width = len(lower)
+    for start in reversed(range(0, width, STRIP)):
+        stop = min(start + STRIP, width)
+        unit = torch.eye(stop - start, dtype=lower.dtype)
+        own = torch.linalg.solve_triangular(lower[start:stop, start:stop], unit, upper=False)
+        below = lower[stop:, start:stop] @ -own
+        lower[start:stop, start:stop] = own
+        for top in range(stop, width, PART):  # right of its diagonal an inverted part is zero
+            bottom = min(top + PART, width)
+            lower[top:bottom, start:stop] = lower[top:bottom, stop:bottom] @ below[: bottom - stop]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from kbitc.formats.packed import Packed
 from kbitc.formats.scales import store_scales, store_zeros
 from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
-from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
+from kbitc.quantizers._rounding import Damped, Grid, Rounded, descend, feed_back, refitted, root
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
 from kbitc.sensitivity.moments import MOMENTS
@@ -98,7 +98,7 @@ class Feedback:
         gram = group.gram
         if not self.target or (gram.cross is None and group.residual is None):
             return rows
-        root = gram.once(("root", self.damping), lambda: alone(lambda: _root(gram, self.damping)))
+        own = gram.once(("root", self.damping), lambda: alone(lambda: root(gram.inputs, self.damping)))
         difference = None if gram.cross is None else gram.cross - gram.inputs
 
         def way(tile: slice) -> Tensor:
@@ -106,7 +106,7 @@ class Feedback:
             if group.residual is not None:
                 pulled = group.residual[tile] if pulled is None else pulled.add_(group.residual[tile])
             assert pulled is not None
-            return _solved(pulled, root)
+            return _solved(pulled, own)
 
         ways = torch.cat(side_by_side(way, _tiles(rows)))
         return ways.mul_(_part(rows, ways, group)).add_(rows)
@@ -129,12 +129,6 @@ def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
         return every
     counts = torch.tensor([[float(len(group.rows))] for group in groups])
     return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
-
-
-def _root(gram: Gram, damping: float) -> Tensor:
-    """Lower R with ``R R^T = H + l I``, float64."""
-    root: Tensor = torch.linalg.cholesky(damped(gram.inputs, damping))
-    return root
 
 
 def _solved(rows: Tensor, root: Tensor) -> Tensor:

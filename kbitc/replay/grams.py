@@ -179,10 +179,14 @@ class _Sums:
     def joined(self, found: Iterator[Tensor]) -> Gram:
         """From what the jobs gave, in their order."""
         cross = None if self.is_one else torch.cat([next(found) for _ in self.strips])
-        upper = torch.zeros(self.width, self.width)
+        whole = torch.empty(self.width, self.width)
         for strip in self.strips:
-            upper[strip, strip.start :] = next(found)
-        return Gram(upper.triu() + upper.triu(1).mT, cross, self.tokens)
+            own = next(found)
+            inner = own[:, : len(own)]
+            inner.copy_(inner.triu() + inner.triu(1).mT)
+            whole[strip, strip.start :] = own
+            whole[strip.stop :, strip] = own[:, len(own) :].mT
+        return Gram(whole, cross, self.tokens)
 
     def _cross(self, strip: slice) -> Tensor:
         return self._mean((x[:, strip], y) for x, y in self.windows())

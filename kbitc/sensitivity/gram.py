@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -46,11 +47,13 @@ class Gram:
     tokens: int = 0
     held_out: Gram | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _locks: dict[Hashable, Lock] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is made of the moments, kept for the next weight that has the same."""
-        if key not in self._made:
-            self._made[key] = make()
+        """What is made of the moments, by one thread, and kept for the next weight that has the same."""
+        with self._locks.setdefault(key, Lock()):
+            if key not in self._made:
+                self._made[key] = make()
         made: T = self._made[key]
         return made
 

@@ -8,7 +8,7 @@ import torch
 from kbitc.formats.codebooks import shared_codebook
 from kbitc.formats.encoder import Encoder
 from kbitc.formats.spec import parse
-from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted
+from kbitc.quantizers._rounding import Damped, Grid, Rounded, damped, descend, feed_back, refitted, root
 from kbitc.sensitivity.gram import Gram
 
 ROWS, WIDTH, BLOCK = 13, 203, 37  # more than one strip of columns, a short last block
@@ -59,6 +59,26 @@ def plain_feedback(target, moments, grid, order):
             own = moments[left][:, left]
             rest[left] -= torch.linalg.solve(own, moments[left, column][:, None]) * (value - wanted)
     return values
+
+
+@pytest.mark.parametrize(
+    "width", [1, 129, 700]
+)  # of one strip of columns, of two, of more than one part of rows
+def test_the_factor_is_that_of_the_damped_moments_inverse(width):
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(3 * width, width, generator=generator) * torch.rand(width, generator=generator)
+    moments = x.mT @ x / len(x)
+    moments = (moments + moments.mT) / 2
+    against = Damped.of(Gram(moments), 0.05)
+    whole = damped(moments, 0.05)
+    assert torch.equal(against.moments, whole.float())
+    assert torch.equal(against.factor, against.factor.triu())
+    factor = against.factor.double()
+    left = factor.mT @ factor @ whole[against.order][:, against.order] - torch.eye(width)
+    assert float(left.abs().max()) < 1e-5
+    lower = root(moments, 0.05)
+    torch.testing.assert_close(lower @ lower.mT, whole, rtol=1e-12, atol=1e-12)
+    assert torch.equal(lower, lower.tril())
 
 
 @pytest.mark.parametrize("spec", ["nf3:37", "int4:37", "int3:37+zp", "fp5:37"])
