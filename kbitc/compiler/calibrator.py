@@ -41,6 +41,7 @@ from kbitc.graph.input_shapes import Shape
 from kbitc.graph.positions import usable_positions
 from kbitc.sensitivity.losses import drawn_loss, next_token_loss
 from kbitc.system.checksums import digest
+from kbitc.system.memo import Memo
 from kbitc.version import VERSION
 
 AUTO, SELF, RANDOM, NONE = "auto", "self", "random", "none"
@@ -85,8 +86,7 @@ class Calibrator:
     inputs: Mapping[str, Any] | None = None
     most: int | None = None
     is_default: bool = False
-    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _sampled: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @cached_property
     def _used(self) -> str | Path | Tensor:
@@ -218,12 +218,15 @@ class Calibrator:
         from transformers import __version__ as transformers_version
 
         number, length = max(count, self._number()), window_length(self.checkpoint.skeleton())
-        if number not in self._sampled:
+
+        def made() -> Tensor:
             key = self._digest(f"text {SEED}", str(number), str(length), transformers_version)
             path = cache_folder() / "texts" / f"{key}.safetensors"
-            made = kept(path, lambda: {"ids": self._sample_anew(number, length)}, "Text that a model samples")
-            self._sampled[number] = made["ids"]
-        return self._sampled[number][:count]
+            return kept(
+                path, lambda: {"ids": self._sample_anew(number, length)}, "Text that a model samples"
+            )["ids"]
+
+        return self.once(("sampled", number), made)[:count]
 
     def _number(self) -> int:
         return max(COUNT, self.most or 0)
@@ -252,10 +255,7 @@ class Calibrator:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """See `kbitc.graph.context.Calibration`."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
+        return self._memo.once(key, make)
 
     def remembered(
         self, measure: Callable[[], Mapping[str, Tensor]], options: str = ""

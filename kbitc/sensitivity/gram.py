@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kbitc.graph.facts import Fact
 from kbitc.sensitivity.moments import Moments
+from kbitc.system.memo import Memo
 
 T = TypeVar("T")
 
@@ -46,16 +46,11 @@ class Gram:
     cross: Tensor | None = None
     tokens: int = 0
     held_out: Gram | None = None
-    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
-    _locks: dict[Hashable, Lock] = field(default_factory=dict, init=False, repr=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is made of the moments, by one thread, and kept for the next weight that has the same."""
-        with self._locks.setdefault(key, Lock()):
-            if key not in self._made:
-                self._made[key] = make()
-        made: T = self._made[key]
-        return made
+        """What is made of the moments, kept for the next weight that has the same."""
+        return self._memo.once(key, make)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
-"""Full second moments, and what is made of them."""
+"""What is made once for a key."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
-import torch
-
-from kbitc.sensitivity.gram import Gram
+from kbitc.system.memo import Memo
 
 
 def test_threads_that_want_the_same_make_it_once():
-    gram = Gram(torch.eye(3))
+    memo = Memo()
     started, made = Event(), []
 
     def make() -> int:
@@ -20,6 +18,6 @@ def test_threads_that_want_the_same_make_it_once():
         return len(made)
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: gram.once("key", make), range(4)))
+        found = list(pool.map(lambda _: memo.once("key", make), range(4)))
     assert found == [1] * 4
-    assert gram.once("other", lambda: 7) == 7
+    assert memo.once("other", lambda: 7) == 7
