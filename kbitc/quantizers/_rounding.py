@@ -55,18 +55,19 @@ class Damped:
         order = torch.sort(diagonal, descending=True, stable=True).indices
         return Damped(moments, order, _inverse_factor(gram.inputs, order, added))
 
+    def solved(self, rows: Tensor) -> Tensor:
+        """``rows (H + l I)^-1``, to what the factor's float32 leaves of it.
 
-def damped(inputs: Tensor, damping: float) -> Tensor:
-    """H + l I in float64, l at least what keeps it invertible."""
-    return _plus(inputs.to(torch.float64, copy=True), _added(inputs, damping))
-
-
-def root(inputs: Tensor, damping: float) -> Tensor:
-    """Lower R with ``R R^T = H + l I``, float64."""
-    return _cholesky(damped(inputs, damping))
+        Args:
+            rows: ``(count, in_features)`` float32.
+        """
+        found = torch.empty_like(rows)
+        found[:, self.order] = rows[:, self.order] @ self.factor.mT @ self.factor
+        return found
 
 
 def _added(inputs: Tensor, damping: float) -> float:
+    """l: at least what keeps H + l I invertible."""
     mean = float(inputs.diagonal().double().mean())
     return damping * mean if mean > 0 else 1.0
 

@@ -29,7 +29,7 @@ from kbitc.formats.packed import Packed
 from kbitc.formats.scales import store_scales, store_zeros
 from kbitc.formats.spec import Spec
 from kbitc.graph.facts import Fact
-from kbitc.quantizers._rounding import Damped, Grid, Rounded, descend, feed_back, refitted, root
+from kbitc.quantizers._rounding import Damped, Grid, Rounded, descend, feed_back, refitted
 from kbitc.sensitivity.evidence import Evidence
 from kbitc.sensitivity.gram import GRAM, Gram, Judged, RowGroup
 from kbitc.sensitivity.moments import MOMENTS
@@ -77,11 +77,14 @@ class Feedback:
         groups = evidence.get(GRAM)
         assert groups is not None
         made = draft(weight, spec, outliers=evidence.outliers, name=evidence.name)
-        parts = [self._target(made.rows[group.rows].float(), group) for group in groups]
+        against = [self._against(group.gram, made.outlier_index) for group in groups]
+        parts = [
+            self._target(made.rows[group.rows].float(), group, own)
+            for group, own in zip(groups, against, strict=True)
+        ]
         aimed = replace(made, rows=_scattered(parts, groups))
         if self.search:
             aimed = aimed.searched(_importance(groups, aimed))
-        against = [self._against(group.gram, made.outlier_index) for group in groups]
         return _Work(self, made.rows, aimed, groups, against).packed()
 
     def _against(self, gram: Gram, kept: Tensor | None) -> Damped:
@@ -93,12 +96,11 @@ class Feedback:
 
         return gram.once(("damped", *key), lambda: alone(make))
 
-    def _target(self, rows: Tensor, group: RowGroup) -> Tensor:
+    def _target(self, rows: Tensor, group: RowGroup, against: Damped) -> Tensor:
         """The rows that fit x^ best, as far as held-out tokens agree."""
         gram = group.gram
         if not self.target or (gram.cross is None and group.residual is None):
             return rows
-        own = gram.once(("root", self.damping), lambda: alone(lambda: root(gram.inputs, self.damping)))
         difference = None if gram.cross is None else gram.cross - gram.inputs
 
         def way(tile: slice) -> Tensor:
@@ -106,7 +108,7 @@ class Feedback:
             if group.residual is not None:
                 pulled = group.residual[tile] if pulled is None else pulled.add_(group.residual[tile])
             assert pulled is not None
-            return _solved(pulled, own)
+            return against.solved(pulled)
 
         ways = torch.cat(side_by_side(way, _tiles(rows)))
         return ways.mul_(_part(rows, ways, group)).add_(rows)
@@ -129,11 +131,6 @@ def _importance(groups: Sequence[RowGroup], made: Draft) -> Tensor:
         return every
     counts = torch.tensor([[float(len(group.rows))] for group in groups])
     return (every / every.mean(1, keepdim=True).clamp_min(1e-30) * counts).sum(0, keepdim=True)
-
-
-def _solved(rows: Tensor, root: Tensor) -> Tensor:
-    """``rows (R R^T)^-1``."""
-    return torch.cholesky_solve(rows.mT.double(), root).mT.float().contiguous()
 
 
 def _part(rows: Tensor, way: Tensor, judge: RowGroup) -> float:
