@@ -13,7 +13,6 @@
 
 #include "encode.h"
 #include "round.h"
-#include "transpose.h"
 
 namespace kbit {
 namespace {
@@ -461,7 +460,6 @@ INLINE void multiply_unit(const Lut<K>& lut, const Codes* rows, Unit u, const in
 // LLM.int8(): `pmaddwd` of 16-bit integers, since `pmaddubsw` saturates.
 using Value = int16_t;
 using ByteVec = Vec;
-using IntVec = Vec;
 constexpr int BYTES = 16;
 constexpr int INTS = 8;
 constexpr int PANEL_COLS = 4;
@@ -471,15 +469,11 @@ INLINE Vec codes_at(const uint8_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_sub_epi16(_mm256_cvtepu8_epi16(raw), _mm256_set1_epi16(MIDDLE));
 }
+INLINE __m256i groups_at(const uint8_t* p) { return codes_at(p); }
 INLINE Vec values_at(const Value* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE Vec add_products(Vec sum, Vec codes, Vec x) { return mul_add(sum, codes, x); }
-INLINE Vec add_groups(Vec sum, Vec codes, Vec x) { return mul_add(sum, codes, x); }
 INLINE Vec load_ints(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-INLINE Vec repeat_int(const Value* p) {
-  int32_t group;
-  std::memcpy(&group, p, 4);
-  return _mm256_set1_epi32(group);
-}
+INLINE Vec repeat_int(int32_t group) { return _mm256_set1_epi32(group); }
 INLINE Vec subtract_int(Vec v, int32_t by) { return _mm256_sub_epi32(v, _mm256_set1_epi32(by)); }
 INLINE VecF to_floats(Vec v) { return _mm256_cvtepi32_ps(v); }
 INLINE VecF load_floats(const float* p) { return _mm256_loadu_ps(p); }
@@ -488,23 +482,6 @@ INLINE int32_t sum_ints(Vec v) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
-}
-
-// Codes of sixteen rows, two features in each 32 bits; returns how many features are done.
-INLINE int64_t gather_panel(const uint8_t* const* rows, int64_t cols, int32_t* panel) {
-  int64_t i = 0;
-  for (; i + 16 <= cols; i += 16) {
-    for (int half = 0; half < 2; ++half) {
-      Vec v[8];
-      unroll<8>([&](auto r) INLINE_LAMBDA { v[r] = codes_at(rows[8 * half + r] + i); });
-      transpose_ints(v);
-      int32_t* to = panel + i / 2 * 16 + 8 * half;
-      unroll<8>([&](auto r) INLINE_LAMBDA {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 16 * r), v[r]);
-      });
-    }
-  }
-  return i;
 }
 
 }  // namespace

@@ -13,7 +13,6 @@
 
 #include "encode.h"
 #include "round.h"
-#include "transpose.h"
 
 namespace kbit {
 namespace {
@@ -586,45 +585,24 @@ INLINE void multiply_unit(const Levels<K, MODE>& levels, const Codes* rows, Unit
 // LLM.int8(): `vpdpbusd` takes codes as they stand.
 using Value = int8_t;
 using ByteVec = Vec;
-using IntVec = Vec;
 constexpr int BYTES = 64;
 constexpr int INTS = 16;
 constexpr int PANEL_COLS = 12;
 constexpr bool MIDDLE_LATER = true;
 #define HAS_PANELS
 INLINE Vec codes_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE __m256i groups_at(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 INLINE Vec values_at(const Value* p) { return _mm512_loadu_si512(p); }
 INLINE Vec add_products(Vec sum, Vec codes, Vec x) { return _mm512_dpbusd_epi32(sum, codes, x); }
-INLINE Vec add_groups(Vec sum, Vec codes, Vec x) { return _mm512_dpbusd_epi32(sum, codes, x); }
 INLINE Vec load_ints(const int32_t* p) { return _mm512_load_si512(p); }
-INLINE Vec repeat_int(const Value* p) {
-  int32_t group;
-  std::memcpy(&group, p, 4);
-  return _mm512_set1_epi32(group);
-}
+INLINE Vec repeat_int(int32_t group) { return _mm512_set1_epi32(group); }
 INLINE Vec subtract_int(Vec v, int32_t by) { return _mm512_sub_epi32(v, _mm512_set1_epi32(by)); }
 INLINE VecF to_floats(Vec v) { return _mm512_cvtepi32_ps(v); }
 INLINE VecF load_floats(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store_floats(float* p, VecF v) { _mm512_storeu_ps(p, v); }
 INLINE int32_t sum_ints(Vec v) { return _mm512_reduce_add_epi32(v); }
-// Codes of 32 rows, four features in each 32 bits; returns how many features are done.
-INLINE int64_t gather_panel(const uint8_t* const* rows, int64_t cols, int32_t* panel) {
-  int64_t i = 0;
-  for (; i + 32 <= cols; i += 32) {
-    for (int part = 0; part < 4; ++part) {
-      __m256i v[8];
-      unroll<8>([&](auto r) INLINE_LAMBDA {
-        v[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[8 * part + r] + i));
-      });
-      transpose_ints(v);
-      int32_t* to = panel + i / 4 * 32 + 8 * part;
-      unroll<8>([&](auto r) INLINE_LAMBDA {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32 * r), v[r]);
-      });
-    }
-  }
-  return i;
-}
 
 }  // namespace
 }  // namespace kbit

@@ -86,8 +86,8 @@ void over_rows(int64_t rows, int64_t work, const F& body) {
     body(int64_t{0}, rows);
     return;
   }
-  if (work >= LONG) {
-    const int64_t threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads();
+  if (work >= LONG && rows >= threads * SHARED_ROWS) {
     const int64_t step = std::max(SHARED_ROWS, rows / (threads * 16) / SHARED_ROWS * SHARED_ROWS);
     std::atomic<int64_t> next = 0;
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

@@ -6,16 +6,18 @@
 //
 // Each set defines, before it includes this, Value (x's integers), MIDDLE_LATER (whether products take codes as
 // they stand, so that 127 times the sum of x is subtracted in the end), BYTES (of a vector of codes), `ByteVec`,
-// `codes_at`, `values_at`, `add_products` and `sum_ints`; and where it defines HAS_PANELS, INTS (lanes of 32 bits),
-// PANEL_COLS, `load_ints`, `repeat_int`, `add_groups`, `subtract_int`, `to_floats`, `repeat_float`, `load_floats`,
-// `store_floats`, `multiply`, `multiply_add` and `gather_panel`. Sums may wrap on the way; up to BYTES_MOST features
-// the result does not.
+// `codes_at`, `values_at`, `add_products`, `sum_ints` and `dot_floats`; and where it defines HAS_PANELS, INTS (lanes of
+// 32 bits), PANEL_COLS, `load_ints`, `repeat_int`, `subtract_int`, `to_floats`, `repeat_float`, `load_floats`,
+// `store_floats`, `multiply`, `multiply_add` and `groups_at` (codes of eight groups). Sums may wrap on the way; up to
+// BYTES_MOST features the result does not.
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "scalar.h"
+#ifdef HAS_PANELS
+#include "transpose.h"
+#endif
 
 namespace kbit {
 namespace {
@@ -86,8 +88,10 @@ void multiply_few(const Weight& w, const ByteRows& rows, const Bytes& x, int64_t
             total += static_cast<uint32_t>(code * values[c][i]);
           }
           float value = static_cast<float>(static_cast<int32_t>(total)) * (x.scales[m + c] * rows.scales[row + r]);
-          const float* outliers = x.outliers + (m + c) * w.outliers;
-          for (int64_t i = 0; i < w.outliers; ++i) value += rows.outliers[(row + r) * w.outliers + i] * outliers[i];
+          if (w.outliers > 0) {
+            const float* weights = rows.outliers + (row + r) * w.outliers;
+            value += dot_floats(weights, x.outliers + (m + c) * w.outliers, w.outliers);
+          }
           out[(m + c) * stride + row + r] = value;
         }
       }
@@ -114,8 +118,19 @@ struct Panel {
       scales[r] = rows.scales[own];
       for (int64_t i = 0; i < w.outliers; ++i) outliers[i * PANEL_ROWS + r] = rows.outliers[own * w.outliers + i];
     }
-    const int64_t done = gather_panel(from, w.cols, codes);
-    for (int64_t i = done; i < w.cols; i += GROUP) {
+    int64_t i = 0;
+    for (; i + 8 * GROUP <= w.cols; i += 8 * GROUP) {
+      for (int part = 0; part < PANEL_ROWS; part += 8) {
+        __m256i groups[8];
+        unroll<8>([&](auto r) INLINE_LAMBDA { groups[r] = groups_at(from[part + r] + i); });
+        transpose_ints(groups);
+        int32_t* to = codes + i / GROUP * PANEL_ROWS + part;
+        unroll<8>([&](auto r) INLINE_LAMBDA {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(to + r * PANEL_ROWS), groups[r]);
+        });
+      }
+    }
+    for (; i < w.cols; i += GROUP) {
       for (int r = 0; r < PANEL_ROWS; ++r) {
         Value group[GROUP] = {};
         for (int64_t g = 0; g < GROUP && i + g < w.cols; ++g) {
@@ -140,16 +155,18 @@ struct Tile {
   }
 };
 
-using Sums = IntVec[PANEL_COLS][2];
+using Sums = ByteVec[PANEL_COLS][2];
 
 INLINE void add_panel(const Panel& panel, const Tile& tile, int64_t cols, Sums& sums) {
   const int32_t* codes = panel.codes;
   for (int64_t i = 0; i < cols; i += GROUP, codes += PANEL_ROWS) {
-    const IntVec low = load_ints(codes), high = load_ints(codes + INTS);
+    const ByteVec low = load_ints(codes), high = load_ints(codes + INTS);
     unroll<PANEL_COLS>([&](auto c) INLINE_LAMBDA {
-      const IntVec value = repeat_int(tile.values[c] + i);
-      sums[c][0] = add_groups(sums[c][0], low, value);
-      sums[c][1] = add_groups(sums[c][1], high, value);
+      int32_t group;
+      std::memcpy(&group, tile.values[c] + i, 4);
+      const ByteVec value = repeat_int(group);
+      sums[c][0] = add_products(sums[c][0], low, value);
+      sums[c][1] = add_products(sums[c][1], high, value);
     });
   }
 }
@@ -161,7 +178,7 @@ INLINE void finish_panel(const Weight& w, const Panel& panel, const Bytes& x, co
   unroll<PANEL_COLS>([&](auto c) INLINE_LAMBDA {
     unroll<2>([&](auto v) INLINE_LAMBDA {
       const int64_t row = tile.rows[c];
-      const IntVec whole = MIDDLE_LATER ? subtract_int(sums[c][v], middle_of(x, row)) : sums[c][v];
+      const ByteVec whole = MIDDLE_LATER ? subtract_int(sums[c][v], middle_of(x, row)) : sums[c][v];
       const VecF scale = multiply(repeat_float(x.scales[row]), load_floats(panel.scales + v * INTS));
       totals[c][v] = multiply(to_floats(whole), scale);
     });

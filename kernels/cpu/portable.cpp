@@ -25,6 +25,15 @@ inline ByteVec add_products(ByteVec sum, const ByteVec& codes, const ByteVec& x)
   for (int i = 0; i < BYTES; ++i) sum.lane[i] += codes.lane[i] * x.lane[i];
   return sum;
 }
+float dot_floats(const float* a, const float* b, int64_t count) {
+  float sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
 inline int32_t sum_ints(const ByteVec& v) {
   int32_t total = 0;
   for (int i = 0; i < BYTES; ++i) total += v.lane[i];
@@ -69,20 +78,10 @@ void decode(const Weight& w, int64_t row, float* out) {
   }
 }
 
-float dot(const float* a, const float* b, int64_t count) {
-  float sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
-  }
-  for (; i < count; ++i) sums[0] += a[i] * b[i];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, sizeof(Value), round_bytes, multiply_bytes, decode, dot, encode, search, round_strip};
+  static const Kernels kernels = {"portable", is_fast, nullptr, nullptr, nullptr, nullptr, sizeof(Value), round_bytes, multiply_bytes, decode, dot_floats, encode, search, round_strip};
   return &kernels;
 }
 

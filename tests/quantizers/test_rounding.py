@@ -67,9 +67,8 @@ def plain_feedback(target, moments, grid, order):
     return values
 
 
-@pytest.mark.parametrize(
-    "width", [1, 129, 700]
-)  # of one strip of columns, of two, of more than one part of rows
+# One strip of columns, two, more than one part of rows.
+@pytest.mark.parametrize("width", [1, 129, 700])
 def test_the_factor_is_that_of_the_damped_moments_inverse(width):
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(3 * width, width, generator=generator) * torch.rand(width, generator=generator)
