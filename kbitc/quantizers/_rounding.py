@@ -26,12 +26,14 @@ class Damped:
     """What rows that multiply one input are rounded against.
 
     Attributes:
-        moments: ``(in_features, in_features)`` float32: H + l I, l a part of the mean of H's diagonal.
+        inputs: ``(in_features, in_features)`` float32: H. H + l I is nowhere: of wide inputs it is large.
+        added: l, a part of the mean of H's diagonal.
         order: ``(in_features,)`` the columns as feedback takes them.
-        factor: upper Cholesky factor of the inverse of ``moments``, both sides in that order, float32.
+        factor: upper Cholesky factor of (H + l I)^-1, both sides in that order, float32.
     """
 
-    moments: Tensor
+    inputs: Tensor
+    added: float
     order: Tensor
     factor: Tensor
 
@@ -46,14 +48,27 @@ class Damped:
             last: columns that come after all others.
         """
         added = _added(gram.inputs, damping)
-        moments = gram.once(("moments", damping), lambda: _plus(gram.inputs.clone(), added))
         diagonal = gram.inputs.diagonal().double()
         if last is not None:
             diagonal[last.long()] = -1.0
         if not is_ordered:
             diagonal = torch.where(diagonal < 0, diagonal, 1.0)
         order = torch.sort(diagonal, descending=True, stable=True).indices
-        return Damped(moments, order, _inverse_factor(gram.inputs, order, added))
+        return Damped(gram.inputs, added, order, _inverse_factor(gram.inputs, order, added))
+
+    def times(self, columns: Tensor) -> Tensor:
+        """``(H + l I) columns``, of ``(in_features, count)`` float32."""
+        return (self.inputs @ columns).add_(columns, alpha=self.added)
+
+    def below(self, columns: Tensor, here: slice) -> Tensor:
+        """Rows from ``here.start`` on of ``(H + l I)[:, here] columns[here]``; ``columns`` as in `times`."""
+        found = self.inputs[here.start :, here] @ columns[here]
+        found[: here.stop - here.start].add_(columns[here], alpha=self.added)
+        return found
+
+    def corner(self, here: slice) -> Tensor:
+        """``(H + l I)[here, here]``."""
+        return _plus(self.inputs[here, here].clone(), self.added)
 
     def solved(self, rows: Tensor) -> Tensor:
         """``rows (H + l I)^-1``, to what the factor's float32 leaves of it.
@@ -202,16 +217,15 @@ def descend(target: Tensor, against: Damped, grid: Grid, start: Rounded) -> Roun
 
     The loss ``(q - target) H (q - target)^T`` of a row never rises but by rounding.
     """
-    moments = against.moments
     codes, values = torch.empty_like(start.codes), torch.empty_like(start.values)
-    slope = moments @ (start.values - target)
+    slope = against.times(start.values - target)
     for first in range(0, len(target), STRIP):
         stop = min(first + STRIP, len(target))
         here, levels = slice(first, stop), grid.of_columns(torch.arange(first, stop))
         codes[here], values[here], steps = torch.ops.kbit.descend_strip(
-            slope[here], start.values[here], moments[here, here], *levels
+            slope[here], start.values[here], against.corner(here), *levels
         )
-        slope[stop:].addmm_(moments[stop:, here], steps)
+        slope[stop:].addmm_(against.inputs[stop:, here], steps)
     return Rounded(codes, values)
 
 
@@ -235,7 +249,7 @@ def refitted(
     """
     levels, block = grid.levels(rounded.codes), grid.block
     width, rows = target.shape
-    drawn = against.moments @ target if drawn is None else drawn
+    drawn = against.times(target) if drawn is None else drawn
     blocks = grid.scales.shape[0]
     parts = [levels]
     if grid.zeros is not None:
@@ -244,13 +258,15 @@ def refitted(
             ones[grid.kept] = 0.0
         parts.append(ones)
     if grid.kept is not None:
-        drawn = drawn - against.moments[:, grid.kept] @ rounded.values[grid.kept]
+        own = rounded.values[grid.kept]
+        drawn = drawn - against.inputs[:, grid.kept] @ own
+        drawn[grid.kept] -= against.added * own
     right = torch.cat([_by_block(part * drawn, block) for part in parts]).double()
     matrix = torch.empty(rows, len(parts), blocks, len(parts), blocks, dtype=torch.float64)
     for b in range(blocks):  # the blocks from b on, and the others by symmetry
         later, here = slice(b * block, width), slice(b * block, min((b + 1) * block, width))
         for i, part in enumerate(parts):
-            pushed = against.moments[later, here] @ part[here]
+            pushed = against.below(part, here)
             for j, other in enumerate(parts):
                 rising = _by_block(other[later] * pushed, block).mT.double()
                 matrix[:, j, b:, i, b] = rising

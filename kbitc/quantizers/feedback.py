@@ -185,7 +185,7 @@ class _Work:
         self.targets = [aimed.rows[tile.rows].float().mT.contiguous() for tile in self.tiles]
         self.judged = self._each(lambda i: self._judged(self.tiles[i]))
         refits = options.refit and options.polish > 0
-        self.drawn = self._each(lambda i: self._against(i).moments @ self.targets[i]) if refits else []
+        self.drawn = self._each(lambda i: self._against(i).times(self.targets[i])) if refits else []
 
     def _judged(self, tile: _Tile) -> Judged:
         part = slice(tile.first, tile.first + len(tile.rows))

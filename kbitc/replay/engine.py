@@ -76,6 +76,7 @@ class Replay:
             for stop in cuts:
                 shelf = self._step(shelf, _Span(nodes, start, stop.position, last_use), inputs)
                 start = stop.position
+                give_back()
                 yield Inputs(stop, shelf)
                 give_back()
             if outputs is not None:
