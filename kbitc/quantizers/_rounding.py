@@ -19,6 +19,8 @@ from kbitc.sensitivity.gram import Gram
 
 STRIP = 128  # columns whose errors are passed on one by one; later ones get them together
 PART = 512  # rows of an inverse that are multiplied at a time
+EQUATIONS = 1 << 24  # bytes of normal equations that one core has at a time,
+LEAST_ROWS = 32  # but of so many rows: fewer are multiplied slowly
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,30 @@ def refitted(
         ridge: how much, relative to the equations' diagonal.
         drawn: the moments times the target, where that is known already.
     """
-    levels, block = grid.levels(rounded.codes), grid.block
-    width, rows = target.shape
     drawn = against.times(target) if drawn is None else drawn
+    unknowns = len(grid.scales) * (1 if grid.zeros is None else 2)
+    most = max(LEAST_ROWS, EQUATIONS // (8 * unknowns * unknowns))
+    parts = []
+    for first in range(0, target.shape[1], most):
+        own = slice(first, first + most)
+        zeros = None if grid.zeros is None else grid.zeros[:, own]
+        some = replace(grid, scales=grid.scales[:, own], zeros=zeros)
+        codes = Rounded(rounded.codes[:, own], rounded.values[:, own])
+        parts.append(_refitted(against, some, codes, ridge, drawn[:, own]))
+    scales = torch.cat([part.scales for part in parts], dim=1)
+    zeros = None if grid.zeros is None else torch.cat([_present(part.zeros) for part in parts], dim=1)
+    return replace(grid, scales=scales, zeros=zeros)
+
+
+def _present(zeros: Tensor | None) -> Tensor:
+    assert zeros is not None
+    return zeros
+
+
+def _refitted(against: Damped, grid: Grid, rounded: Rounded, ridge: float, drawn: Tensor) -> Grid:
+    """Of a few rows, whose equations are in memory together."""
+    levels, block = grid.levels(rounded.codes), grid.block
+    width, rows = levels.shape
     blocks = grid.scales.shape[0]
     parts = [levels]
     if grid.zeros is not None:
