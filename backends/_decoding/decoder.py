@@ -57,9 +57,13 @@ class GrowingLayer(DynamicLayer):
         """Allocate for states of these shapes, (1, heads, tokens, size)."""
         if key_states.shape[0] != 1:
             raise UsageError(f"this cache holds one sequence, not a batch of {key_states.shape[0]}")
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.key_rows = key_states.new_empty(self.room, key_states.shape[1], key_states.shape[3])
-        self.value_rows = value_states.new_empty(self.room, value_states.shape[1], value_states.shape[3])
+        self.allocate(key_states[0, :, 0], value_states[0, :, 0])
+
+    def allocate(self, key: Tensor, value: Tensor) -> None:
+        """Rows for keys and values like these of one token, (heads, size)."""
+        self.dtype, self.device = key.dtype, key.device
+        self.key_rows = key.new_empty(self.room, *key.shape)
+        self.value_rows = value.new_empty(self.room, *value.shape)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -70,19 +74,26 @@ class GrowingLayer(DynamicLayer):
         key_rows, value_rows = self.extend(key_states.shape[2])
         key_rows[start:] = key_states[0].transpose(0, 1)
         value_rows[start:] = value_states[0].transpose(0, 1)
-        return _as_states(key_rows), _as_states(value_rows)
+        return _as_states(key_rows).to(key_states.dtype), _as_states(value_rows).to(value_states.dtype)
 
     def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Make room for tokens and count them as seen; all rows, the new ones to be written."""
+        self.advance(tokens)
         assert self.key_rows is not None
         assert self.value_rows is not None
-        self.length += tokens
-        if self.length > self.room:
-            self.room = round_up(max(self.length, 2 * self.room))
-            used = self.length - tokens
-            self.key_rows = _moved(self.key_rows, used, self.room)
-            self.value_rows = _moved(self.value_rows, used, self.room)
         return self.key_rows[: self.length], self.value_rows[: self.length]
+
+    def advance(self, tokens: int) -> bool:
+        """Make room for tokens and count them as seen; whether the rows moved for it."""
+        used, self.length = self.length, self.length + tokens
+        if self.length <= self.room:
+            return False
+        assert self.key_rows is not None
+        assert self.value_rows is not None
+        self.room = round_up(max(self.length, 2 * self.room))
+        self.key_rows = _moved(self.key_rows, used, self.room)
+        self.value_rows = _moved(self.value_rows, used, self.room)
+        return True
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -123,7 +134,16 @@ class GrowingCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def __init__(self, layers: int, room: int = ROUND) -> None:
         self.growing = [GrowingLayer(round_up(room)) for _ in range(layers)]
+        self._addresses: Tensor | None = None
         super().__init__(layers=list(self.growing))
+
+    def addresses(self, tokens: int) -> Tensor:
+        """Count more tokens; where keys and values of each layer lie, (1, 2 layers) int64."""
+        moved = [layer.advance(tokens) for layer in self.growing]
+        if self._addresses is None or any(moved):
+            rows = [rows for layer in self.growing for rows in (layer.key_rows, layer.value_rows)]
+            self._addresses = torch.tensor([[part.data_ptr() for part in rows if part is not None]])
+        return self._addresses
 
     def rows(self) -> list[Tensor]:
         """Count one more token, and give keys and values of each layer: (length, heads, size)."""

@@ -23,6 +23,7 @@ constexpr int STEPS = 8;
 constexpr int ROLLED_FROM = 7;  // bits from which a look-up is too long to repeat for every step
 constexpr int HALF_FROM = 8;  // bits from which assembling a float beats looking it up
 constexpr bool TAKES_BYTES = false;  // `pmaddubsw` would saturate
+constexpr bool HAS_SHORT = true;
 constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
 constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
 constexpr int TILE_COLS = 2;
@@ -39,6 +40,8 @@ INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return _mm256_add_epi32(acc, _mm256_
 INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, sum);
 }
+INLINE VecF load_floats(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store_floats(float* p, VecF v) { _mm256_storeu_ps(p, v); }
 INLINE VecF multiply(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
 INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }
@@ -282,25 +285,6 @@ INLINE VecF dot_halves(const uint16_t* a, const float* b, int64_t count) {
   return _mm256_add_ps(sum, _mm256_set_ps(0, 0, 0, 0, 0, 0, 0, rest));
 }
 
-// out = a * b; returns the lanes of a . c if that is wanted.
-template <bool IS_SUMMED>
-INLINE VecF scale_halves(const uint16_t* a, const float* b, const float* c, int64_t count, float* out) {
-  VecF sum = zero_float();
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const VecF value = halves(a + i);
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_loadu_ps(b + i)));
-    if (IS_SUMMED) sum = _mm256_fmadd_ps(value, _mm256_loadu_ps(c + i), sum);
-  }
-  float rest = 0.0f;
-  for (; i < count; ++i) {
-    const float value = _cvtsh_ss(a[i]);
-    out[i] = value * b[i];
-    if (IS_SUMMED) rest += value * c[i];
-  }
-  return _mm256_add_ps(sum, _mm256_set_ps(0, 0, 0, 0, 0, 0, 0, rest));
-}
-
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
@@ -348,6 +332,50 @@ INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t cou
   }
 }
 
+// A last chunk of LANES lanes, 8 or 16: a step is four groups of 8 bytes, or two of 16, and all of these are in one
+// or two of a plane's rows, which go to every part of a register that needs them, and each shifts by its own phase.
+template <int K, int LANES_OF_CHUNK>
+struct ShortCodes {
+  static constexpr int GROUPS = 32 / LANES_OF_CHUNK;  // of a step
+  const uint8_t* at;
+
+  INLINE Vec operator()(int step) const {
+    int widths[3];
+    const int planes = plane_widths(K, widths);
+    const uint8_t* plane = at;
+    Vec out = zero();
+    int below = 0;
+    for (int p = 0; p < planes; ++p) {
+      const Vec part = part_of(plane, widths[p], step);
+      out = p == 0 ? part : _mm256_or_si256(out, _mm256_slli_epi16(part, below));
+      plane += widths[p] * LANES_OF_CHUNK;
+      below += widths[p];
+    }
+    return out;
+  }
+
+ private:
+  static INLINE Vec part_of(const uint8_t* plane, int width, int step) {
+    if (width == 8) return bytes_at(plane + step * STEP);
+    const int per_byte = 8 / width, first = step * GROUPS;
+    const uint8_t* row = plane + first / per_byte * LANES_OF_CHUNK;
+    const int by = width * (first % per_byte);
+    Vec v, right;
+    if constexpr (LANES_OF_CHUNK == 16) {
+      v = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+      right = _mm256_set_epi64x(by + width, by + width, by, by);
+    } else if (width == 4) {
+      const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+      v = _mm256_permute4x64_epi64(_mm256_castsi128_si256(two), 0x50);
+      right = _mm256_set_epi64x(4, 0, 4, 0);
+    } else {
+      v = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+      right = _mm256_set_epi64x(by + 3 * width, by + 2 * width, by + width, by);
+    }
+    return _mm256_and_si256(_mm256_srlv_epi64(v, right), all((1 << width) - 1));
+  }
+};
+
 // The last chunk of a row, shorter than the others, as bytes in natural order.
 template <int K>
 struct Tail {
@@ -375,32 +403,9 @@ struct Tail {
     return out;
   }
 
-  // Eight lanes: a group is 8 bytes, so a plane's row of 8 bytes goes to every 64-bit lane of a register,
-  // and each lane shifts by its own phase.
   static INLINE void unpack_eights(const uint8_t* packed, uint8_t* out) {
-    int widths[3];
-    const int planes = plane_widths(K, widths);
-    Vec parts[2] = {zero(), zero()};
-    int below = 0;
-    for (int p = 0; p < planes; ++p) {
-      const int width = widths[p];
-      const int per_byte = 8 / width;
-      for (int h = 0; h < 2; ++h) {
-        int64_t rows[4];
-        int64_t by[4];
-        for (int i = 0; i < 4; ++i) {
-          std::memcpy(&rows[i], packed + (4 * h + i) / per_byte * 8, 8);
-          by[i] = width * ((4 * h + i) % per_byte);
-        }
-        Vec v = _mm256_srlv_epi64(_mm256_set_epi64x(rows[3], rows[2], rows[1], rows[0]),
-                                  _mm256_set_epi64x(by[3], by[2], by[1], by[0]));
-        if (width < 8) v = _mm256_and_si256(v, all((1 << width) - 1));
-        parts[h] = _mm256_or_si256(parts[h], _mm256_sll_epi16(v, _mm_cvtsi32_si128(below)));
-      }
-      packed += width * 8;
-      below += width;
-    }
-    for (int h = 0; h < 2; ++h) _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * h), parts[h]);
+    const ShortCodes<K, 8> codes{packed};
+    for (int h = 0; h < 2; ++h) _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * h), codes(h));
   }
 };
 
@@ -476,8 +481,6 @@ INLINE Vec load_ints(const int32_t* p) { return _mm256_load_si256(reinterpret_ca
 INLINE Vec repeat_int(int32_t group) { return _mm256_set1_epi32(group); }
 INLINE Vec subtract_int(Vec v, int32_t by) { return _mm256_sub_epi32(v, _mm256_set1_epi32(by)); }
 INLINE VecF to_floats(Vec v) { return _mm256_cvtepi32_ps(v); }
-INLINE VecF load_floats(const float* p) { return _mm256_loadu_ps(p); }
-INLINE void store_floats(float* p, VecF v) { _mm256_storeu_ps(p, v); }
 INLINE int32_t sum_ints(Vec v) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));

@@ -23,6 +23,7 @@ constexpr int STEPS = 4;
 constexpr int ROLLED_FROM = 9;  // never, nor halves: tables of 256 levels fit
 constexpr int HALF_FROM = 9;
 constexpr bool TAKES_BYTES = true;  // four levels as bytes
+constexpr bool HAS_SHORT = false;  // masks read short chunks as they are
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
 
 using Vec = __m512i;
@@ -39,6 +40,8 @@ INLINE Vec mul_add(Vec acc, Vec a, Vec b) {  // not the intrinsic: with it gcc 1
 INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, sum);
 }
+INLINE VecF load_floats(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store_floats(float* p, VecF v) { _mm512_storeu_ps(p, v); }
 INLINE VecF multiply(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
 INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
@@ -284,25 +287,6 @@ INLINE VecF dot_halves(const uint16_t* a, const float* b, int64_t count) {
   return sum;
 }
 
-// out = a * b; returns the lanes of a . c if that is wanted.
-template <bool IS_SUMMED>
-INLINE VecF scale_halves(const uint16_t* a, const float* b, const float* c, int64_t count, float* out) {
-  VecF sum = zero_float();
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const VecF value = halves(a + i);
-    _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_loadu_ps(b + i)));
-    if (IS_SUMMED) sum = _mm512_fmadd_ps(value, _mm512_loadu_ps(c + i), sum);
-  }
-  if (i < count) {
-    const __mmask16 here = lanes(count - i);
-    const VecF value = halves(here, a + i);
-    _mm512_mask_storeu_ps(out + i, here, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(here, b + i)));
-    if (IS_SUMMED) sum = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(here, c + i), sum);
-  }
-  return sum;
-}
-
 INLINE void multiply_floats(const float* a, const float* b, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
@@ -363,6 +347,9 @@ INLINE void scale_codes(const float* codebook, const uint8_t* codes, int64_t cou
     _mm512_mask_storeu_ps(out + i, here, value);
   }
 }
+
+template <int K, int LANES_OF_CHUNK>
+struct ShortCodes;  // `Tail` is as quick
 
 // The last chunk of a row, shorter than the others: each plane's bytes are permuted so that lane n of
 // a step belongs to code n, then a multishift cuts out that code's field.
@@ -600,8 +587,6 @@ INLINE Vec load_ints(const int32_t* p) { return _mm512_load_si512(p); }
 INLINE Vec repeat_int(int32_t group) { return _mm512_set1_epi32(group); }
 INLINE Vec subtract_int(Vec v, int32_t by) { return _mm512_sub_epi32(v, _mm512_set1_epi32(by)); }
 INLINE VecF to_floats(Vec v) { return _mm512_cvtepi32_ps(v); }
-INLINE VecF load_floats(const float* p) { return _mm512_loadu_ps(p); }
-INLINE void store_floats(float* p, VecF v) { _mm512_storeu_ps(p, v); }
 INLINE int32_t sum_ints(Vec v) { return _mm512_reduce_add_epi32(v); }
 
 }  // namespace

@@ -17,11 +17,20 @@
 #include "bindings_round.h"
 #include "bindings_rows.h"
 #include "bindings_sets.h"
+#include "bindings_step.h"
 
 TORCH_LIBRARY_FRAGMENT(kbit, m) {
   m.def("cpu_kernels() -> str", kbit::cpu_kernels);
   m.def("use_cpu_kernels(str name) -> ()", kbit::use_cpu_kernels);
   m.def("work_alone() -> ()", kbit::work_alone);
+  m.def("build_step(Tensor?[] weights, int[] numbers, Tensor[] constants, int[] code, float[] floats) -> int",
+        kbit::build_step);
+  m.def("step_spent(int step) -> float[]", kbit::step_spent);
+  m.def("free_step(int step) -> ()", kbit::free_step);
+  m.def(
+      "run_step(int step, Tensor ids, Tensor positions, Tensor slots, int[] starts, int[] counts, int[] wanted, "
+      "bool is_half) -> Tensor",
+      kbit::run_step);
 }
 
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {

@@ -95,8 +95,22 @@ void add_spikes(const Weight& w, const std::vector<Spike>& spikes, float* to, in
   });
 }
 
+// The first packed rows from row `begin` of some parts on, on their way into the caches.
+void fetch_parts(const std::vector<Part>& parts, int64_t begin) {
+  constexpr int64_t BYTES = 8192;  // as far as products themselves fetch ahead, and a little more
+  for (const Part& part : parts) {
+    const Weight& w = *part.weight;
+    if (begin < part.first || begin >= part.first + w.rows) continue;
+    const uint8_t* first = w.planes + (begin - part.first) * w.row_bytes;
+    const int64_t bytes = std::min(BYTES, (w.rows - (begin - part.first)) * w.row_bytes);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
+  }
+}
+
 // `count` rows of x times every part, side by side: part i in the columns from its first on of `to` (count, width).
-void multiply_floats(const float* from, int64_t count, const std::vector<Part>& parts, float* to, int64_t width) {
+//   next: what the same threads multiply next, if that is known
+void multiply_floats(const float* from, int64_t count, const std::vector<Part>& parts, float* to, int64_t width,
+                     const std::vector<Part>* next = nullptr) {
   std::vector<Prepared> prepared(parts.size());
   int64_t work = 0;
   const Prepared* last = nullptr;
@@ -119,6 +133,10 @@ void multiply_floats(const float* from, int64_t count, const std::vector<Part>& 
       const int64_t low = std::max(begin, first) - first;
       const int64_t high = std::min(end, first + parts[i].weight->rows) - first;
       if (low < high) multiply(*parts[i].weight, *parts[i].table, prepared[i].x, low, high, to + first, width);
+    }
+    if (next != nullptr) {  // its share of them begins about there
+      const int64_t rows = next->back().first + next->back().weight->rows;
+      fetch_parts(*next, begin * rows / width / ROWS_AT_ONCE * ROWS_AT_ONCE);
     }
   });
   for (size_t i = 0; i < parts.size(); ++i) {

@@ -10,11 +10,14 @@
 #include <utility>
 #include <vector>
 
+#include "team.h"
+
 namespace kbit {
 namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 4;  // rows of a weight that a thread takes at least
 constexpr int64_t SERIAL = 1 << 16;  // multiplications below which a second thread does not pay
+constexpr int64_t SERIAL_IN_TEAM = 1 << 14;  // the same where it waits already
 constexpr int64_t LONG = 1 << 24;  // multiplications from which threads take rows as they come: cores differ in speed
 constexpr int64_t SHARED_ROWS = 32;  // that they then take at least
 constexpr int64_t TILE = 1 << 18;  // weights decoded at a time
@@ -72,25 +75,15 @@ struct Lease {  // of the calling thread's arena, for one call
   }
 };
 
-// Whether the calling thread does its work alone, because others like it have the rest of the machine.
-bool& works_alone() {
-  thread_local bool is_alone = false;
-  return is_alone;
-}
-
 void work_alone() { works_alone() = true; }
 
+// Rows [0, rows) in parts, `body(begin, end)`, among the members of a team that are so many.
 template <class F>
-void over_rows(int64_t rows, int64_t work, const F& body) {
-  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region() || works_alone()) {
-    body(int64_t{0}, rows);
-    return;
-  }
-  const int64_t threads = at::get_num_threads();
-  if (work >= LONG && rows >= threads * SHARED_ROWS) {
-    const int64_t step = std::max(SHARED_ROWS, rows / (threads * 16) / SHARED_ROWS * SHARED_ROWS);
+void over_parts(int64_t rows, int64_t work, int64_t members, const F& body, const auto& with_members) {
+  if (work >= LONG && rows >= members * SHARED_ROWS) {
+    const int64_t step = std::max(SHARED_ROWS, rows / (members * 16) / SHARED_ROWS * SHARED_ROWS);
     std::atomic<int64_t> next = 0;
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    with_members([&](int64_t) {
       for (int64_t begin = next.fetch_add(step); begin < rows; begin = next.fetch_add(step)) {
         body(begin, std::min(rows, begin + step));
       }
@@ -98,8 +91,32 @@ void over_rows(int64_t rows, int64_t work, const F& body) {
     return;
   }
   const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    body(begin * ROWS_AT_ONCE, std::min(rows, end * ROWS_AT_ONCE));
+  with_members([&](int64_t member) {
+    const int64_t begin = tiles * member / members * ROWS_AT_ONCE;
+    const int64_t end = std::min(rows, tiles * (member + 1) / members * ROWS_AT_ONCE);
+    if (begin < end) body(begin, end);
+  });
+}
+
+template <class F>
+void over_rows(int64_t rows, int64_t work, const F& body) {
+  if (const Leading& mine = leading(); mine.team != nullptr) {
+    if (work < SERIAL_IN_TEAM) {
+      body(int64_t{0}, rows);
+    } else {
+      over_parts(rows, work, mine.members, body, [](const auto& each) { with_team(each); });
+    }
+    return;
+  }
+  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region() || works_alone()) {
+    body(int64_t{0}, rows);
+    return;
+  }
+  const int64_t threads = at::get_num_threads();
+  over_parts(rows, work, threads, body, [&](const auto& each) {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t member = begin; member < end; ++member) each(member);
+    });
   });
 }
 

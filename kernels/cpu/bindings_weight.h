@@ -193,6 +193,11 @@ class Packed {
   }
   const Table& table() const { return table_; }
 
+  // (rows, outliers) float32; undefined without outliers.
+  Tensor outlier_columns() const {
+    return base_.outliers > 0 ? kept_.outlier_values->to(at::kFloat).contiguous() : Tensor();
+  }
+
   Weight expert(int64_t index) const {
     Weight w = base_;
     w.planes += index * w.rows * w.row_bytes;

@@ -33,6 +33,7 @@ from kbitc.system.stopping import WorkerPool
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
+ROWS = ("-ffp-contract=fast", "-fno-math-errno")  # sums of these have no order to keep
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
 
@@ -81,8 +82,10 @@ def kernel_recipe() -> BuildRecipe:
             (FOLDER / "avx2.cpp", AVX2),
             *sources,
             (FOLDER / "avx512.cpp", (*AVX2, *AVX512)),
+            (FOLDER / "rows_avx2.cpp", (*AVX2, *ROWS)),
+            (FOLDER / "rows_avx512.cpp", (*AVX2, *AVX512, *ROWS)),
         ]
-    sources.append((FOLDER / "portable.cpp", ()))
+    sources += [(FOLDER / "portable.cpp", ()), (FOLDER / "rows_portable.cpp", ROWS)]
     sanitize = os.environ.get("KBITC_SANITIZE")
     checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
     extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()

@@ -12,8 +12,9 @@
 //   TOGETHER<K, MODE> how many rows of the weight such a product takes at once
 //   multiply_unit     levels of one unit of these rows (the codes that share a scale) times x
 //   FullCodes<K, M>   codes of a whole chunk of a row; Tail<K>: those of the last one, which is shorter
+//   HAS_SHORT         whether ShortCodes<K, 8> and <K, 16> read last chunks of so many lanes in registers
 //   TAKES_BYTES       whether 2-bit codebooks may be read as `Table::byte`
-//   add_scaled(sum, acc, scales), multiply_add, sum_lanes, dot_lanes, scale_halves, ...
+//   add_scaled(sum, acc, scales), multiply_add, sum_lanes, dot_lanes, load_floats, ...
 //
 // and after one of the headers matmul_*.h, which has `gemm` and says in what order several rows of x lie:
 //
@@ -161,8 +162,8 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
 // One row of x ---------------------------------------------------------------------------------
 
 // sums += scale of each unit * (levels of its codes times x) over the first `steps` steps of a chunk of R rows.
-template <int K, Mode MODE, int G, int R, class Codes>
-INLINE void multiply_codes(const Levels<K, MODE>& levels, const Codes* rows, int steps, const int16_t* x,
+template <int K, Mode MODE, int G, int R, class Codes, class Steps>
+INLINE void multiply_codes(const Levels<K, MODE>& levels, const Codes* rows, Steps steps, const int16_t* x,
                            const float* const* scales, VecF* sums) {
   constexpr int PER_UNIT = G == 64 ? 2 : 1;
   const auto multiply = [&](auto u) INLINE_LAMBDA {
@@ -199,18 +200,33 @@ INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const 
     unroll<R>([&](auto r) INLINE_LAMBDA { codes[r].at = packed[r]; });
     prefetch(next, R * BYTES_A_CHUNK);
     next += R * BYTES_A_CHUNK;
-    multiply_codes<K, MODE, G, R>(levels, codes, STEPS, values, scales, sum);
+    multiply_codes<K, MODE, G, R>(levels, codes, Constant<STEPS>{}, values, scales, sum);
     unroll<R>([&](auto r) INLINE_LAMBDA {
       packed[r] += BYTES_A_CHUNK;
       scales[r] += CHUNK / G;
     });
     values += CHUNK * WIDTH;
   }
-  if (w.cols % CHUNK != 0) {
+  const auto multiply_last = [&](const auto* codes, auto steps) INLINE_LAMBDA {
+    prefetch(next, R * BYTES_A_CHUNK);
+    multiply_codes<K, MODE, G, R>(levels, codes, steps, values, scales, sum);
+  };
+  const auto multiply_short = [&](auto lanes) INLINE_LAMBDA {
+    if constexpr (HAS_SHORT) {
+      ShortCodes<K, lanes> codes[R];
+      unroll<R>([&](auto r) INLINE_LAMBDA { codes[r].at = packed[r]; });
+      multiply_last(codes, Constant<lanes / 4>{});
+    }
+  };
+  const int64_t lanes = (w.cols % CHUNK + 7) / 8;
+  if (HAS_SHORT && lanes == 8) {
+    multiply_short(Constant<8>{});
+  } else if (HAS_SHORT && lanes == 16) {
+    multiply_short(Constant<16>{});
+  } else if (lanes > 0) {
     typename Tail<K>::Codes codes[R];
     unroll<R>([&](auto r) INLINE_LAMBDA { codes[r] = tail.read(packed[r]); });
-    prefetch(next, R * BYTES_A_CHUNK);
-    multiply_codes<K, MODE, G, R>(levels, codes, tail.steps, values, scales, sum);
+    multiply_last(codes, tail.steps);
   }
   unroll<R>([&](auto r) INLINE_LAMBDA { sums[r] = sum[r]; });
 }
@@ -220,30 +236,31 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
   constexpr int R = TOGETHER<K, MODE>;
   const int64_t fitting = 2048 / (w.blocks + x.segments);  // rows whose scales stay in the L1 cache
   const int64_t batch = fitting < R ? R : (fitting > 32 ? 32 : fitting / R * R);
+  constexpr bool HAS_FIRST = MODE == Mode::affine;
+  const bool is_direct = w.block == G;  // each granule has a scale of its own
   const Scratch scratch(sizeof(VecF) * static_cast<size_t>(batch) +
-                        sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + STEP));
+                        sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + 2 * STEP));
   VecF* rest = reinterpret_cast<VecF*>(scratch.data);  // (batch): what is not a product of codes
-  float* spread = reinterpret_cast<float*>(rest + batch);  // (batch, segments)
-  float* scales = spread + batch * x.segments;  // (batch, blocks) and a step
+  float* spread = reinterpret_cast<float*>(rest + batch);  // (batch, segments) and a step
+  float* scales = spread + batch * x.segments + STEP;  // (batch, blocks) and a step
   const ScaleReader reader(w);
   const Levels<K, MODE> levels(table);
   const Tail<K> tail(w.cols % CHUNK);
-  constexpr bool HAS_FIRST = MODE == Mode::affine;
   const VecF unit = repeat_float(HAS_FIRST ? table.step : (MODE == Mode::half ? table.half_unit : table.unit));
   const VecF level_0 = repeat_float(table.first);
-  const bool is_direct = has_direct_scales(w, G);
   for (int64_t row = begin; row < end; row += batch) {
     const int64_t count = row + batch < end ? batch : end - row;
-    if (!is_direct) reader.read(row, count, scales);
+    reader.read(row, count, scales);
     for (int64_t r = 0; r < count; ++r) {
+      const float* here = scales + r * w.blocks;
       if (is_direct) {
-        rest[r] = spread_halves<HAS_FIRST>(w, row + r, x, spread + r * x.segments);
+        multiply_whole(here, x.scales, w.blocks, spread + r * x.segments);
+        for (int64_t j = w.blocks; j < x.segments; ++j) spread[r * x.segments + j] = 0.0f;
       } else {
-        const float* here = scales + r * w.blocks;
         spread_scales(w, here, x.scales, G, x.segments, spread + r * x.segments);
-        rest[r] = HAS_FIRST ? dot_lanes(here, x.sums, w.blocks) : zero_float();
       }
-      if (HAS_FIRST) rest[r] = multiply(rest[r], level_0);
+      rest[r] = zero_float();
+      if (HAS_FIRST) rest[r] = multiply(dot_lanes(here, x.sums, w.blocks), level_0);
       if (w.zero_type != Type::none) {
         rest[r] = add(rest[r], dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks));
       }

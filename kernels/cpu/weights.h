@@ -65,6 +65,12 @@ class ScaleReader {
   const ScaleTable table_;
 };
 
+// out = a * b in whole vectors: reads and writes past `count`, by less than a vector.
+INLINE void multiply_whole(const float* a, const float* b, int64_t count, float* out) {
+  constexpr int64_t FLOATS = sizeof(VecF) / sizeof(float);
+  for (int64_t i = 0; i < count; i += FLOATS) store_floats(out + i, multiply(load_floats(a + i), load_floats(b + i)));
+}
+
 // The scale of each granule of one row of the weight, times `x` where given; zero past the end.
 inline void spread_scales(const Weight& w, const float* scales, const float* x, int64_t granule,
                           int64_t segments, float* out) {
@@ -86,18 +92,6 @@ inline void spread_scales(const Weight& w, const float* scales, const float* x, 
     }
   }
   for (int64_t j = valid; j < segments; ++j) out[j] = 0.0f;
-}
-
-// Reading and spreading in one, where each granule has a float16 scale of its own.
-inline bool has_direct_scales(const Weight& w, int64_t granule) {
-  return w.scale_type == Type::f16 && w.block == granule;
-}
-// Returns, if that is wanted, the lanes of the scales times the sums of x.
-template <bool IS_SUMMED>
-inline VecF spread_halves(const Weight& w, int64_t row, const Activation& x, float* out) {
-  const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + row * w.blocks;
-  for (int64_t j = w.blocks; j < x.segments; ++j) out[j] = 0.0f;
-  return scale_halves<IS_SUMMED>(scales, x.scales, x.sums, w.blocks, out);
 }
 
 // Products of stored 16- or 32-bit numbers with floats, summed lane by lane.

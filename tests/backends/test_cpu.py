@@ -1,4 +1,4 @@
-"""The compiled decode step: the numbers and tokens of the eager model, compiled once."""
+"""The decode step that AOTInductor compiles: the numbers and tokens of the eager model, compiled once."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def folder(tmp_path_factory):
 def cached(folder, monkeypatch):
     monkeypatch.setenv("KBITC_CACHE", str(folder))
     return folder
+
+
+def compiled_decoder(model):
+    return Cpu(is_native=False).decoder(model)
 
 
 def relative(got, wanted):
@@ -123,7 +127,7 @@ def test_dense_models_decode_eagerly_without_a_warning(tiny_model):
 @torch.inference_mode()
 def test_logits_tokens_and_reuse(tiny_model, cached):
     model = packed(tiny_model)
-    eager, compiled = Decoder(model), make_decoder(model)
+    eager, compiled = Decoder(model), compiled_decoder(model)
     assert compiled.name == "cpu"
     wanted, first = eager.prefill(PROMPT)
     got, second = compiled.prefill(PROMPT)
@@ -139,7 +143,7 @@ def test_logits_tokens_and_reuse(tiny_model, cached):
     other = packed(tiny_model)
     with torch.no_grad():
         other.model.norm.weight.mul_(-1)
-    again = make_decoder(other, "cpu")
+    again = compiled_decoder(other)
     assert not again.was_compiled
     assert again.package == compiled.package
     assert again.fusions == compiled.fusions
@@ -160,7 +164,7 @@ def test_generate_of_transformers(tiny_model, cached):
     sampled = model.generate(PROMPT, do_sample=True, top_k=5, **options)
     beams = model.generate(PROMPT, num_beams=2, do_sample=False, **options)
     pair = model.generate(PROMPT.expand(2, -1), do_sample=False, **options)
-    decoder = make_decoder(model, "cpu")
+    decoder = compiled_decoder(model)
     decoder.install()
     steps = []
     run = decoder._run
@@ -190,7 +194,7 @@ def test_generate_of_transformers(tiny_model, cached):
 @needs_compiler
 def test_replaced_weights_are_noticed(tiny_model, cached):
     model = packed(tiny_model)
-    decoder = make_decoder(model, "cpu")
+    decoder = compiled_decoder(model)
     model.model.norm.weight = torch.nn.Parameter(torch.zeros_like(model.model.norm.weight))
     with pytest.raises(UsageError, match="were replaced"):
         list(decoder.generate(PROMPT, 2))
@@ -199,7 +203,8 @@ def test_replaced_weights_are_noticed(tiny_model, cached):
 SECOND = """
 import sys, torch, kbitc
 from kbitc.backends import make_decoder
-decoder = make_decoder(kbitc.load(sys.argv[1]), "cpu")
+from kbitc.backends.cpu import Cpu
+decoder = Cpu(is_native=False).decoder(kbitc.load(sys.argv[1]))
 eager = make_decoder(decoder.model, "eager")
 prompt = torch.tensor([[3, 1, 4, 1, 5, 9]])
 worst = 0
@@ -218,8 +223,8 @@ def test_a_second_process_does_not_compile(tiny_model, cached, tmp_path):
     model = packed(tiny_model)
     model.config.architectures = ["LlamaForCausalLM"]
     kbitc.save(model, tmp_path / "out")
-    loaded = make_decoder(kbitc.load(tmp_path / "out"), "cpu")
-    assert loaded.package == make_decoder(model, "cpu").package  # the same step as before it was saved
+    loaded = compiled_decoder(kbitc.load(tmp_path / "out"))
+    assert loaded.package == compiled_decoder(model).package  # the same step as before it was saved
     done = subprocess.run(
         [sys.executable, "-c", SECOND, tmp_path / "out"],
         capture_output=True,
@@ -236,12 +241,12 @@ def test_a_second_process_does_not_compile(tiny_model, cached, tmp_path):
 @needs_compiler
 def test_a_kept_step_needs_no_compiler(tiny_model, cached, monkeypatch):
     model = packed(tiny_model)
-    make_decoder(model, "cpu")
+    compiled_decoder(model)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert Cpu().missing() is None
-    assert not make_decoder(model, "cpu").was_compiled
+    assert not compiled_decoder(model).was_compiled
     with pytest.raises(BackendUnavailable, match=r"install g\+\+ or clang"):  # another one is not kept
-        make_decoder(packed(tiny_model, spec="int5:16"), "cpu")
+        compiled_decoder(packed(tiny_model, spec="int5:16"))
 
 
 @needs_compiler
@@ -249,5 +254,5 @@ def test_a_kept_step_needs_no_compiler(tiny_model, cached, monkeypatch):
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 def test_other_architectures(family, tiny_model, cached):
     model = packed(tiny_model, family, "int4:32+zp")
-    compiled = make_decoder(model, "cpu")
+    compiled = compiled_decoder(model)
     assert list(compiled.generate(PROMPT, 20)) == list(Decoder(model).generate(PROMPT, 20))

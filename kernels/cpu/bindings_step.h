@@ -1,0 +1,651 @@
+// A model's way from tokens to logits as a flat list of operations (kbitc/backends/cpu/native_lowering.py), run by
+// one team of threads. A value has a row of floats for each token; products and attention share their rows out,
+// what lies between them is done token by token. Included after torch's headers.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "bindings_int8.h"
+#include "bindings_linear.h"
+#include "row_ops.h"
+#include "team.h"
+
+namespace kbit {
+namespace {
+
+const RowKernels& row_kernels() {
+#if defined(__x86_64__)
+  if (&kernels() == avx512_kernels()) return *avx512_row_kernels();
+  if (&kernels() == avx2_kernels()) return *avx2_row_kernels();
+#endif
+  return *portable_row_kernels();
+}
+
+// As in kbitc/backends/cpu/native_program.py.
+enum class Code : int64_t {
+  unary, binary, mean, rms_norm, layer_norm, embed, embed_dense, positions, linear, dense, attend, tail
+};
+
+struct Operand {
+  const float* constant;  // null: of a buffer
+  int64_t buffer, offset;
+  int64_t stride[DIMS];
+};
+
+struct Part8 {  // what `linear_int8` knows of a weight before it sees x
+  std::vector<float> steps;
+  Tensor columns;
+};
+
+struct Operation {
+  Code code;
+  int64_t kind = 0, out = 0, out_offset = 0;
+  Shape shape{};
+  Operand a{}, b{};
+  int64_t count = 0, apart = 0, width = 0;
+  float eps = 0.0f;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  Dense dense{};
+  std::vector<Part> parts;
+  std::vector<const float*> biases;
+  const std::vector<Part>* next = nullptr;  // those of the next product
+  std::shared_ptr<Part8> bytes;  // of products in int8
+  bool is_position = false;  // what is looked up, else the token itself
+  int64_t shift = 0;  // added to it
+  Operand key{}, value{};
+  int64_t key_slot = 0, value_slot = 0, heads = 0, key_heads = 0, value_size = 0, window = 0;
+  float scale = 0.0f, cap = 0.0f;
+  std::vector<int64_t> live;  // buffers that the tail reads
+
+  bool is_of_rows() const { return code < Code::linear; }
+};
+
+struct Sequence {
+  const int64_t* slots;  // addresses of its keys and values
+  int64_t start;  // tokens that it has
+  int64_t first, count;  // of the new ones
+};
+
+// Memory of one run, kept for the next.
+struct Workspace {
+  std::unique_ptr<float[], decltype(&std::free)> data{nullptr, &std::free};
+  size_t floats = 0;
+  float* take(size_t count) {
+    if (count > floats) {
+      data.reset();
+      data.reset(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64)));
+      if (data == nullptr) throw std::bad_alloc();
+      floats = count;
+    }
+    return data.get();
+  }
+};
+
+class Step {
+ public:
+  Step(const std::vector<OptTensor>& weights, at::IntArrayRef numbers, const std::vector<Tensor>& constants,
+       at::IntArrayRef code, at::ArrayRef<double> floats)
+      : constants_(constants), code_(code.vec()), floats_(floats.vec()) {
+    constexpr size_t TENSORS = 9;
+    TORCH_CHECK(weights.size() == TENSORS * (numbers.size() / 3), "kbit: a step's weights and numbers disagree");
+    for (const Tensor& constant : constants_) {
+      TORCH_CHECK(constant.is_contiguous(), "kbit: a step's constants are contiguous");
+    }
+    for (size_t i = 0; 3 * i < numbers.size(); ++i) {
+      const OptTensor* at = &weights[TENSORS * i];
+      weights_.push_back(std::make_unique<Packed>(Operands{*at[0], *at[1], *at[2], at[3], at[4], at[5], at[6], at[7],
+                                                           at[8], numbers[3 * i], numbers[3 * i + 1],
+                                                           numbers[3 * i + 2]}));
+    }
+    read();
+  }
+
+  int64_t output_width() const { return widths_[output_]; }
+
+  // `wanted`: the new tokens, rising, whose logits are written to `out` (wanted, output_width).
+  void run(const int64_t* ids, const int64_t* positions, int64_t tokens, const std::vector<Sequence>& sequences,
+           const std::vector<int64_t>& wanted, bool is_half, int members, float* out) {
+    const Leader leader(members);
+    Run now{*this, ids, positions, tokens, sequences, is_half, lend()};
+    now.place(out, static_cast<int64_t>(wanted.size()));
+    std::array<double, 3> spent{};
+    auto since = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < operations_.size();) {
+      if (operations_[i].code == Code::tail) {
+        if (wanted.empty()) break;
+        now.keep(operations_[i].live, wanted);
+        ++i;
+        continue;
+      }
+      size_t end = i + 1;
+      if (operations_[i].is_of_rows()) {
+        while (end < operations_.size() && operations_[end].is_of_rows()) ++end;
+        now.rows(i, end);
+      } else {
+        now.shared(operations_[i]);
+      }
+      const auto done = std::chrono::steady_clock::now();
+      spent[kind_of(operations_[i].code)] += std::chrono::duration<double>(done - since).count();
+      since = done;
+      i = end;
+    }
+    give(std::move(now.memory));
+    const std::lock_guard<std::mutex> guard(lending_);
+    for (size_t kind = 0; kind < spent.size(); ++kind) spent_[kind] += spent[kind];
+  }
+
+  // Seconds so far in products, in attention, and in what lies between; from now on they count anew.
+  std::vector<double> spent() {
+    const std::lock_guard<std::mutex> guard(lending_);
+    std::vector<double> out(spent_.begin(), spent_.end());
+    spent_ = {};
+    return out;
+  }
+
+ private:
+  static size_t kind_of(Code code) { return code == Code::attend ? 1 : (code < Code::linear ? 2 : 0); }
+
+  struct Run {
+    const Step& step;
+    const int64_t* ids;
+    const int64_t* positions;
+    int64_t tokens;
+    const std::vector<Sequence>& sequences;
+    bool is_half;
+    std::unique_ptr<Workspace> memory;
+    std::vector<float*> at{};  // of each buffer
+    std::vector<int64_t> kept_ids{}, kept_positions{};
+
+    void place(float* out, int64_t wanted) {
+      float* base = memory->take(static_cast<size_t>(step.row_ * tokens) + 16);
+      for (const int64_t offset : step.offsets_) at.push_back(base + offset * tokens);
+      if (wanted > 0) at[step.output_] = out;
+    }
+
+    // Rows of the wanted tokens to the front; from now on there are no others.
+    void keep(const std::vector<int64_t>& live, const std::vector<int64_t>& wanted) {
+      for (const int64_t buffer : live) {
+        const int64_t width = step.widths_[buffer];
+        for (size_t i = 0; i < wanted.size(); ++i) {
+          if (wanted[i] == static_cast<int64_t>(i)) continue;
+          std::copy_n(at[buffer] + wanted[i] * width, width, at[buffer] + static_cast<int64_t>(i) * width);
+        }
+      }
+      for (const int64_t token : wanted) {
+        kept_ids.push_back(ids[token]);
+        kept_positions.push_back(positions[token]);
+      }
+      ids = kept_ids.data();
+      positions = kept_positions.data();
+      tokens = static_cast<int64_t>(wanted.size());
+    }
+
+    const float* of(const Operand& x, int64_t token) const {
+      if (x.constant != nullptr) return x.constant + x.offset;
+      return at[x.buffer] + token * step.widths_[x.buffer] + x.offset;
+    }
+    Strided strided(const Operand& x, int64_t token) const {
+      Strided out{of(x, token), {}};
+      std::copy_n(x.stride, DIMS, out.stride);
+      return out;
+    }
+
+    void rows(size_t begin, size_t end) const {
+      const RowKernels& set = row_kernels();
+      const auto some = [&](int64_t first, int64_t last) {
+        for (int64_t token = first; token < last; ++token) {
+          for (size_t i = begin; i < end; ++i) row(set, step.operations_[i], token);
+        }
+      };
+      if (tokens == 1) {
+        some(0, 1);
+      } else {
+        over_tokens(tokens, some);
+      }
+    }
+
+    // Tokens as they come, one by one.
+    template <class F>
+    static void over_tokens(int64_t tokens, const F& some) {
+      if (leading().team == nullptr) {
+        some(0, tokens);
+        return;
+      }
+      std::atomic<int64_t> next = 0;
+      with_team([&](int64_t) {
+        for (int64_t token = next.fetch_add(1); token < tokens; token = next.fetch_add(1)) some(token, token + 1);
+      });
+    }
+
+    void row(const RowKernels& set, const Operation& o, int64_t token) const {
+      float* out = at[o.out] + token * step.widths_[o.out] + o.out_offset;
+      switch (o.code) {
+        case Code::unary:
+          set.unary(static_cast<Unary>(o.kind), o.shape, strided(o.a, token), out);
+          break;
+        case Code::binary:
+          set.binary(static_cast<Binary>(o.kind), o.shape, strided(o.a, token), strided(o.b, token), out);
+          break;
+        case Code::mean:
+          set.mean(of(o.a, token), o.count, o.apart, o.width, out);
+          break;
+        case Code::rms_norm:
+          set.rms_norm(of(o.a, token), o.count, o.width, o.weight, o.eps, out);
+          break;
+        case Code::layer_norm:
+          set.layer_norm(of(o.a, token), o.count, o.width, o.weight, o.bias, o.eps, out);
+          break;
+        case Code::embed: {
+          const Weight& w = *o.parts[0].weight;
+          const int64_t id = (o.is_position ? positions : ids)[token] + o.shift;
+          TORCH_CHECK_INDEX(id >= 0 && id < w.rows, "kbit: index ", id, " is outside 0 ... ", w.rows - 1);
+          kernels().decode(w, id, out);
+          break;
+        }
+        case Code::embed_dense: {
+          const int64_t id = (o.is_position ? positions : ids)[token] + o.shift;
+          TORCH_CHECK_INDEX(id >= 0 && id < o.count, "kbit: index ", id, " is outside 0 ... ", o.count - 1);
+          set.to_floats(o.dense, id, o.width, out);
+          break;
+        }
+        default:
+          *out = static_cast<float>(positions[token]);
+      }
+    }
+
+    void shared(const Operation& o) const {
+      if (o.code == Code::attend) {
+        attend(o);
+        return;
+      }
+      const float* from = at[o.a.buffer];
+      float* to = at[o.out];
+      const int64_t width = step.widths_[o.out];
+      if (o.code == Code::dense) {
+        over_rows(o.count, o.count * o.width * tokens, [&](int64_t begin, int64_t end) {
+          std::vector<float> row(static_cast<size_t>(o.width));
+          row_kernels().dense(from, tokens, o.width, o.dense, begin, end - begin, o.width, row.data(), to + begin,
+                              width);
+        });
+        add_bias(to, width, 0, o.count, o.bias);
+        return;
+      }
+      const Lease lease;
+      if (o.bytes != nullptr) {
+        multiply_int8(*o.parts[0].weight, o.bytes->steps, o.bytes->columns, from, tokens, to, width);
+      } else {
+        multiply_floats(from, tokens, o.parts, to, width, tokens == 1 ? o.next : nullptr);
+      }
+      for (size_t i = 0; i < o.parts.size(); ++i) {
+        add_bias(to, width, o.parts[i].first, o.parts[i].weight->rows, o.biases[i]);
+      }
+    }
+
+    void add_bias(float* to, int64_t width, int64_t first, int64_t count, const float* bias) const {
+      if (bias == nullptr) return;
+      for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t r = 0; r < count; ++r) to[token * width + first + r] += bias[r];
+      }
+    }
+
+    void attend(const Operation& o) const {
+      for (const Sequence& sequence : sequences) {
+        store(o, o.key, sequence, o.key_slot, o.width);
+        store(o, o.value, sequence, o.value_slot, o.value_size);
+        Attention all{};
+        all.query = of(o.a, sequence.first);
+        all.query_token = step.widths_[o.a.buffer];
+        all.query_head = o.a.stride[0];
+        all.keys = reinterpret_cast<const void*>(sequence.slots[o.key_slot]);
+        all.values = reinterpret_cast<const void*>(sequence.slots[o.value_slot]);
+        all.out = at[o.out] + sequence.first * step.widths_[o.out];
+        all.out_token = step.widths_[o.out];
+        all.heads = o.heads;
+        all.key_heads = o.key_heads;
+        all.size = o.width;
+        all.value_size = o.value_size;
+        all.tokens = sequence.count;
+        all.start = sequence.start;
+        all.window = o.window;
+        all.scale = o.scale;
+        all.cap = o.cap;
+        all.is_half = is_half;
+        if (sequence.count <= FEW_TOKENS) {
+          few(all);
+        } else {
+          many(all);
+        }
+      }
+    }
+
+    // New keys, or values, to the end of the cache.
+    void store(const Operation& o, const Operand& x, const Sequence& sequence, int64_t slot, int64_t size) const {
+      const int64_t width = o.key_heads * size;
+      for (int64_t i = 0; i < sequence.count; ++i) {
+        const float* from = of(x, sequence.first + i);
+        const int64_t place = (sequence.start + i) * width;
+        for (int64_t head = 0; head < o.key_heads; ++head) {
+          const float* own = from + head * x.stride[0];
+          if (is_half) {
+            uint16_t* to = reinterpret_cast<uint16_t*>(sequence.slots[slot]) + place + head * size;
+            row_kernels().to_half(own, size, to);
+          } else {
+            std::copy_n(own, size, reinterpret_cast<float*>(sequence.slots[slot]) + place + head * size);
+          }
+        }
+      }
+    }
+
+    // Key heads, and of each the segments of the cache, as they come.
+    void few(const Attention& all) const {
+      const int64_t length = all.start + all.tokens;
+      const int64_t first = all.window > 0 ? std::max(int64_t{0}, all.start + 1 - all.window) / SEGMENT : 0;
+      const int64_t segments = (length + SEGMENT - 1) / SEGMENT - first;
+      const int64_t rows = all.tokens * (all.heads / all.key_heads) * (all.value_size + 2);
+      std::vector<float> partial(static_cast<size_t>(all.key_heads * segments * rows));
+      const auto one = [&](int64_t item, float* scratch) {
+        const int64_t head = item / segments, segment = item % segments;
+        const int64_t begin = (first + segment) * SEGMENT;
+        row_kernels().attend_few(all, {head, begin, std::min(length, begin + SEGMENT)},
+                                 partial.data() + (head * segments + segment) * rows, scratch);
+      };
+      over_items(all.key_heads * segments, all.tokens * length * all.heads * all.size, attend_scratch(all), one);
+      for (int64_t head = 0; head < all.key_heads; ++head) {
+        row_kernels().join(all, head, partial.data() + head * segments * rows, segments, rows);
+      }
+    }
+
+    void many(const Attention& all) const {
+      const int64_t blocks = (all.tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+      const int64_t work = all.tokens * (all.start + all.tokens) * all.heads * all.size;
+      over_items(all.key_heads * blocks, work, attend_scratch(all), [&](int64_t item, float* scratch) {
+        const int64_t block = blocks - 1 - item / all.key_heads;  // the longest first
+        const int64_t begin = block * TOKENS_AT_ONCE;
+        row_kernels().attend_many(
+            all, {item % all.key_heads, begin, std::min(all.tokens, begin + TOKENS_AT_ONCE)}, scratch);
+      });
+    }
+
+    template <class F>
+    static void over_items(int64_t items, int64_t work, int64_t scratch, const F& one) {
+      const auto alone = [&](const auto& next) {
+        thread_local Workspace memory;
+        float* floats = memory.take(static_cast<size_t>(scratch));
+        for (int64_t item = next(); item < items; item = next()) one(item, floats);
+      };
+      if (leading().team == nullptr || items == 1 || work < SERIAL_IN_TEAM) {
+        int64_t at = 0;
+        alone([&] { return at++; });
+        return;
+      }
+      std::atomic<int64_t> at = 0;
+      with_team([&](int64_t) { alone([&] { return at.fetch_add(1); }); });
+    }
+  };
+
+  // Reading the code ---------------------------------------------------------------------------
+
+  int64_t next() {
+    TORCH_CHECK(at_ < code_.size(), "kbit: a step's code ends too early");
+    return code_[at_++];
+  }
+  float number() { return static_cast<float>(floats_.at(static_cast<size_t>(next()))); }
+  const float* constant(int64_t index) {
+    return index < 0 ? nullptr : constants_.at(static_cast<size_t>(index)).const_data_ptr<float>();
+  }
+  Dense dense(int64_t index) {
+    const Tensor& tensor = constants_.at(static_cast<size_t>(index));
+    switch (type_of(tensor, "dense weights")) {
+      case Type::f32:
+        return {tensor.const_data_ptr(), Dense::Type::f32};
+      case Type::f16:
+        return {tensor.const_data_ptr(), Dense::Type::f16};
+      case Type::bf16:
+        return {tensor.const_data_ptr(), Dense::Type::bf16};
+      default:
+        TORCH_CHECK(false, "kbit: dense weights are ", tensor.scalar_type());
+    }
+  }
+  int64_t buffer() {
+    const int64_t index = next();
+    TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
+    return index;
+  }
+  Operand operand() {
+    Operand out{};
+    const bool is_constant = next() != 0;
+    const int64_t index = next();
+    if (is_constant) {
+      out.constant = constant(index);
+    } else {
+      out.buffer = index;
+      TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
+    }
+    out.offset = next();
+    for (int64_t& stride : out.stride) stride = next();
+    return out;
+  }
+
+  void read() {
+    const int64_t buffers = next();
+    row_ = next();
+    output_ = next();
+    for (int64_t i = 0; i < buffers; ++i) {
+      offsets_.push_back(next());
+      widths_.push_back(next());
+    }
+    while (at_ < code_.size()) operations_.push_back(operation());
+    const std::vector<Part>* next = nullptr;
+    for (auto o = operations_.rbegin(); o != operations_.rend(); ++o) {
+      if (o->code != Code::linear) continue;
+      o->next = next;
+      next = &o->parts;
+    }
+  }
+
+  Operation operation() {
+    Operation o{static_cast<Code>(next())};
+    switch (o.code) {
+      case Code::unary:
+      case Code::binary:
+        o.kind = next();
+        o.out = buffer();
+        o.out_offset = next();
+        for (int64_t& size : o.shape.size) size = next();
+        for (int64_t& stride : o.shape.out) stride = next();
+        o.a = operand();
+        if (o.code == Code::binary) o.b = operand();
+        break;
+      case Code::mean:
+        o.out = buffer();
+        o.a = operand();
+        o.count = next();
+        o.apart = next();
+        o.width = next();
+        break;
+      case Code::rms_norm:
+      case Code::layer_norm:
+        o.out = buffer();
+        o.a = operand();
+        o.count = next();
+        o.width = next();
+        o.weight = constant(next());
+        o.bias = constant(next());
+        o.eps = number();
+        break;
+      case Code::embed:
+      case Code::embed_dense:
+        o.out = buffer();
+        o.is_position = next() != 0;
+        o.shift = next();
+        if (o.code == Code::embed) {
+          add_part(o, next(), -1);
+        } else {
+          o.dense = dense(next());
+          o.count = next();
+          o.width = next();
+        }
+        break;
+      case Code::positions:
+        o.out = buffer();
+        break;
+      case Code::linear: {
+        o.out = buffer();
+        o.a.buffer = buffer();
+        const bool is_int8 = next() != 0;
+        const int64_t count = next();
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t weight = next();
+          add_part(o, weight, next());
+        }
+        if (is_int8) o.bytes = bytes_of(o);
+        break;
+      }
+      case Code::dense:
+        o.out = buffer();
+        o.a.buffer = buffer();
+        o.dense = dense(next());
+        o.count = next();
+        o.width = next();
+        o.bias = constant(next());
+        break;
+      case Code::attend:
+        o.out = buffer();
+        o.a = operand();
+        o.key = operand();
+        o.value = operand();
+        o.key_slot = next();
+        o.value_slot = next();
+        o.heads = next();
+        o.key_heads = next();
+        o.width = next();
+        o.value_size = next();
+        o.window = next();
+        o.scale = number();
+        o.cap = number();
+        break;
+      case Code::tail:
+        for (int64_t left = next(); left > 0; --left) o.live.push_back(buffer());
+        break;
+      default:
+        TORCH_CHECK(false, "kbit: a step has no operation ", static_cast<int64_t>(o.code));
+    }
+    return o;
+  }
+
+  void add_part(Operation& o, int64_t weight, int64_t bias) {
+    const Packed& packed = *weights_.at(static_cast<size_t>(weight));
+    o.parts.push_back({&packed.matrix(), &packed.table(), nullptr, o.width});
+    o.biases.push_back(constant(bias));
+    o.width += packed.matrix().rows;
+  }
+
+  std::shared_ptr<Part8> bytes_of(const Operation& o) {
+    const Weight& w = *o.parts[0].weight;
+    check_int8(w, *o.parts[0].table);
+    auto out = std::make_shared<Part8>();
+    out->steps = steps_of(w, *o.parts[0].table);
+    for (const auto& packed : weights_) {
+      if (&packed->matrix() == &w) out->columns = packed->outlier_columns();
+    }
+    return out;
+  }
+
+  std::unique_ptr<Workspace> lend() {
+    const std::lock_guard<std::mutex> guard(lending_);
+    if (spare_.empty()) return std::make_unique<Workspace>();
+    std::unique_ptr<Workspace> out = std::move(spare_.back());
+    spare_.pop_back();
+    return out;
+  }
+  void give(std::unique_ptr<Workspace> memory) {
+    const std::lock_guard<std::mutex> guard(lending_);
+    spare_.push_back(std::move(memory));
+  }
+
+  std::vector<std::unique_ptr<Packed>> weights_;
+  const std::vector<Tensor> constants_;
+  const std::vector<int64_t> code_;
+  const std::vector<double> floats_;
+  size_t at_ = 0;
+  int64_t row_ = 0, output_ = 0;
+  std::vector<int64_t> offsets_, widths_;
+  std::vector<Operation> operations_;
+  std::mutex lending_;
+  std::array<double, 3> spent_{};
+  std::vector<std::unique_ptr<Workspace>> spare_;
+};
+
+// Steps by number ------------------------------------------------------------------------------
+
+struct Steps {
+  std::mutex lock;
+  std::map<int64_t, std::shared_ptr<Step>> known;
+  int64_t last = 0;
+};
+
+Steps& steps() {
+  static Steps* all = new Steps;  // never deleted: a thread may still be running one when the process ends
+  return *all;
+}
+
+int64_t build_step(const c10::List<OptTensor>& weights, at::IntArrayRef numbers, at::TensorList constants,
+                   at::IntArrayRef code, at::ArrayRef<double> floats) {
+  std::vector<OptTensor> operands;
+  for (size_t i = 0; i < weights.size(); ++i) operands.push_back(weights.get(i));
+  auto made = std::make_shared<Step>(operands, numbers, constants.vec(), code, floats);
+  const std::lock_guard<std::mutex> guard(steps().lock);
+  steps().known[++steps().last] = std::move(made);
+  return steps().last;
+}
+
+void free_step(int64_t step) {
+  const std::lock_guard<std::mutex> guard(steps().lock);
+  steps().known.erase(step);
+}
+
+std::shared_ptr<Step> find_step(int64_t step) {
+  const std::lock_guard<std::mutex> guard(steps().lock);
+  const auto at = steps().known.find(step);
+  TORCH_CHECK(at != steps().known.end(), "kbit: there is no step ", step);
+  return at->second;
+}
+
+std::vector<double> step_spent(int64_t step) { return find_step(step)->spent(); }
+
+// ids, positions: (tokens) int64. slots: (sequences, slots) int64 addresses; starts, counts: of each sequence.
+// Logits (wanted, vocabulary) float32.
+Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const Tensor& slots,
+                at::IntArrayRef starts, at::IntArrayRef counts, at::IntArrayRef wanted, bool is_half) {
+  const std::shared_ptr<Step> own = find_step(step);
+  const int64_t tokens = ids.numel();
+  TORCH_CHECK(ids.scalar_type() == at::kLong && positions.scalar_type() == at::kLong && ids.is_contiguous() &&
+                  positions.is_contiguous() && positions.numel() == tokens && tokens > 0,
+              "kbit: a step takes contiguous int64 tokens and as many positions");
+  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 2 && slots.is_contiguous() &&
+                  slots.size(0) == static_cast<int64_t>(starts.size()) && starts.size() == counts.size(),
+              "kbit: a step takes a row of addresses, a start and a count for each sequence");
+  std::vector<Sequence> sequences;
+  int64_t first = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    sequences.push_back({slots.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * slots.size(1), starts[i], first,
+                         counts[i]});
+    first += counts[i];
+  }
+  TORCH_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
+  Tensor out = at::empty({static_cast<int64_t>(wanted.size()), own->output_width()}, at::kFloat);
+  own->run(ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), tokens, sequences, wanted.vec(),
+           is_half, works_alone() ? 1 : at::get_num_threads(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+}  // namespace
+}  // namespace kbit

@@ -1,0 +1,92 @@
+// What a step does between its products: a row of floats for each token, one operation at a time; and attention.
+// Plain structures, no ATen: compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace kbit {
+
+constexpr int DIMS = 4;
+
+enum class Unary : int { copy, neg, square, rsqrt, silu, gelu, gelu_tanh, tanh, relu, sigmoid, cos, sin, exp, sqrt };
+enum class Binary : int { add, sub, mul, div };
+
+// An operand of a token: `data[i0 * stride[0] + ... + i3 * stride[3]]`.
+struct Strided {
+  const float* data;
+  int64_t stride[DIMS];
+};
+
+struct Shape {
+  int64_t size[DIMS];  // 1 where there are fewer dimensions
+  int64_t out[DIMS];  // strides of what is written
+};
+
+// Attention of some tokens of one sequence, whose keys and values lie in a cache.
+struct Attention {
+  const float* query;  // token t, head h, element e: query[t * query_token + h * query_head + e]
+  int64_t query_token, query_head;
+  const void* keys;  // token t, key head g: keys[(t * key_heads + g) * size]; float or float16
+  const void* values;  // likewise, of `value_size`
+  float* out;  // token t, head h: out[t * out_token + h * value_size]
+  int64_t out_token;
+  int64_t heads, key_heads, size, value_size;
+  int64_t tokens;  // new ones
+  int64_t start;  // tokens before the first of these
+  int64_t window;  // tokens that one sees, itself included; 0: all
+  float scale, cap;
+  bool is_half;  // of the cache
+};
+
+// A share of it: key head, and either a block of new tokens or, where these are few, a segment of the cache.
+struct AttentionPart {
+  int64_t key_head, first, last;
+};
+
+// Unpacked numbers.
+struct Dense {
+  enum class Type : int { f32, f16, bf16 };
+  const void* data;
+  Type type;
+};
+
+struct RowKernels {
+  void (*unary)(Unary kind, const Shape& shape, const Strided& x, float* out);
+  void (*binary)(Binary kind, const Shape& shape, const Strided& a, const Strided& b, float* out);
+  void (*mean)(const float* x, int64_t count, int64_t apart, int64_t width, float* out);
+  // (x / sqrt(mean(x^2) + eps)) * weight, of `count` rows; weight may be null
+  void (*rms_norm)(const float* x, int64_t count, int64_t width, const float* weight, float eps, float* out);
+  void (*layer_norm)(const float* x, int64_t count, int64_t width, const float* weight, const float* bias, float eps,
+                     float* out);
+  void (*to_half)(const float* x, int64_t count, uint16_t* out);  // what is too large becomes the largest
+  // Tokens [first, last) of the new ones see all that they may: `scratch` floats as `attend_scratch` says.
+  void (*attend_many)(const Attention& all, const AttentionPart& part, float* scratch);
+  // Keys [first, last) for every new token and every head of the group: (tokens * group) rows of
+  // (maximum, sum, value_size sums) in `partial`.
+  void (*attend_few)(const Attention& all, const AttentionPart& part, float* partial, float* scratch);
+  // Partial sums of all segments to the output of one key head; `apart` floats between segments.
+  void (*join)(const Attention& all, int64_t key_head, const float* partial, int64_t segments, int64_t apart);
+  // out (m, n) = a (m, k) b (n, k)^T, rows of a and out `*_apart` floats apart; `row`: k floats of scratch memory.
+  void (*dense)(const float* a, int64_t m, int64_t a_apart, const Dense& b, int64_t first, int64_t n, int64_t k,
+                float* row, float* out, int64_t out_apart);
+  // Row `row` of a dense matrix of `width` columns.
+  void (*to_floats)(const Dense& from, int64_t row, int64_t width, float* out);
+};
+
+constexpr int64_t KEYS_AT_ONCE = 64;  // keys of a tile
+constexpr int64_t TOKENS_AT_ONCE = 16;  // new tokens of a part of `attend_many`
+constexpr int64_t SEGMENT = 128;  // keys of a part of `attend_few`; the number of threads does not count
+constexpr int64_t FEW_TOKENS = 4;  // new tokens up to which it is taken
+
+// Floats of scratch memory for a part.
+inline int64_t attend_scratch(const Attention& a) {
+  const int64_t rows = TOKENS_AT_ONCE * (a.heads / a.key_heads);
+  return rows * (a.size + a.value_size + KEYS_AT_ONCE + 2) + KEYS_AT_ONCE * (a.size + a.value_size) +
+         FEW_TOKENS * (a.heads / a.key_heads) * (SEGMENT + a.size) + 64;
+}
+
+const RowKernels* portable_row_kernels();
+const RowKernels* avx2_row_kernels();
+const RowKernels* avx512_row_kernels();
+
+}  // namespace kbit

@@ -1,0 +1,3 @@
+#include "row_ops_impl.h"
+
+const kbit::RowKernels* kbit::avx2_row_kernels() { return &ROW_KERNELS; }

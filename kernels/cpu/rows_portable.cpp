@@ -1,0 +1,3 @@
+#include "row_ops_impl.h"
+
+const kbit::RowKernels* kbit::portable_row_kernels() { return &ROW_KERNELS; }
