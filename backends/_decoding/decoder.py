@@ -83,17 +83,16 @@ class GrowingLayer(DynamicLayer):
         assert self.value_rows is not None
         return self.key_rows[: self.length], self.value_rows[: self.length]
 
-    def advance(self, tokens: int) -> bool:
-        """Make room for tokens and count them as seen; whether the rows moved for it."""
+    def advance(self, tokens: int) -> None:
+        """Make room for tokens and count them as seen."""
         used, self.length = self.length, self.length + tokens
         if self.length <= self.room:
-            return False
+            return
         assert self.key_rows is not None
         assert self.value_rows is not None
         self.room = round_up(max(self.length, 2 * self.room))
         self.key_rows = _moved(self.key_rows, used, self.room)
         self.value_rows = _moved(self.value_rows, used, self.room)
-        return True
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -134,16 +133,14 @@ class GrowingCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def __init__(self, layers: int, room: int = ROUND) -> None:
         self.growing = [GrowingLayer(round_up(room)) for _ in range(layers)]
-        self._addresses: Tensor | None = None
         super().__init__(layers=list(self.growing))
 
     def addresses(self, tokens: int) -> Tensor:
         """Count more tokens; where keys and values of each layer lie, (1, 2 layers) int64."""
-        moved = [layer.advance(tokens) for layer in self.growing]
-        if self._addresses is None or any(moved):
-            rows = [rows for layer in self.growing for rows in (layer.key_rows, layer.value_rows)]
-            self._addresses = torch.tensor([[part.data_ptr() for part in rows if part is not None]])
-        return self._addresses
+        for layer in self.growing:
+            layer.advance(tokens)
+        rows = [rows for layer in self.growing for rows in (layer.key_rows, layer.value_rows)]
+        return torch.tensor([[part.data_ptr() for part in rows if part is not None]])
 
     def rows(self) -> list[Tensor]:
         """Count one more token, and give keys and values of each layer: (length, heads, size)."""

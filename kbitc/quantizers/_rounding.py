@@ -255,18 +255,13 @@ def refitted(
     parts = []
     for first in range(0, target.shape[1], most):
         own = slice(first, first + most)
-        zeros = None if grid.zeros is None else grid.zeros[:, own]
-        some = replace(grid, scales=grid.scales[:, own], zeros=zeros)
+        of_rows = None if grid.zeros is None else grid.zeros[:, own]
+        some = replace(grid, scales=grid.scales[:, own], zeros=of_rows)
         codes = Rounded(rounded.codes[:, own], rounded.values[:, own])
         parts.append(_refitted(against, some, codes, ridge, drawn[:, own]))
     scales = torch.cat([part.scales for part in parts], dim=1)
-    zeros = None if grid.zeros is None else torch.cat([_present(part.zeros) for part in parts], dim=1)
-    return replace(grid, scales=scales, zeros=zeros)
-
-
-def _present(zeros: Tensor | None) -> Tensor:
-    assert zeros is not None
-    return zeros
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(grid, scales=scales, zeros=torch.cat(zeros, dim=1) if zeros else None)
 
 
 def _refitted(against: Damped, grid: Grid, rounded: Rounded, ridge: float, drawn: Tensor) -> Grid:

@@ -109,6 +109,7 @@ class Step {
   }
 
   int64_t output_width() const { return widths_[output_]; }
+  int64_t slots() const { return slots_; }
 
   // `wanted`: the new tokens, rising, whose logits are written to `out` (wanted, output_width).
   void run(const int64_t* ids, const int64_t* positions, int64_t tokens, const std::vector<Sequence>& sequences,
@@ -200,28 +201,8 @@ class Step {
 
     void rows(size_t begin, size_t end) const {
       const RowKernels& set = row_kernels();
-      const auto some = [&](int64_t first, int64_t last) {
-        for (int64_t token = first; token < last; ++token) {
-          for (size_t i = begin; i < end; ++i) row(set, step.operations_[i], token);
-        }
-      };
-      if (tokens == 1) {
-        some(0, 1);
-      } else {
-        over_tokens(tokens, some);
-      }
-    }
-
-    // Tokens as they come, one by one.
-    template <class F>
-    static void over_tokens(int64_t tokens, const F& some) {
-      if (leading().team == nullptr) {
-        some(0, tokens);
-        return;
-      }
-      std::atomic<int64_t> next = 0;
-      with_team([&](int64_t) {
-        for (int64_t token = next.fetch_add(1); token < tokens; token = next.fetch_add(1)) some(token, token + 1);
+      over_items(tokens, SERIAL_IN_TEAM, 0, [&](int64_t token, float*) {
+        for (size_t i = begin; i < end; ++i) row(set, step.operations_[i], token);
       });
     }
 
@@ -374,6 +355,7 @@ class Step {
       });
     }
 
+    // Items as they come, one by one; each member has so many floats of scratch memory.
     template <class F>
     static void over_items(int64_t items, int64_t work, int64_t scratch, const F& one) {
       const auto alone = [&](const auto& next) {
@@ -502,11 +484,12 @@ class Step {
         o.a.buffer = buffer();
         const bool is_int8 = next() != 0;
         const int64_t count = next();
+        const size_t first = static_cast<size_t>(code_.at(at_));
         for (int64_t i = 0; i < count; ++i) {
           const int64_t weight = next();
           add_part(o, weight, next());
         }
-        if (is_int8) o.bytes = bytes_of(o);
+        if (is_int8) o.bytes = bytes_of(*weights_[first]);
         break;
       }
       case Code::dense:
@@ -524,6 +507,7 @@ class Step {
         o.value = operand();
         o.key_slot = next();
         o.value_slot = next();
+        slots_ = std::max({slots_, o.key_slot + 1, o.value_slot + 1});
         o.heads = next();
         o.key_heads = next();
         o.width = next();
@@ -548,15 +532,10 @@ class Step {
     o.width += packed.matrix().rows;
   }
 
-  std::shared_ptr<Part8> bytes_of(const Operation& o) {
-    const Weight& w = *o.parts[0].weight;
-    check_int8(w, *o.parts[0].table);
-    auto out = std::make_shared<Part8>();
-    out->steps = steps_of(w, *o.parts[0].table);
-    for (const auto& packed : weights_) {
-      if (&packed->matrix() == &w) out->columns = packed->outlier_columns();
-    }
-    return out;
+  static std::shared_ptr<Part8> bytes_of(const Packed& packed) {
+    check_int8(packed.matrix(), packed.table());
+    return std::make_shared<Part8>(
+        Part8{steps_of(packed.matrix(), packed.table()), packed.outlier_columns()});
   }
 
   std::unique_ptr<Workspace> lend() {
@@ -576,7 +555,7 @@ class Step {
   const std::vector<int64_t> code_;
   const std::vector<double> floats_;
   size_t at_ = 0;
-  int64_t row_ = 0, output_ = 0;
+  int64_t row_ = 0, output_ = 0, slots_ = 0;
   std::vector<int64_t> offsets_, widths_;
   std::vector<Operation> operations_;
   std::mutex lending_;
@@ -641,6 +620,13 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
     first += counts[i];
   }
   TORCH_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
+  TORCH_CHECK(slots.size(1) == own->slots(), "kbit: the step has a cache of ", own->slots(), " parts, not ",
+              slots.size(1));
+  int64_t before = -1;
+  for (const int64_t token : wanted) {
+    TORCH_CHECK_INDEX(token > before && token < tokens, "kbit: wanted tokens rise within 0 ... ", tokens - 1);
+    before = token;
+  }
   Tensor out = at::empty({static_cast<int64_t>(wanted.size()), own->output_width()}, at::kFloat);
   own->run(ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), tokens, sequences, wanted.vec(),
            is_half, works_alone() ? 1 : at::get_num_threads(), out.mutable_data_ptr<float>());

@@ -152,20 +152,28 @@ void with_team(const F& body) {
   mine.team->run(mine.members, body);
 }
 
-// Leads the process's team for a while, or nobody if it is busy.
+// Leads the process's team for a while; works alone if it is busy.
 class Leader {
  public:
   explicit Leader(int members) {
     if (members <= 1) return;
     SharedTeam& shared = shared_team();
     lock_ = std::unique_lock<std::mutex>(shared.busy, std::try_to_lock);
-    if (lock_.owns_lock()) leading() = {&shared.team, members};
+    if (lock_.owns_lock()) {
+      leading() = {&shared.team, members};
+    } else {
+      works_alone() = true;
+    }
   }
-  ~Leader() { leading() = {}; }
+  ~Leader() {
+    leading() = {};
+    works_alone() = was_alone_;
+  }
   Leader(const Leader&) = delete;
   Leader& operator=(const Leader&) = delete;
 
  private:
+  const bool was_alone_ = works_alone();
   std::unique_lock<std::mutex> lock_;
 };
 

@@ -279,3 +279,46 @@ def test_replaced_weights_are_noticed(tiny_model):
     model.model.norm.weight = torch.nn.Parameter(torch.zeros_like(model.model.norm.weight))
     with pytest.raises(UsageError, match="were replaced"):
         list(decoder.generate(PROMPT, 2))
+
+
+@torch.inference_mode()
+def test_rows_that_the_model_itself_moved_are_found(tiny_model):
+    model = packed(tiny_model("llama"))
+    decoder = native(model)
+    ids = torch.arange(3, 93)
+    cache = exact_cache(decoder)
+    decoder.run(ids[:60], cache, [])
+    model(input_ids=ids[None, 60:80], past_key_values=cache)  # past the cache's room
+    wanted = model(input_ids=ids[None]).logits[0, 80:]
+    assert relative(decoder.run(ids[80:], cache, range(10)), wanted) < 1e-3
+
+
+def test_ops_of_the_graph():
+    states = torch.randn(1, 2, 3, 4)
+    torch.library.opcheck(torch.ops.kbit.cached.default, (states, 5))
+    query = torch.empty(1, 4, 3, 8, device="meta")
+    key, value = torch.empty(1, 2, 3, 8, device="meta"), torch.empty(1, 2, 3, 6, device="meta")
+    assert torch.ops.kbit.attend(query, key, value, 1.0, 0, 0.0).shape == (1, 3, 4, 6)
+    with pytest.raises(NotImplementedError, match="no cache"):
+        torch.ops.kbit.attend(*(torch.randn(1, 2, 3, 4) for _ in range(3)), 1.0, 0, 0.0)
+
+
+@torch.inference_mode()
+def test_what_a_step_refuses(tiny_model):
+    decoder = native(packed(tiny_model("llama")))
+    ids = torch.arange(3, 7)
+    slots = decoder.new_cache().addresses(4)
+    run, step = torch.ops.kbit.run_step, decoder._native
+    with pytest.raises(RuntimeError, match="no step 0"):
+        run(0, ids, ids, slots, [0], [4], [3], True)
+    with pytest.raises(RuntimeError, match="int64 tokens"):
+        run(step, ids.int(), ids, slots, [0], [4], [3], True)
+    with pytest.raises(RuntimeError, match="have 3 tokens, not 4"):
+        run(step, ids, ids, slots, [0], [3], [3], True)
+    with pytest.raises(RuntimeError, match="a cache of 4 parts, not 2"):
+        run(step, ids, ids, slots[:, :2].contiguous(), [0], [4], [3], True)
+    for wanted in ([4], [-1], [2, 2], [3, 1]):
+        with pytest.raises(IndexError, match="rise within"):
+            run(step, ids, ids, slots, [0], [4], wanted, True)
+    with pytest.raises(RuntimeError, match="ends too early"):
+        torch.ops.kbit.build_step([], [], [], [1, 16], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kbitc.backends.cpu import native_trace  # noqa: F401  # defines two ops
 from kbitc.formats.encode import encode_rows
 from kbitc.formats.scales import store_scales, to_16_bits
 from kbitc.kernels import ops, reference  # noqa: F401
@@ -161,4 +162,6 @@ def test_every_op_is_checked():
     defined = {name.split("::")[1].split(".")[0] for name in names if name.startswith("kbit::")}
     # test_reference.py, test_scale_search.py, test_int8.py, test_rounding.py
     elsewhere = {"select", "search_scales", "linear_int8", "feed_back_strip", "descend_strip"}
+    # backends/test_cpu_native.py
+    elsewhere |= {"attend", "cached", "build_step", "run_step", "step_spent", "free_step"}
     assert defined == {*OPS, *elsewhere, "cpu_kernels", "use_cpu_kernels", "work_alone"}
