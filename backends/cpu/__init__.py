@@ -1,6 +1,6 @@
-"""The backend "cpu": a model's decode step, compiled once by AOTInductor and kept.
+"""The backend "cpu": a model's decode step, native, or compiled once by AOTInductor and kept.
 
-`Cpu` is offered here; the decoder and its packages on disk lie in files of their own.
+`Cpu` is offered here; the decoders, the native program and the packages on disk lie in files of their own.
 """
 
 from __future__ import annotations

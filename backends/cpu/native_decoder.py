@@ -50,7 +50,6 @@ class NativeDecoder(StepDecoder):
         self.passes = tuple(lowering_pipeline() if passes is None else passes)
         self.program, self.fusions = native_step(model, self.passes)
         self._native = self.program.build()
-        self._kept = (self.program.weights, self.program.constants)
         weakref.finalize(self, torch.ops.kbit.free_step, self._native)
 
     def new_cache(self, room: int = 0) -> GrowingCache:

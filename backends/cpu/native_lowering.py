@@ -135,7 +135,7 @@ class _Lowering:
         found = target(value.lies, *args[1:], **kwargs)
         if isinstance(found, (list, tuple)):
             return [Rows(part, value.buffer) for part in found]
-        if found._base is None and found is not value.lies and not _shares(found, value.lies):
+        if found.untyped_storage()._cdata != value.lies.untyped_storage()._cdata:  # no view, but a copy
             return self._viewed(target, (self.at.copied(value), *args[1:]), kwargs)
         return Rows(found, value.buffer, value.made if found.shape == value.lies.shape else ())
 
@@ -249,7 +249,7 @@ class _Lowering:
         return Rows(copied.lies.flatten(dim, dim + 1), copied.buffer)
 
     def _embedding(self, index: Index, *arguments: Any) -> Rows:
-        operands, _ = _operands(arguments)
+        operands, _ = Operands.split(arguments)
         out = self.at.new((*index.lies.shape, operands.in_features))
         words = (out.buffer, int(index.is_position), index.shift, self.into.weight(operands))
         self.into.add(Code.EMBED, out.buffer, (), *words)
@@ -265,11 +265,11 @@ class _Lowering:
         return out
 
     def _linear(self, x: Rows, *arguments: Any) -> Rows:
-        operands, bias = _operands(arguments)
+        operands, bias = Operands.split(arguments)
         return self._products(x, [operands], [bias], is_int8=False)
 
     def _linear_int8(self, x: Rows, *arguments: Any) -> Rows:
-        operands, bias = _operands(arguments)
+        operands, bias = Operands.split(arguments)
         return self._products(x, [operands], [bias], is_int8=True)
 
     def _linears(
@@ -357,15 +357,6 @@ _HANDLERS: Mapping[Any, Callable[..., Any]] = {
     cached._opoverload: _Lowering._cached,
     attend._opoverload: _Lowering._attend,
 }
-
-
-def _operands(arguments: Sequence[Any]) -> tuple[Operands, Any]:
-    return Operands.split(arguments)
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    shared: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    return shared
 
 
 def _eps_of(factor: Any, x: Any) -> float | None:
