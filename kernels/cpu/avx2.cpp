@@ -13,6 +13,7 @@
 
 #include "encode.h"
 #include "round.h"
+#include "transpose.h"
 
 namespace kbit {
 namespace {
@@ -23,10 +24,9 @@ constexpr int STEPS = 8;
 constexpr int ROLLED_FROM = 7;  // bits from which a look-up is too long to repeat for every step
 constexpr int HALF_FROM = 8;  // bits from which assembling a float beats looking it up
 constexpr bool TAKES_BYTES = false;  // `pmaddubsw` would saturate
+constexpr bool PAST_END = false;
 constexpr bool HAS_SHORT = true;
 constexpr float AFFINE_MAX = 64 * 128 - 1;  // high * 128 + low, |both| <= 64: `pmaddubsw` cannot saturate
-constexpr int TILE_ROWS = 2;  // of a weight, and of x: what a matmul keeps in registers
-constexpr int TILE_COLS = 2;
 constexpr int FEW_COLS = 4;  // rows of x whose sums fit in registers beside decoded values
 
 using Vec = __m256i;
@@ -51,6 +51,7 @@ INLINE float sum_lanes(VecF v) {
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
+INLINE __m256 to_eight(VecF v) { return v; }
 INLINE void store_half(uint8_t* p, Vec v, int) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 constexpr int natural(int, int step, int byte) { return step * 32 + byte; }
@@ -138,10 +139,11 @@ INLINE void lookup_half(const Lut<K>& lut, Vec* index, Vec* low, Vec* high) {
   });
 }
 
+// The low and the high bytes of levels.
 template <int K, int N>
-INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
+INLINE void lookup_bytes(const Lut<K>& lut, const Vec* c, Vec* low, Vec* high) {
   constexpr int COUNT = Lut<K>::COUNT;
-  Vec index[N], low[N], high[N];
+  Vec index[N];
   unroll<N>([&](auto i) INLINE_LAMBDA {
     index[i] = c[i];
     low[i] = high[i] = zero();
@@ -151,18 +153,16 @@ INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
     unroll<N>([&](auto i) INLINE_LAMBDA { index[i] = _mm256_xor_si256(c[i], all(0x80)); });
     lookup_half<K, 8, 8, N>(lut, index, low, high);
   }
+}
+
+template <int K, int N>
+INLINE void lookup_several(const Lut<K>& lut, const Vec* c, Vec (*out)[2]) {
+  Vec low[N], high[N];
+  lookup_bytes<K, N>(lut, c, low, high);
   unroll<N>([&](auto i) INLINE_LAMBDA {
     out[i][0] = _mm256_unpacklo_epi8(low[i], high[i]);
     out[i][1] = _mm256_unpackhi_epi8(low[i], high[i]);
   });
-}
-
-template <int K>
-INLINE void lookup(const Lut<K>& lut, Vec c, Vec out[2]) {
-  Vec v[1][2];
-  lookup_several<K, 1>(lut, &c, v);
-  out[0] = v[0][0];
-  out[1] = v[0][1];
 }
 
 // Codes of a small float, sorted by value, count up from the most negative one: their distance from the
@@ -487,11 +487,79 @@ INLINE int32_t sum_ints(Vec v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
+// Several rows of x.
+constexpr int ROWS = 8;
+constexpr int COLS = 4;
+constexpr int64_t PANEL_BYTES = 256 << 10;
+INLINE void store_some(float* p, VecF v, int64_t count) {
+  if (count >= ROWS) return _mm256_storeu_ps(p, v);
+  float all[ROWS];
+  _mm256_storeu_ps(all, v);
+  std::memcpy(p, all, static_cast<size_t>(count) * sizeof(float));
+}
+
+INLINE void add_pairs(Vec& sum, Vec a, Vec b) {  // not `mul_add`: gcc 12 would keep one of eight sums in memory
+  Vec product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+}
+
+INLINE void transpose_words(const uint8_t* const* rows, int64_t at, Vec* out) {
+  Vec v[8];
+  unroll<8>([&](auto r) INLINE_LAMBDA { v[r] = bytes_at(rows[r] + at); });
+  transpose_ints(v);
+  unroll<8>([&](auto r) INLINE_LAMBDA { out[r] = v[r]; });
+}
+
+INLINE Vec merge(Vec low, Vec high, int low_bits) {
+  const Vec of_low = all((1 << low_bits) - 1);
+  return _mm256_or_si256(_mm256_and_si256(of_low, low), _mm256_andnot_si256(of_low, high));
+}
+
+template <int K>
+INLINE void lookup_lanes(const Lut<K>& lut, Vec c, Vec out[2]) {
+  const Vec even = _mm256_set1_epi16(0xff);
+  const Vec index = _mm256_and_si256(c, all((1 << K) - 1));
+  Vec low[1], high[1];
+  lookup_bytes<K, 1>(lut, &index, low, high);
+  out[0] = _mm256_or_si256(_mm256_and_si256(even, *low), _mm256_slli_epi16(*high, 8));
+  out[1] = _mm256_or_si256(_mm256_srli_epi16(*low, 8), _mm256_andnot_si256(even, *high));
+}
+
+INLINE float sum_sizes(const float* x, int64_t count) {
+  const VecF sign = _mm256_set1_ps(-0.0f);
+  VecF total = zero_float();
+  for (int64_t i = 0; i < count; i += 8) total = _mm256_add_ps(total, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+  return sum_lanes(total);
+}
+
 }  // namespace
 }  // namespace kbit
 
 #include "bytes.h"
-#include "matmul_rows.h"
+#include "matmul_few.h"
+#include "matmul_lanes.h"
+
+namespace kbit {
+namespace {
+
+INLINE float largest_of_many(const Weight& w, const Activation& out, const float* x, float peak, int64_t count) {
+  return out.rows > FEW_MOST ? largest_of_lane(w, x, count, peak) : largest_of_eight(w);
+}
+
+INLINE void put_values(const int32_t* q, const uint8_t* from, int64_t m, int64_t chunk, int64_t chunks,
+                       Activation& out) {
+  if (out.rows > FEW_MOST) return put_lanes(q, m, chunk, chunks, out.values);
+  put_few(q, from, m, chunk, chunks, out.values);
+}
+
+void gemm(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+          int64_t stride) {
+  (x.rows > FEW_MOST ? gemm_lanes : gemm_few)(w, table, x, begin, end, out, stride);
+}
+
+}  // namespace
+}  // namespace kbit
+
 #include "driver.h"
 
 namespace kbit {

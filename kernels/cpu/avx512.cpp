@@ -23,6 +23,7 @@ constexpr int STEPS = 4;
 constexpr int ROLLED_FROM = 9;  // never, nor halves: tables of 256 levels fit
 constexpr int HALF_FROM = 9;
 constexpr bool TAKES_BYTES = true;  // four levels as bytes
+constexpr bool PAST_END = true;  // the second half of a step is a later group
 constexpr bool HAS_SHORT = false;  // masks read short chunks as they are
 constexpr float AFFINE_MAX = 127 * 256 + 127;  // high * 256 + low, each within a signed byte
 
@@ -47,6 +48,9 @@ INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, 
 INLINE VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
 INLINE VecF repeat_float(float value) { return _mm512_set1_ps(value); }
 INLINE float sum_lanes(VecF v) { return _mm512_reduce_add_ps(v); }
+INLINE __m256 to_eight(VecF v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
 INLINE void store_half(uint8_t* p, Vec v, int half) {
   const __m256i part = half == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), part);
@@ -589,11 +593,61 @@ INLINE Vec subtract_int(Vec v, int32_t by) { return _mm512_sub_epi32(v, _mm512_s
 INLINE VecF to_floats(Vec v) { return _mm512_cvtepi32_ps(v); }
 INLINE int32_t sum_ints(Vec v) { return _mm512_reduce_add_epi32(v); }
 
+// Several rows of x.
+constexpr int ROWS = 16;
+constexpr int COLS = 8;
+constexpr int64_t PANEL_BYTES = 512 << 10;
+INLINE void add_pairs(Vec& sum, Vec a, Vec b) { sum = mul_add(sum, a, b); }
+INLINE void store_some(float* p, VecF v, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), v); }
+
+// 8 words of 16 rows: out[j] has word j of every row.
+INLINE void transpose_words(const uint8_t* const* rows, int64_t at, Vec* out) {
+  Vec a[8], b[8];
+  unroll<8>([&](auto r) INLINE_LAMBDA {
+    const Vec low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + at)));
+    a[r] = _mm512_inserti64x4(low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r + 8] + at)), 1);
+  });
+  unroll<4>([&](auto i) INLINE_LAMBDA {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  });
+  unroll<2>([&](auto i) INLINE_LAMBDA {
+    unroll<2>([&](auto j) INLINE_LAMBDA {
+      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
+    });
+  });
+  unroll<4>([&](auto j) INLINE_LAMBDA {  // halves of 256 bits have words j of four rows, then words j + 4
+    out[j] = _mm512_mask_permutex_epi64(a[j], 0xcc, a[j + 4], _MM_PERM_BABA);
+    out[j + 4] = _mm512_mask_permutex_epi64(a[j + 4], 0x33, a[j], _MM_PERM_DCDC);
+  });
+}
+
 }  // namespace
 }  // namespace kbit
 
 #include "bytes.h"
 #include "matmul_lanes.h"
+
+namespace kbit {
+namespace {
+
+INLINE float largest_of_many(const Weight& w, const Activation&, const float* x, float peak, int64_t count) {
+  return largest_of_lane(w, x, count, peak);
+}
+
+INLINE void put_values(const int32_t* q, const uint8_t*, int64_t m, int64_t chunk, int64_t chunks, Activation& out) {
+  put_lanes(q, m, chunk, chunks, out.values);
+}
+
+void gemm(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+          int64_t stride) {
+  gemm_lanes(w, table, x, begin, end, out, stride);
+}
+
+}  // namespace
+}  // namespace kbit
+
 #include "driver.h"
 
 namespace kbit {

@@ -12,20 +12,24 @@
 //   TOGETHER<K, MODE> how many rows of the weight such a product takes at once
 //   multiply_unit     levels of one unit of these rows (the codes that share a scale) times x
 //   FullCodes<K, M>   codes of a whole chunk of a row; Tail<K>: those of the last one, which is shorter
+//   PAST_END          whether a step may take in granules past the end of a row, whose scales are then 0
 //   HAS_SHORT         whether ShortCodes<K, 8> and <K, 16> read last chunks of so many lanes in registers
 //   TAKES_BYTES       whether 2-bit codebooks may be read as `Table::byte`
 //   add_scaled(sum, acc, scales), multiply_add, sum_lanes, dot_lanes, load_floats, ...
+//   to_eight          lanes that are summed later, of which eight remain
 //
-// and after one of the headers matmul_*.h, which has `gemm` and says in what order several rows of x lie:
+// and, of the headers matmul_*.h, which say in what order several rows of x lie, those that it takes for so many:
 //
-//   largest_of_many(w, x, n, peak)   the largest integer that one of n floats may become
-//   put_values(q, from, m, c, ...)   integers of row m, chunk c to their places; from[i]: what a row by itself
-//                                    has at place i
+//   gemm
+//   largest_of_many(w, out, x, peak, n)  the largest integer that one of n floats may become
+//   put_values(q, from, m, c, ...)       integers of row m, chunk c to their places; from[i]: what a row by itself
+//                                        has at place i
 //
 // Equations (row r, block b): out[r] = unit * sum_b scale[r, b] * xscale[b] * (sum_j T[code_j] * q_j)
 //                                      + sum_b zero[r, b] * sum_{j in b} x_j + outliers
 #pragma once
 
+#include "transpose.h"
 #include "weights.h"
 
 namespace kbit {
@@ -98,7 +102,7 @@ template <int K>
 void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
   const int64_t chunks = chunk_count(w);
   const auto largest_of = [&](const float* floats, float peak) {
-    if (out.rows > 1) return largest_of_many(w, floats, out.granule, peak);
+    if (out.rows > 1) return largest_of_many(w, out, floats, peak, out.granule);
     return out.mode == Mode::affine ? AFFINE_MAX : largest_of_eight(w);
   };
   uint8_t from[CHUNK];  // kernel order to natural order
@@ -148,7 +152,7 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
       }
       int16_t* to = out.values + c * CHUNK;
       if (out.rows > 1) {
-        put_values(q, from, m, c, chunks, out.values);
+        put_values(q, from, m, c, chunks, out);
       } else if (out.mode == Mode::affine) {
         split_bytes(q, from, reinterpret_cast<int8_t*>(to));
       } else {
@@ -176,10 +180,10 @@ INLINE void multiply_codes(const Levels<K, MODE>& levels, const Codes* rows, Ste
   }
 }
 
-// R rows of the weight, of which `spread` has the scales; `sums` are by lanes.
+// R rows of the weight, of which `spread` (R, stride) has the scales; `sums` are by lanes.
 template <int K, Mode MODE, int G, int R>
 INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const Tail<K>& tail, const Activation& x,
-                          int64_t row, const float* spread, VecF* sums) {
+                          int64_t row, const float* spread, int64_t stride, VecF* sums) {
   constexpr int WIDTH = MODE == Mode::half ? 2 : 1;  // of a value of x, in 16-bit words
   constexpr int64_t BYTES_A_CHUNK = K * (CHUNK / 8);
   const int64_t full = w.cols / CHUNK;
@@ -189,7 +193,7 @@ INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const 
   VecF sum[R];
   unroll<R>([&](auto r) INLINE_LAMBDA {
     packed[r] = w.planes + (row + r) * w.row_bytes;
-    scales[r] = spread + r * x.segments;
+    scales[r] = spread + r * stride;
     sum[r] = zero_float();
   });
   // In the order of memory, behind these rows: one stream is what the prefetchers of the machine like.
@@ -231,18 +235,22 @@ INLINE void multiply_rows(const Weight& w, const Levels<K, MODE>& levels, const 
   unroll<R>([&](auto r) INLINE_LAMBDA { sums[r] = sum[r]; });
 }
 
+constexpr int SUMMED = 8;  // rows whose lanes are summed together
+
 template <int K, Mode MODE, int G>
 void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out) {
   constexpr int R = TOGETHER<K, MODE>;
-  const int64_t fitting = 2048 / (w.blocks + x.segments);  // rows whose scales stay in the L1 cache
-  const int64_t batch = fitting < R ? R : (fitting > 32 ? 32 : fitting / R * R);
   constexpr bool HAS_FIRST = MODE == Mode::affine;
   const bool is_direct = w.block == G;  // each granule has a scale of its own
+  const bool has_rest = HAS_FIRST || w.zero_type != Type::none;
+  const int64_t stride = (x.segments + SUMMED - 1) / SUMMED * SUMMED;
+  const int64_t fitting = 2048 / (w.blocks + stride);  // rows whose scales stay in the L1 cache
+  const int64_t batch = fitting < SUMMED ? SUMMED : (fitting > 32 ? 32 : fitting / SUMMED * SUMMED);
   const Scratch scratch(sizeof(VecF) * static_cast<size_t>(batch) +
-                        sizeof(float) * static_cast<size_t>(batch * (w.blocks + x.segments) + 2 * STEP));
+                        sizeof(float) * static_cast<size_t>(batch * (w.blocks + stride) + 2 * STEP));
   VecF* rest = reinterpret_cast<VecF*>(scratch.data);  // (batch): what is not a product of codes
-  float* spread = reinterpret_cast<float*>(rest + batch);  // (batch, segments) and a step
-  float* scales = spread + batch * x.segments + STEP;  // (batch, blocks) and a step
+  float* spread = reinterpret_cast<float*>(rest + batch);  // (batch, stride) and a step
+  float* scales = spread + batch * stride + STEP;  // (batch, blocks) and a step
   const ScaleReader reader(w);
   const Levels<K, MODE> levels(table);
   const Tail<K> tail(w.cols % CHUNK);
@@ -254,26 +262,34 @@ void gemv_rows(const Weight& w, const Table& table, const Activation& x, int64_t
     for (int64_t r = 0; r < count; ++r) {
       const float* here = scales + r * w.blocks;
       if (is_direct) {
-        multiply_whole(here, x.scales, w.blocks, spread + r * x.segments);
-        for (int64_t j = w.blocks; j < x.segments; ++j) spread[r * x.segments + j] = 0.0f;
+        multiply_whole(here, x.scales, w.blocks, spread + r * stride);
+        for (int64_t j = w.blocks; PAST_END && j < x.segments; ++j) spread[r * stride + j] = 0.0f;
       } else {
-        spread_scales(w, here, x.scales, G, x.segments, spread + r * x.segments);
+        spread_scales(w, here, x.scales, G, x.segments, spread + r * stride);
       }
-      rest[r] = zero_float();
-      if (HAS_FIRST) rest[r] = multiply(dot_lanes(here, x.sums, w.blocks), level_0);
+      if (!has_rest) continue;
+      rest[r] = HAS_FIRST ? multiply(dot_lanes(here, x.sums, w.blocks), level_0) : zero_float();
       if (w.zero_type != Type::none) {
         rest[r] = add(rest[r], dot_numbers(w.zeros, w.zero_type, (row + r) * w.blocks, x.sums, w.blocks));
       }
     }
-    const auto multiply_some = [&](int64_t r, auto some) INLINE_LAMBDA {
-      VecF sums[some];
-      reader.fetch(row + batch + r, some);  // of the next batch, so that none waits for them
-      multiply_rows<K, MODE, G, some>(w, levels, tail, x, row + r, spread + r * x.segments, sums);
-      for (int i = 0; i < some; ++i) out[row + r + i - begin] = sum_lanes(multiply_add(sums[i], unit, rest[r + i]));
-    };
-    int64_t r = 0;
-    for (; r + R <= count; r += R) multiply_some(r, Constant<R>{});
-    for (; r < count; ++r) multiply_some(r, Constant<1>{});
+    for (int64_t r = 0; r < count; r += SUMMED) {
+      __m256 sums[SUMMED] = {};
+      const int64_t here = count - r < SUMMED ? count - r : SUMMED;
+      reader.fetch(row + batch + r, here);  // of the next batch, so that none waits for them
+      const auto multiply_some = [&](int64_t i, auto some) INLINE_LAMBDA {
+        VecF lanes[some];
+        multiply_rows<K, MODE, G, some>(w, levels, tail, x, row + r + i, spread + (r + i) * stride, stride, lanes);
+        for (int j = 0; j < some; ++j) {
+          const VecF scaled = multiply(lanes[j], unit);
+          sums[i + j] = to_eight(has_rest ? add(scaled, rest[r + i + j]) : scaled);
+        }
+      };
+      int64_t i = 0;
+      for (; i + R <= here; i += R) multiply_some(i, Constant<R>{});
+      for (; i < here; ++i) multiply_some(i, Constant<1>{});
+      put_sums(sums, here, out + row + r - begin);
+    }
   }
   if (w.outliers > 0) add_outliers(w, x.outliers, begin, end, out);
 }

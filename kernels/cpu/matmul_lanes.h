@@ -1,12 +1,18 @@
 // Several rows of x times a weight, a row of the weight to a lane: scales, sums and results need no work
 // across lanes. Packed bytes are transposed on their way in, 32 bits at a time (a word of a plane's 32 bytes
-// has codes of four neighbouring columns; the words of 16 rows make a vector), and their levels become a tile
+// has codes of four neighbouring columns; the words of ROWS rows make a vector), and their levels become a tile
 // in the L1 cache, which meets COLS rows of x at a time.
 //
-//   tile of levels  (CHUNK / 2, R) vectors of pairs: two columns of each of 16 rows of the weight
-//   values of x     (rows / COLS, chunks, CHUNK / 2, COLS) of the same pairs
+//   tile of levels  (CHUNK / 2, R) vectors of pairs: two columns of each of ROWS rows of the weight
+//   values of x     (rows / X_ROWS, chunks, CHUNK / 2, X_ROWS) of the same pairs
 //
 // The pairs of four neighbouring columns are 0 with 2 and 1 with 3: the even and the odd bytes of a word.
+//
+// Each set defines, before it includes this, ROWS (of the weight: 32-bit lanes of a vector), COLS (rows of x whose
+// sums fit in registers: a divisor of X_ROWS), PANEL_BYTES (of x, which stays in the L2 cache while the weight
+// passes), `transpose_words` (8 words of ROWS rows: out[j] has word j of every row), `lookup_lanes` (of words of
+// codes, whose bits above K may be dirty, the even and the odd bytes' levels), `add_pairs` (products of pairs to 32-bit
+// sums), `merge`, `shift`, `sum_sizes` and `store_some`.
 #pragma once
 
 #include "weights.h"
@@ -14,73 +20,47 @@
 namespace kbit {
 namespace {
 
-constexpr int ROWS = 16;  // of the weight: the lanes of a vector
 constexpr int WORDS = 8;  // of a group of 32 codes
 constexpr int GROUPS = CHUNK / 32;
 constexpr int PAIRS = CHUNK / 2;
-constexpr int COLS = X_ROWS;  // rows of x whose sums stay in registers
-constexpr int64_t PANEL_BYTES = 512 << 10;  // of x, which stays in the L2 cache while the weight passes
 
 // A 32-bit lane sums the products of a whole granule: what it holds over the largest level bounds the sum of
 // their sizes (128: each may be rounded up, and `peak / total` as well).
-INLINE float largest_of_many(const Weight& w, const float* x, int64_t count, float peak) {
+INLINE float largest_of_lane(const Weight& w, const float* x, int64_t count, float peak) {
   const float most = static_cast<float>((int64_t{1} << 31) / w.most - 128);
   const float total = sum_sizes(x, count);
   const float largest = total > 0.0f ? most * (peak / total) : 1.0f;
   return largest < VALUE_MAX ? largest : VALUE_MAX;
 }
 
-inline void put_values(const int32_t* q, const uint8_t*, int64_t m, int64_t chunk, int64_t chunks, int16_t* values) {
-  int16_t* out = values + ((m / COLS * chunks + chunk) * PAIRS * COLS + m % COLS) * 2;
+inline void put_lanes(const int32_t* q, int64_t m, int64_t chunk, int64_t chunks, int16_t* values) {
+  int16_t* out = values + ((m / X_ROWS * chunks + chunk) * PAIRS * X_ROWS + m % X_ROWS) * 2;
   for (int i = 0; i < CHUNK; i += 4) {
     for (int odd = 0; odd < 2; ++odd) {
-      out[(i / 2 + odd) * COLS * 2] = static_cast<int16_t>(q[i + odd]);
-      out[(i / 2 + odd) * COLS * 2 + 1] = static_cast<int16_t>(q[i + odd + 2]);
+      out[(i / 2 + odd) * X_ROWS * 2] = static_cast<int16_t>(q[i + odd]);
+      out[(i / 2 + odd) * X_ROWS * 2 + 1] = static_cast<int16_t>(q[i + odd + 2]);
     }
   }
-}
-
-// 8 words of 16 rows: out[j] has word j of every row.
-INLINE void transpose(const uint8_t* const* rows, int64_t at, Vec* out) {
-  Vec a[8], b[8];
-  unroll<8>([&](auto r) INLINE_LAMBDA {
-    const Vec low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + at)));
-    a[r] = _mm512_inserti64x4(low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r + 8] + at)), 1);
-  });
-  unroll<4>([&](auto i) INLINE_LAMBDA {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  });
-  unroll<2>([&](auto i) INLINE_LAMBDA {
-    unroll<2>([&](auto j) INLINE_LAMBDA {
-      a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-      a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + 2 + j]);
-    });
-  });
-  unroll<4>([&](auto j) INLINE_LAMBDA {  // halves of 256 bits have words j of four rows, then words j + 4
-    out[j] = _mm512_mask_permutex_epi64(a[j], 0xcc, a[j + 4], _MM_PERM_BABA);
-    out[j + 4] = _mm512_mask_permutex_epi64(a[j + 4], 0x33, a[j], _MM_PERM_DCDC);
-  });
 }
 
 // Codes of a word of group `g`, from the transposed words of the planes, 8 for each 32 bytes of them; bits above K
 // may be dirty.
 template <int WIDTH, int FIRST>
-INLINE Vec field(const Vec* words, int g, int to) {
+INLINE Vec field_of(const Vec* words, int g, int to) {
   return shift(words[(FIRST + g * WIDTH / 8) * WORDS], WIDTH * g % 8 - to);
 }
 template <int K>
 INLINE Vec code_words(const Vec* words, int g) {
-  if constexpr (K == 2 || K == 4 || K == 8) return field<K, 0>(words, g, 0);
-  if constexpr (K == 3) return merge(field<2, 0>(words, g, 0), field<1, 2>(words, g, 2), 2);
-  if constexpr (K == 5) return merge(field<4, 0>(words, g, 0), field<1, 4>(words, g, 4), 4);
+  if constexpr (K == 2 || K == 4 || K == 8) return field_of<K, 0>(words, g, 0);
+  if constexpr (K == 3) return merge(field_of<2, 0>(words, g, 0), field_of<1, 2>(words, g, 2), 2);
+  if constexpr (K == 5) return merge(field_of<4, 0>(words, g, 0), field_of<1, 4>(words, g, 4), 4);
   if constexpr (K >= 6) {
-    const Vec six = merge(field<4, 0>(words, g, 0), field<2, 4>(words, g, 4), 4);
-    return K == 6 ? six : merge(six, field<1, 6>(words, g, 6), 6);
+    const Vec six = merge(field_of<4, 0>(words, g, 0), field_of<2, 4>(words, g, 4), 4);
+    return K == 6 ? six : merge(six, field_of<1, 6>(words, g, 6), 6);
   }
 }
 
-// One chunk of 16 rows to levels: their vectors of `tile` (PAIRS, R).
+// One chunk of ROWS rows to levels: their vectors of `tile` (PAIRS, R).
 template <int K, int R>
 INLINE void decode_words(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* const* rows, int64_t at, bool is_full,
                          Vec* tile) {
@@ -92,7 +72,7 @@ INLINE void decode_words(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* 
   };
   if (is_full) {
     Vec words[K * WORDS];
-    for (int i = 0; i < K; ++i) transpose(rows, at + 32 * i, words + i * WORDS);
+    for (int i = 0; i < K; ++i) transpose_words(rows, at + 32 * i, words + i * WORDS);
     for (int j = 0; j < WORDS; ++j) {
       unroll<GROUPS>([&](auto g) INLINE_LAMBDA { put(g, j, code_words<K>(words + j, g)); });
     }
@@ -104,20 +84,14 @@ INLINE void decode_words(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* 
     const auto steps = tail.read(rows[r] + at);
     codes[r] = bytes[r];
     for (int s = 0; s < tail.steps; ++s) {
-      for (int half = 0; half < 2; ++half) store_half(bytes[r] + natural(K, s, 32 * half), steps(s), half);
+      for (int half = 0; half < STEP / 32; ++half) store_half(bytes[r] + natural(K, s, 32 * half), steps(s), half);
     }
   }
   for (int g = 0; g < GROUPS; ++g) {
     Vec words[WORDS];
-    transpose(codes, 32 * g, words);
+    transpose_words(codes, 32 * g, words);
     for (int j = 0; j < WORDS; ++j) put(g, j, words[j]);
   }
-}
-
-INLINE Vec repeat(const int16_t* pair) {
-  int32_t word;
-  std::memcpy(&word, pair, 4);
-  return _mm512_set1_epi32(word);
 }
 
 // sums (C, R) += scale * x's scale * (levels times x) over the granules of a chunk.
@@ -132,12 +106,14 @@ __attribute__((noinline)) void multiply_tile(const Vec* tile, const int16_t* x, 
       Vec v[R];
       unroll<R>([&](auto r) INLINE_LAMBDA { v[r] = tile[i * R + r]; });
       unroll<C>([&](auto m) INLINE_LAMBDA {
-        const Vec q = repeat(x + (i * COLS + m) * 2);
-        unroll<R>([&](auto r) INLINE_LAMBDA { acc[m * R + r] = mul_add(acc[m * R + r], v[r], q); });
+        int32_t pair;
+        std::memcpy(&pair, x + (i * X_ROWS + m) * 2, 4);
+        const Vec q = repeat_int(pair);
+        unroll<R>([&](auto r) INLINE_LAMBDA { add_pairs(acc[m * R + r], v[r], q); });
       });
     }
     unroll<C>([&](auto m) INLINE_LAMBDA {
-      const VecF x_scale = _mm512_set1_ps(x_scales[m * segments + s]);
+      const VecF x_scale = repeat_float(x_scales[m * segments + s]);
       unroll<R>([&](auto r) INLINE_LAMBDA {
         sums[m * R + r] = add_scaled(sums[m * R + r], acc[m * R + r], multiply(scales[r][block[s]], x_scale));
       });
@@ -145,11 +121,11 @@ __attribute__((noinline)) void multiply_tile(const Vec* tile, const int16_t* x, 
   }
 }
 
-// (count, blocks) numbers of rows to vectors of 16 rows, one for each block; what lies behind them is read too.
+// (count, blocks) numbers of rows to vectors of ROWS rows, one for each block; what lies behind them is read too.
 inline void across_rows(const float* numbers, int64_t count, int64_t blocks, VecF* out) {
   const uint8_t* rows[ROWS];
   for (int r = 0; r < ROWS; ++r) rows[r] = reinterpret_cast<const uint8_t*>(numbers + (r < count ? r : 0) * blocks);
-  for (int64_t b = 0; b < blocks; b += WORDS) transpose(rows, 4 * b, reinterpret_cast<Vec*>(out + b));
+  for (int64_t b = 0; b < blocks; b += WORDS) transpose_words(rows, 4 * b, reinterpret_cast<Vec*>(out + b));
 }
 
 // What a call works with: its scratch memory, and what all its tiles share.
@@ -186,7 +162,14 @@ struct Lanes {
         numbers(reinterpret_cast<float*>(zeros + 2 * padded)) {}
 };
 
-// R times 16 rows of the weight, of which `valid` exist, times `count` rows of x from `first` on.
+// `body` with the constant nearest to `count`, from 1 to MOST.
+template <int MOST, class Body>
+INLINE void up_to(int64_t count, const Body& body) {
+  if (MOST == 1 || count >= MOST) return body(Constant<MOST>{});
+  if constexpr (MOST > 1) up_to<MOST - 1>(count, body);
+}
+
+// R times ROWS rows of the weight, of which `valid` exist, times `count` rows of x from `first` on.
 template <int K, int R>
 void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t valid, float* out, int64_t stride) {
   const Weight& w = at.w;
@@ -221,45 +204,33 @@ void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t
       block[s] = static_cast<int>(b < w.blocks ? b : w.blocks - 1);
     }
     for (int64_t m = 0; m < count; m += COLS) {
-      const int16_t* values = x.values + ((first + m) / COLS * chunks + c) * PAIRS * COLS * 2;
+      const int64_t group = (first + m) / X_ROWS * chunks + c;
+      const int16_t* values = x.values + (group * PAIRS * X_ROWS + (first + m) % X_ROWS) * 2;
       const float* x_scales = x.scales + (first + m) * x.segments + c * granules;
-      const auto multiply = [&](auto cols) INLINE_LAMBDA {
+      up_to<COLS>(count - m, [&](auto cols) INLINE_LAMBDA {
         multiply_tile<R, cols>(at.tile, values, x_scales, x.segments, scales, block, granules, at.sums + m * R);
-      };
-      if (count - m >= COLS) {
-        multiply(Constant<COLS>{});
-        continue;
-      }
-      switch (count - m) {
-        case 1: multiply(Constant<1>{}); break;
-        case 2: multiply(Constant<2>{}); break;
-        case 3: multiply(Constant<3>{}); break;
-        case 4: multiply(Constant<4>{}); break;
-        case 5: multiply(Constant<5>{}); break;
-        case 6: multiply(Constant<6>{}); break;
-        default: multiply(Constant<7>{});
-      }
+      });
     }
   }
   for (int64_t m = 0; m < count; ++m) {
     const float* x_sums = x.sums + (first + m) * w.blocks;
     for (int r = 0; r < R; ++r) {
-      VecF total = multiply(at.sums[m * R + r], _mm512_set1_ps(at.table.unit));
+      VecF total = multiply(at.sums[m * R + r], repeat_float(at.table.unit));
       if (w.zero_type != Type::none) {
         const VecF* zeros = at.zeros + r * at.padded;
-        for (int64_t b = 0; b < w.blocks; ++b) total = multiply_add(zeros[b], _mm512_set1_ps(x_sums[b]), total);
+        for (int64_t b = 0; b < w.blocks; ++b) total = multiply_add(zeros[b], repeat_float(x_sums[b]), total);
       }
-      _mm512_mask_storeu_ps(out + m * stride + r * ROWS, lanes(valid - r * ROWS), total);
+      store_some(out + m * stride + r * ROWS, total, valid - r * ROWS);
     }
     if (w.outliers > 0) add_outliers(w, x.outliers + (first + m) * w.outliers, row, row + valid, out + m * stride);
   }
 }
 
 template <int K>
-void gemm_lanes(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+void gemm_lanes_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
                 int64_t stride) {
-  const int64_t fitting = PANEL_BYTES / (chunk_count(w) * CHUNK * 2) / COLS * COLS;
-  const int64_t panel = fitting < 4 * COLS ? 4 * COLS : fitting;
+  const int64_t fitting = PANEL_BYTES / (chunk_count(w) * CHUNK * 2) / X_ROWS * X_ROWS;
+  const int64_t panel = fitting < 4 * X_ROWS ? 4 * X_ROWS : fitting;
   Lanes<K> at(w, table, x, panel < x.rows ? panel : x.rows);
   for (int64_t first = 0; first < x.rows; first += panel) {
     const int64_t count = first + panel < x.rows ? panel : x.rows - first;
@@ -275,9 +246,9 @@ void gemm_lanes(const Weight& w, const Table& table, const Activation& x, int64_
   }
 }
 
-void gemm(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
-          int64_t stride) {
-  KBIT_BY_BITS(w.bits, gemm_lanes<K>(w, table, x, begin, end, out, stride));
+void gemm_lanes(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+                int64_t stride) {
+  KBIT_BY_BITS(w.bits, gemm_lanes_of<K>(w, table, x, begin, end, out, stride));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Eight vectors of eight 32-bit lanes, for the sets that have AVX2.
+// Eight vectors of eight 32-bit lanes, for the sets that have AVX2: transposed, and summed.
 #pragma once
 
 #include <immintrin.h>
@@ -25,6 +25,19 @@ INLINE void transpose_ints(__m256i* v) {
     v[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
     v[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
   });
+}
+
+// The sums of the lanes of eight vectors, of which `count` are wanted.
+INLINE void put_sums(const __m256* v, int64_t count, float* out) {
+  __m256 pairs[4], fours[2];
+  unroll<4>([&](auto i) INLINE_LAMBDA { pairs[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]); });
+  unroll<2>([&](auto i) INLINE_LAMBDA { fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]); });
+  const __m256 low = _mm256_permute2f128_ps(fours[0], fours[1], 0x20);
+  const __m256 sums = _mm256_add_ps(low, _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+  if (count == 8) return _mm256_storeu_ps(out, sums);
+  float all[8];
+  _mm256_storeu_ps(all, sums);
+  std::memcpy(out, all, static_cast<size_t>(count) * sizeof(float));
 }
 
 }  // namespace

@@ -215,7 +215,7 @@ def test_massive_activation_keeps_the_others(kernel_set):
     assert_product(linear(x, weight), x, truth(weight), bound=2e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("spec", ["nf4:64", "int4:64+zp+out2%", "fp6:64", "int2:32", "nf3:48"])
 def test_inputs_at_the_ends_of_float32(kernel_set, spec, rows):
     """Each row is scaled by a power of two: what float32 holds of the product is there."""
@@ -230,7 +230,7 @@ def test_inputs_at_the_ends_of_float32(kernel_set, spec, rows):
         assert_product(linear(x, weight).double() / sizes, x.double() / sizes, dense.double())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("spec", ["nf4:64", "int4:64", "nf3:48"])
 def test_infinities_are_those_of_the_dense_product(kernel_set, spec, rows):
     weight = packed(24, 320, spec)
@@ -242,7 +242,7 @@ def test_infinities_are_those_of_the_dense_product(kernel_set, spec, rows):
     assert got[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("spec", ["nf4:64", "int4:64+zp", "fp6:64+out2%", "int2:32", "nf3:64+dq", "int8:128"])
 @pytest.mark.parametrize("size", [1e3, 1e4])
 def test_outlying_activations_leave_the_others_their_share(kernel_set, spec, rows, size):
