@@ -213,6 +213,10 @@ class Decoder:
         logits, _ = self.prefill(torch.tensor([[token]]), cache)
         return logits
 
+    def spent(self) -> dict[str, float]:
+        """Seconds since the last call of this, by what took them; empty where nothing tells them apart."""
+        return {}
+
     @torch.inference_mode()
     def generate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -31,7 +31,11 @@ def bench(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode speed and peak memory, against the dense model."""
+    """Prefill and decode speed and peak memory, against the dense model and what the machine could do.
+
+    The limit is what reading the weights from memory allows, by a bandwidth measured in the same run; below
+    the table: how much of it was reached, and where the time of a token went.
+    """
     from kbitc.evaluation.benchmark import compare
 
     check_backend(backend)
@@ -42,15 +46,39 @@ def bench(
         console.print_json(rows)
         return
     table = Table(title=f"{prompt_tokens} prompt + {new_tokens} new tokens, batch 1", title_justify="left")
-    for column in ("", "decode tok/s", "prefill tok/s", "peak memory MB", "weights MB", "bits/param"):
+    for column in (
+        "",
+        "decode tok/s",
+        "prefill tok/s",
+        "limit tok/s",
+        "peak memory MB",
+        "weights MB",
+        "bits/param",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
         table.add_row(
             name,
             f"{row['decode']:.2f}",
             f"{row['prefill']:.1f}",
+            f"{row['limit']:.0f}",
             f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bits_per_param']:.3f}",
         )
     console.out.print(table)
+    for name, row in rows.items():
+        console.out.print(_where_it_went(name, row))
+
+
+def _where_it_went(name: str, row: dict[str, Any]) -> str:
+    read = f"{row['share']:.0%} of the {row['limit']:.0f} tokens/s that reading the weights allows"
+    said = f"{name}: {read} ({row['bandwidth'] / 1e9:.1f} GB/s)"
+    if row["spent"]:
+        token = 1 / row["decode"]
+        spent = row["spent"] | {"the rest": max(0.0, token - sum(row["spent"].values()))}
+        kinds = ", ".join(f"{kind} {1e3 * seconds:.2f}" for kind, seconds in spent.items())
+        said += f"; {1e3 * token:.2f} ms a token: {kinds}"
+    if row["why_compiled"]:
+        said += f"; no native step: {row['why_compiled']}"
+    return said

@@ -18,12 +18,12 @@ from kbitc.backends import exported_kind
 from kbitc.errors import SourceError
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.opening import open_model
-from kbitc.evaluation.speed import speed
+from kbitc.evaluation.speed import bytes_of_a_token, read_bandwidth, speed
 
 if TYPE_CHECKING:
     import torch
 
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 def compare(
@@ -50,7 +50,10 @@ def compare(
     Returns:
         ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
         "packed" on the eager backend, "packed, cpu" compiled, and "16-bit" ("32-bit" in float32);
-        "exported" of an exported folder.
+        "exported" of an exported folder. ``bandwidth`` is what the machine reads in bytes/s, ``limit`` the
+        tokens/s at which reading the weights alone takes all of it, ``share`` how much of that ``decode`` is;
+        ``spent`` seconds of a token by what took them, where the decoder tells, and ``why_compiled`` why a
+        step is no native one.
 
     Raises:
         SourceError: a model cannot be loaded or measured.
@@ -108,12 +111,19 @@ def measure(
     decoder = make_decoder(model, backend)
     _forget_peak()
     measured = speed(decoder, prompt_tokens, new_tokens, runs)
+    peak, bandwidth = _peak(), read_bandwidth()
+    limit = bandwidth / bytes_of_a_token(model, nbytes)
     return {
         "decode": measured.decode,
         "prefill": measured.prefill,
-        "peak_bytes": _peak(),
+        "peak_bytes": peak,
         "bytes": nbytes,
         "bits_per_param": bits,
+        "bandwidth": bandwidth,
+        "limit": limit,
+        "share": measured.decode / limit,
+        "spent": dict(measured.spent),
+        "why_compiled": getattr(decoder, "why_compiled", ""),
         "is_compiled": float(decoder.name != "eager"),
     }
 

@@ -20,6 +20,20 @@ def test_bench_measures_both(kbitc, compiled, dtype, bits):
         assert row["decode"] > 0
         assert row["prefill"] > 0
         assert row["peak_bytes"] > row["bytes"] > 0
+        assert row["share"] == pytest.approx(row["decode"] / row["limit"])
+        assert row["limit"] <= row["bandwidth"] / row["bytes"] * 2  # the demo's embedding is less than half
+
+
+def test_bench_says_where_the_time_of_a_token_went(kbitc, compiled):
+    out, _ = compiled
+    done = kbitc("bench", out, "-n", "3", "--prompt-tokens", "8", "--runs", "1", "--backend", "cpu", "--json")
+    if done.returncode != 0 and "compiler" in done.stderr:
+        pytest.skip("needs the native kernels")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["packed, cpu"]
+    assert set(row["spent"]) == {"products", "attention", "between"}
+    assert 0 < sum(row["spent"].values()) < 1 / row["decode"]
+    assert row["why_compiled"] == ""
 
 
 def test_bench_measures_what_was_exported(kbitc, compiled, tmp_path):
