@@ -177,9 +177,11 @@ class Decoder:
     Attributes:
         model: causal language model of transformers.
         name: of the backend.
+        why_compiled: why a step is compiled that might have been native; "" where that does not arise.
     """
 
     name = "eager"
+    why_compiled = ""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

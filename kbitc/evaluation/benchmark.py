@@ -123,7 +123,7 @@ def measure(
         "limit": limit,
         "share": measured.decode / limit,
         "spent": dict(measured.spent),
-        "why_compiled": getattr(decoder, "why_compiled", ""),
+        "why_compiled": decoder.why_compiled,
         "is_compiled": float(decoder.name != "eager"),
     }
 

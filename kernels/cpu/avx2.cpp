@@ -35,7 +35,6 @@ using VecF = __m256;
 INLINE Vec zero() { return _mm256_setzero_si256(); }
 INLINE VecF zero_float() { return _mm256_setzero_ps(); }
 INLINE Vec load(const int16_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-INLINE void store(int16_t* p, Vec v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
 INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 INLINE VecF add_scaled(VecF sum, Vec acc, VecF scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), scale, sum);
@@ -491,13 +490,6 @@ INLINE int32_t sum_ints(Vec v) {
 constexpr int ROWS = 8;
 constexpr int COLS = 4;
 constexpr int64_t PANEL_BYTES = 256 << 10;
-INLINE void store_some(float* p, VecF v, int64_t count) {
-  if (count >= ROWS) return _mm256_storeu_ps(p, v);
-  float all[ROWS];
-  _mm256_storeu_ps(all, v);
-  std::memcpy(p, all, static_cast<size_t>(count) * sizeof(float));
-}
-
 INLINE void add_pairs(Vec& sum, Vec a, Vec b) {  // not `mul_add`: gcc 12 would keep one of eight sums in memory
   Vec product;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));

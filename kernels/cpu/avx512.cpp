@@ -33,7 +33,6 @@ using VecF = __m512;
 INLINE Vec zero() { return _mm512_setzero_si512(); }
 INLINE VecF zero_float() { return _mm512_setzero_ps(); }
 INLINE Vec load(const int16_t* p) { return _mm512_load_si512(p); }
-INLINE void store(int16_t* p, Vec v) { _mm512_store_si512(p, v); }
 INLINE Vec mul_add(Vec acc, Vec a, Vec b) {  // not the intrinsic: with it gcc 12 copies every sum, every time
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "vm"(b));
   return acc;

@@ -8,7 +8,7 @@
 // they stand, so that 127 times the sum of x is subtracted in the end), BYTES (of a vector of codes), `ByteVec`,
 // `codes_at`, `values_at`, `add_products`, `sum_ints` and `dot_floats`; and where it defines HAS_PANELS, INTS (lanes of
 // 32 bits), PANEL_COLS, `load_ints`, `repeat_int`, `subtract_int`, `to_floats`, `repeat_float`, `load_floats`,
-// `store_floats`, `multiply`, `multiply_add` and `groups_at` (codes of eight groups). Sums may wrap on the way; up to
+// `store_some`, `multiply`, `multiply_add` and `groups_at` (codes of eight groups). Sums may wrap on the way; up to
 // BYTES_MOST features the result does not.
 #pragma once
 
@@ -195,15 +195,8 @@ INLINE void finish_panel(const Weight& w, const Panel& panel, const Bytes& x, co
   unroll<PANEL_COLS>([&](auto c) INLINE_LAMBDA {
     if (m + c >= x.rows) return;
     float* to = out + (m + c) * stride;
-    if (count == PANEL_ROWS) {
-      store_floats(to, totals[c][0]);
-      store_floats(to + INTS, totals[c][1]);
-      return;
-    }
-    float all[PANEL_ROWS];
-    store_floats(all, totals[c][0]);
-    store_floats(all + INTS, totals[c][1]);
-    std::memcpy(to, all, static_cast<size_t>(count) * sizeof(float));
+    store_some(to, totals[c][0], count);
+    if (count > INTS) store_some(to + INTS, totals[c][1], count - INTS);
   });
 }
 

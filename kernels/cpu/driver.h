@@ -7,7 +7,6 @@
 //   natural(K, s, b)  natural position, within a chunk, of byte b of step s
 //   place(K, i)       byte of a step that becomes 16-bit lane i of its two vectors
 //   codes<K>(p, s)    step s of a packed chunk, as bytes whose bits above k may be dirty
-//   lookup(lut, c, v) bytes to two vectors of 16-bit table values
 //   Levels<K, MODE>   what a product with one row of x reads levels from
 //   TOGETHER<K, MODE> how many rows of the weight such a product takes at once
 //   multiply_unit     levels of one unit of these rows (the codes that share a scale) times x

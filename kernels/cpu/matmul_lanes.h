@@ -228,7 +228,7 @@ void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t
 
 template <int K>
 void gemm_lanes_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
-                int64_t stride) {
+                   int64_t stride) {
   const int64_t fitting = PANEL_BYTES / (chunk_count(w) * CHUNK * 2) / X_ROWS * X_ROWS;
   const int64_t panel = fitting < 4 * X_ROWS ? 4 * X_ROWS : fitting;
   Lanes<K> at(w, table, x, panel < x.rows ? panel : x.rows);

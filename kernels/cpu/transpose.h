@@ -27,17 +27,21 @@ INLINE void transpose_ints(__m256i* v) {
   });
 }
 
+// The first `count` lanes, or all.
+INLINE void store_some(float* p, __m256 v, int64_t count) {
+  if (count >= 8) return _mm256_storeu_ps(p, v);
+  float all[8];
+  _mm256_storeu_ps(all, v);
+  std::memcpy(p, all, static_cast<size_t>(count) * sizeof(float));
+}
+
 // The sums of the lanes of eight vectors, of which `count` are wanted.
 INLINE void put_sums(const __m256* v, int64_t count, float* out) {
   __m256 pairs[4], fours[2];
   unroll<4>([&](auto i) INLINE_LAMBDA { pairs[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]); });
   unroll<2>([&](auto i) INLINE_LAMBDA { fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]); });
   const __m256 low = _mm256_permute2f128_ps(fours[0], fours[1], 0x20);
-  const __m256 sums = _mm256_add_ps(low, _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
-  if (count == 8) return _mm256_storeu_ps(out, sums);
-  float all[8];
-  _mm256_storeu_ps(all, sums);
-  std::memcpy(out, all, static_cast<size_t>(count) * sizeof(float));
+  store_some(out, _mm256_add_ps(low, _mm256_permute2f128_ps(fours[0], fours[1], 0x31)), count);
 }
 
 }  // namespace
