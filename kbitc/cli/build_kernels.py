@@ -14,16 +14,16 @@ from kbitc.cli.app import Json, app, examples
     "build-kernels", epilog=examples("kbitc build-kernels", "CXX=clang++ kbitc build-kernels --force")
 )
 def build_kernels(
-    force: Annotated[bool, typer.Option("--force", help="Compile even if the cache holds them.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compile even if the package or the cache holds them.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile the CPU kernels now; the first packed matmul would do it otherwise."""
+    """Compile the CPU kernels now, unless the package brought them; the first packed matmul would do it otherwise."""
     import torch
 
     from kbitc.kernels import ops  # noqa: F401  # the ops that the library's kernels belong to
     from kbitc.kernels.cpu import build
 
-    library = build.build(force=force)
+    library = build.find_library(force=force)
     torch.ops.load_library(str(library))
     chosen = torch.ops.kbit.cpu_kernels()
     if as_json:

@@ -33,8 +33,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     if weight.is_stored_turned and not has_kernels(weight.packed.planes):
         return F.linear(input, weight.laid_out(input.dtype), bias)
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
-    out: Tensor = op(input, *weight.operands(), bias)
-    return out
+    if torch.compiler.is_compiling() or needs_grad(input) or (bias is not None and needs_grad(bias)):
+        return op(input, *weight.operands(), bias)
+    with torch._C._AutoDispatchBelowAutograd():  # its layer of an op costs three times what a small product does
+        return op(input, *weight.operands(), bias)
+
+
+def needs_grad(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: A002

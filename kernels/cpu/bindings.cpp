@@ -4,14 +4,8 @@
 //           are not a multiple of 32 take the decoded rows and float32.
 // the rest  rows decoded to float32, a tile at a time.
 //
-// Each bindings_*.h is a section of this one translation unit: torch's headers take most of a minute to compile.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
+// Each bindings_*.h is a section of this one translation unit.
 #include "bindings_encode.h"
-#include "bindings_gradients.h"
 #include "bindings_int8.h"
 #include "bindings_linear.h"
 #include "bindings_round.h"
@@ -19,36 +13,39 @@
 #include "bindings_sets.h"
 #include "bindings_step.h"
 
-TORCH_LIBRARY_FRAGMENT(kbit, m) {
-  m.def("cpu_kernels() -> str", kbit::cpu_kernels);
-  m.def("use_cpu_kernels(str name) -> ()", kbit::use_cpu_kernels);
-  m.def("work_alone() -> ()", kbit::work_alone);
-  m.def("build_step(Tensor?[] weights, int[] numbers, Tensor[] constants, int[] code, float[] floats) -> int",
-        kbit::build_step);
-  m.def("step_spent(int step) -> float[]", kbit::step_spent);
-  m.def("free_step(int step) -> ()", kbit::free_step);
+STABLE_TORCH_LIBRARY_FRAGMENT(kbit, m) {
+  m.def("cpu_kernels() -> str");
+  m.def("use_cpu_kernels(str name) -> ()");
+  m.def("work_alone() -> ()");
+  m.def("build_step(Tensor?[] weights, int[] numbers, Tensor[] constants, int[] code, float[] floats) -> int");
+  m.def("step_spent(int step) -> float[]");
+  m.def("free_step(int step) -> ()");
   m.def(
       "run_step(int step, Tensor ids, Tensor positions, Tensor slots, int[] starts, int[] counts, int[] wanted, "
-      "bool is_half) -> Tensor",
-      kbit::run_step);
+      "bool is_half) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(kbit, CPU, m) {
-  m.impl("linear", kbit::linear);
-  m.impl("linears", kbit::linears);
-  m.impl("linear_int8", kbit::linear_int8);
-  m.impl("input_grad", kbit::input_grad);
-  m.impl("embedding", kbit::embedding);
-  m.impl("grouped_linear", kbit::grouped_linear);
-  m.impl("grouped_input_grad", kbit::grouped_input_grad);
-  m.impl("dequantize", kbit::dequantize);
-  m.impl("encode", kbit::encode);
-  m.impl("search_scales", kbit::search_scales);
-  m.impl("feed_back_strip", kbit::feed_back_strip);
-  m.impl("descend_strip", kbit::descend_strip);
+STABLE_TORCH_LIBRARY_IMPL(kbit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&kbit::cpu_kernels));
+  m.impl("use_cpu_kernels", TORCH_BOX(&kbit::use_cpu_kernels));
+  m.impl("work_alone", TORCH_BOX(&kbit::work_alone));
+  m.impl("build_step", TORCH_BOX(&kbit::build_step));
+  m.impl("step_spent", TORCH_BOX(&kbit::step_spent));
+  m.impl("free_step", TORCH_BOX(&kbit::free_step));
+  m.impl("run_step", TORCH_BOX(&kbit::run_step));
 }
 
-TORCH_LIBRARY_IMPL(kbit, AutogradCPU, m) {
-  m.impl("linear", kbit::linear_autograd);
-  m.impl("grouped_linear", kbit::grouped_linear_autograd);
+STABLE_TORCH_LIBRARY_IMPL(kbit, CPU, m) {
+  m.impl("linear", TORCH_BOX(&kbit::linear));
+  m.impl("linears", TORCH_BOX(&kbit::linears));
+  m.impl("linear_int8", TORCH_BOX(&kbit::linear_int8));
+  m.impl("input_grad", TORCH_BOX(&kbit::input_grad));
+  m.impl("embedding", TORCH_BOX(&kbit::embedding));
+  m.impl("grouped_linear", TORCH_BOX(&kbit::grouped_linear));
+  m.impl("grouped_input_grad", TORCH_BOX(&kbit::grouped_input_grad));
+  m.impl("dequantize", TORCH_BOX(&kbit::dequantize));
+  m.impl("encode", TORCH_BOX(&kbit::encode));
+  m.impl("search_scales", TORCH_BOX(&kbit::search_scales));
+  m.impl("feed_back_strip", TORCH_BOX(&kbit::feed_back_strip));
+  m.impl("descend_strip", TORCH_BOX(&kbit::descend_strip));
 }

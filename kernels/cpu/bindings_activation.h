@@ -1,5 +1,5 @@
 // x as the vector kernels take it: integers under one scale a granule, outlier features apart, and apart from these
-// the few values beside which the integers of others would keep no bits. Included after torch's headers.
+// the few values beside which the integers of others would keep no bits.
 #pragma once
 
 #include <algorithm>

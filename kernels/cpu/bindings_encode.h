@@ -16,7 +16,7 @@ namespace kbit {
 namespace {
 
 std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
-  const Tensor book = codebook.contiguous();
+  const Tensor book = packed_rows(codebook);
   auto out = std::make_unique<Encoder>();
   const float* levels = book.const_data_ptr<float>();
   out->bounds = static_cast<int>(book.numel()) - 1;
@@ -42,38 +42,50 @@ std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
   return out;
 }
 
+std::vector<int64_t> outlier_features(const OptTensor& index, int64_t cols) {
+  if (!index.has_value()) return {};
+  const Tensor all = packed_rows(as_type(*index, Dtype::Long));
+  const int64_t* at = all.const_data_ptr<int64_t>();
+  std::vector<int64_t> out(at, at + all.numel());
+  for (const int64_t col : out) {
+    KBIT_CHECK_INDEX(col >= 0 && col < cols, "kbit: outlier feature ", col, " is outside 0 ... ", cols - 1);
+  }
+  return out;
+}
+
 Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, const Tensor& codebook,
               const OptTensor& outlier_index, int64_t bits, int64_t block) {
-  TORCH_CHECK(rows.dim() == 2 && rows.is_floating_point() && rows.numel() > 0, "kbit::encode: expected a 2-D float "
-              "weight, got ", rows.scalar_type(), " of shape ", rows.sizes());
-  TORCH_CHECK(bits >= 2 && bits <= 8 && block >= 1, "kbit::encode: ", bits, " bits, block ", block);
-  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.dim() == 1 && codebook.numel() >= 1 &&
+  KBIT_CHECK(rows.dim() == 2 && is_float(rows) && rows.numel() > 0, "kbit::encode: expected a 2-D float "
+              "weight, got ", rows.scalar_type(), " of shape ", text(rows));
+  KBIT_CHECK(bits >= 2 && bits <= 8 && block >= 1, "kbit::encode: ", bits, " bits, block ", block);
+  KBIT_CHECK(codebook.scalar_type() == Dtype::Float && codebook.dim() == 1 && codebook.numel() >= 1 &&
                   codebook.numel() <= (int64_t{1} << bits),
-              "kbit::encode: the codebook is ", codebook.scalar_type(), " of shape ", codebook.sizes());
+              "kbit::encode: the codebook is ", codebook.scalar_type(), " of shape ", text(codebook));
   const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
   const auto checked = [&](const Tensor& t, const char* name) {
-    TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::encode: ", name, " have shape ",
-                t.sizes(), "; expected (", count, ", ", blocks, ")");
-    return t.to(at::kFloat).contiguous();
+    KBIT_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::encode: ", name, " have shape ",
+                text(t), "; expected (", count, ", ", blocks, ")");
+    return as_floats(t);
   };
   const Tensor plain_scales = checked(scales, "scales");
-  const Tensor plain_zeros = zeros.has_value() ? checked(*zeros, "zeros") : Tensor();
-  const Tensor columns = outlier_index.has_value() ? outlier_index->to(at::kLong) : Tensor();
+  OptTensor plain_zeros;
+  if (zeros.has_value()) plain_zeros = checked(*zeros, "zeros");
+  const std::vector<int64_t> outliers = outlier_features(outlier_index, cols);
   const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
   const int64_t row_bytes = bits * ((cols + 7) / 8);
-  Tensor out = at::empty({count, row_bytes}, at::kByte);
+  const Tensor out = new_tensor({count, row_bytes}, Dtype::Byte);
   const float* scale = plain_scales.const_data_ptr<float>();
-  const float* zero = zeros.has_value() ? plain_zeros.const_data_ptr<float>() : nullptr;
+  const float* zero = zeros.has_value() ? plain_zeros->const_data_ptr<float>() : nullptr;
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   const int64_t step = std::max(int64_t{16}, TILE / cols);
   for (int64_t first = 0; first < count; first += step) {
     const int64_t here = std::min(step, count - first);
-    Tensor tile = rows.narrow(0, first, here).to(at::kFloat).contiguous();
-    if (columns.defined()) tile = tile.index_fill(1, columns, 0.0);
-    const float* from = tile.const_data_ptr<float>();
+    const Tensor tile = copy_rows(rows, first, here);
+    float* from = floats_of(tile);
     over_rows(here, here * cols, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t at = first + r;
+        for (const int64_t col : outliers) from[r * cols + col] = 0.0f;
         kernels().encode(*encoder, from + r * cols, scale + at * blocks,
                          zero == nullptr ? nullptr : zero + at * blocks, cols, block, static_cast<int>(bits),
                          to + at * row_bytes);
@@ -87,26 +99,27 @@ Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, 
 std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& importance, const Tensor& scales,
                                          const OptTensor& zeros, const Tensor& codebook, const Tensor& ratios,
                                          int64_t block, int64_t rounds) {
+  KBIT_CHECK(rows.dim() == 2 && is_float(rows) && rows.numel() > 0 && block >= 1 && rounds >= 0,
+              "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", text(rows));
   const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
-  TORCH_CHECK(rows.dim() == 2 && rows.is_floating_point() && rows.numel() > 0 && block >= 1 && rounds >= 0,
-              "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", rows.sizes());
-  TORCH_CHECK(importance.dim() == 2 && importance.size(1) == cols && importance.size(0) >= 1 &&
+  KBIT_CHECK(importance.dim() == 2 && importance.size(1) == cols && importance.size(0) >= 1 &&
                   count % importance.size(0) == 0,
-              "kbit::search_scales: importance has shape ", importance.sizes(), "; expected (groups, ", cols,
+              "kbit::search_scales: importance has shape ", text(importance), "; expected (groups, ", cols,
               ") where groups divide ", count, " rows");
   const auto checked = [&](const Tensor& t, const char* name) {
-    TORCH_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::search_scales: ", name,
-                " have shape ", t.sizes(), "; expected (", count, ", ", blocks, ")");
-    return t.to(at::kFloat, false, true).contiguous();
+    KBIT_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::search_scales: ", name,
+                " have shape ", text(t), "; expected (", count, ", ", blocks, ")");
+    return copy_rows(t, 0, count);
   };
-  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.dim() == 1 && codebook.numel() >= 1 &&
-                  codebook.numel() <= 256 && ratios.scalar_type() == at::kFloat && ratios.dim() == 1,
+  KBIT_CHECK(codebook.scalar_type() == Dtype::Float && codebook.dim() == 1 && codebook.numel() >= 1 &&
+                  codebook.numel() <= 256 && ratios.scalar_type() == Dtype::Float && ratios.dim() == 1,
               "kbit::search_scales: codebook and ratios are 1-D and float32");
-  Tensor out = checked(scales, "scales"), middles = zeros.has_value() ? checked(*zeros, "zeros") : Tensor();
-  const Tensor weight = importance.to(at::kFloat).contiguous(), levels = codebook.contiguous(), tries = ratios.contiguous();
+  const Tensor out = checked(scales, "scales");
+  const Tensor middles = zeros.has_value() ? checked(*zeros, "zeros") : new_tensor({0}, Dtype::Float);
+  const Tensor weight = as_floats(importance), levels = packed_rows(codebook), tries = packed_rows(ratios);
   const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
-  float* scale = out.mutable_data_ptr<float>();
-  float* zero = zeros.has_value() ? middles.mutable_data_ptr<float>() : nullptr;
+  float* scale = floats_of(out);
+  float* zero = zeros.has_value() ? floats_of(middles) : nullptr;
   const float* level = levels.const_data_ptr<float>();
   const float* ratio = tries.const_data_ptr<float>();
   const float* given = weight.const_data_ptr<float>();
@@ -114,7 +127,7 @@ std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& impor
   const int64_t step = std::max(int64_t{16}, TILE / cols);
   for (int64_t first = 0; first < count; first += step) {
     const int64_t here = std::min(step, count - first);
-    const Tensor tile = rows.narrow(0, first, here).to(at::kFloat).contiguous();
+    const Tensor tile = as_floats(narrow_to(rows, 0, first, here));
     const float* from = tile.const_data_ptr<float>();
     over_rows(here, 16 * here * cols, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -124,7 +137,7 @@ std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& impor
       }
     });
   }
-  return {out, zeros.has_value() ? middles : at::empty({0}, out.options())};
+  return {out, middles};
 }
 
 }  // namespace

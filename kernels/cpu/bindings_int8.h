@@ -32,10 +32,10 @@ Bytes to_bytes(const Weight& w, const float* x, int64_t rows) {
 // Throws unless x in int8 can meet a weight's codes.
 void check_int8(const Weight& w, const Table& table) {
   const bool is_centred = table.is_affine && w.levels == 2 * MIDDLE + 1 && w.codebook[MIDDLE] == 0.0f;
-  TORCH_CHECK(w.bits == 8 && w.blocks == 1 && is_centred && w.zero_type == Type::none,
+  KBIT_CHECK(w.bits == 8 && w.blocks == 1 && is_centred && w.zero_type == Type::none,
               "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero points: "
               "int8 with a block of at least in_features");
-  TORCH_CHECK(w.cols <= BYTES_MOST, "kbit::linear_int8: ", w.cols, " features do not fit int32 sums");
+  KBIT_CHECK(w.cols <= BYTES_MOST, "kbit::linear_int8: ", w.cols, " features do not fit int32 sums");
 }
 
 // What multiplies the codes of each row.
@@ -47,29 +47,28 @@ std::vector<float> steps_of(const Weight& w, const Table& table) {
 
 // `count` rows of x times a weight that `check_int8` has seen.
 //   columns: the weight's `outlier_columns`
-void multiply_int8(const Weight& w, const std::vector<float>& steps, const Tensor& columns, const float* from,
+void multiply_int8(const Weight& w, const std::vector<float>& steps, const OptTensor& columns, const float* from,
                    int64_t count, float* to, int64_t width) {
   const Bytes bytes = to_bytes(w, from, count);
-  const ByteRows rows = {steps.data(), w.outliers > 0 ? columns.const_data_ptr<float>() : nullptr};
+  const ByteRows rows = {steps.data(), w.outliers > 0 ? columns->const_data_ptr<float>() : nullptr};
   over_rows(w.rows, w.rows * w.cols * count, [&](int64_t begin, int64_t end) {
     kernels().multiply_bytes(w, rows, bytes, begin, end, to, width);
   });
 }
 
 Tensor linear_int8(const Tensor& x, KBIT_WEIGHT, const OptTensor& bias) {
-  const Tensor flat = checked_input("linear_int8", x, in_features);
+  check_input("linear_int8", x, in_features);
   const Packed packed = KBIT_PACKED;
   const Weight& w = packed.matrix();
   check_bias(bias, w.rows);
   check_int8(w, packed.table());
-  const Tensor input = flat.to(at::kFloat).contiguous();
-  const int64_t count = input.size(0);
-  Tensor out = at::empty({count, w.rows}, at::kFloat);
+  const Tensor input = as_floats(x), out = new_tensor(shape_like(x, w.rows), Dtype::Float);
+  const int64_t count = x.numel() / in_features;
   const Lease lease;
   multiply_int8(w, steps_of(w, packed.table()), packed.outlier_columns(), input.const_data_ptr<float>(), count,
-                out.mutable_data_ptr<float>(), w.rows);
-  if (bias.has_value()) out.add_(*bias);
-  return out.to(x.scalar_type()).view(shape_like(x, w.rows));
+                floats_of(out), w.rows);
+  if (bias.has_value()) add_bias(*bias, 0, count, floats_of(out), w.rows);
+  return as_type(out, x.scalar_type());
 }
 
 }  // namespace

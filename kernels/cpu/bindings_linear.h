@@ -25,6 +25,16 @@ void multiply(const Weight& w, const Table& table, const Activation& x, int64_t 
   kernels().gemm(w, table, x, begin, end, out + begin, stride);
 }
 
+// Rows of a weight, decoded.
+Tensor dense_tile(const Weight& w, int64_t first, int64_t count, Dtype dtype) {
+  const Tensor tile = new_tensor({count, w.cols}, Dtype::Float);
+  float* data = floats_of(tile);
+  over_rows(count, count * w.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) kernels().decode(w, first + r, data + r * w.cols);
+  });
+  return as_type(tile, dtype);
+}
+
 // Any block size, any number of rows: float32 all the way.
 void multiply_decoded(const Weight& w, const float* x, int64_t count, float* out, int64_t stride) {
   if (count <= 16) {
@@ -38,33 +48,28 @@ void multiply_decoded(const Weight& w, const float* x, int64_t count, float* out
     return;
   }
   const int64_t step = std::max(int64_t{16}, TILE / w.cols);
-  Tensor tile = at::empty({std::min(step, w.rows), w.cols}, at::kFloat);
-  const Tensor input = at::from_blob(const_cast<float*>(x), {count, w.cols}, at::kFloat);
-  Tensor result = at::from_blob(out, {count, w.rows}, {stride, 1}, at::kFloat);
+  const Tensor input = view_floats(const_cast<float*>(x), count, w.cols, w.cols);
   for (int64_t first = 0; first < w.rows; first += step) {
     const int64_t here = std::min(step, w.rows - first);
-    float* data = tile.mutable_data_ptr<float>();
-    over_rows(here, here * w.cols, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) kernels().decode(w, first + r, data + r * w.cols);
-    });
-    result.narrow(1, first, here).copy_(at::mm(input, tile.narrow(0, 0, here).t()));
+    const Tensor part = times_turned(input, dense_tile(w, first, here, Dtype::Float));
+    copy_into(view_floats(out + first, count, here, stride), part);
   }
 }
 
-Tensor dense_tile(const Weight& w, int64_t first, int64_t count, at::ScalarType dtype) {
-  Tensor tile = at::empty({count, w.cols}, at::kFloat);
-  float* data = tile.mutable_data_ptr<float>();
-  over_rows(count, count * w.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) kernels().decode(w, first + r, data + r * w.cols);
-  });
-  return dtype == at::kFloat ? tile : tile.to(dtype);
+void check_input(const char* name, const Tensor& x, int64_t features) {
+  KBIT_CHECK(is_float(x) && x.dim() > 0 && x.size(x.dim() - 1) == features, "kbit::", name,
+             ": expected a float input whose last dimension is ", features, ", got ", x.scalar_type(), " of shape ",
+             text(x));
 }
 
-Tensor checked_input(const char* name, const Tensor& x, int64_t features) {
-  TORCH_CHECK(x.is_floating_point() && x.dim() > 0 && x.size(-1) == features, "kbit::", name,
-              ": expected a float input whose last dimension is ", features, ", got ", x.scalar_type(), " of shape ",
-              x.sizes());
-  return x.reshape({-1, features});
+Tensor as_matrix(const Tensor& x, int64_t cols) {
+  return x.dim() == 2 ? x : torch::stable::reshape(x, {x.numel() / cols, cols});
+}
+
+Sizes shape_like(const Tensor& x, int64_t last) {
+  Sizes shape = shape_of(x);
+  shape.back() = last;
+  return shape;
 }
 
 struct Part {
@@ -168,133 +173,134 @@ void multiply_extreme(const float* from, const Part& part, const Activation& x, 
   }
 }
 
-// x (rows, cols) times every part, side by side.
-Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t width) {
-  const int64_t count = x.size(0);
-  if (x.scalar_type() == at::kDouble) {
-    std::vector<Tensor> each;
+// x (..., features) times every part, side by side: (..., width).
+Tensor multiply_parts(const Tensor& x, int64_t features, const std::vector<Part>& parts, int64_t width) {
+  const int64_t count = x.numel() / features;
+  const bool is_double = x.scalar_type() == Dtype::Double;
+  const Tensor out = new_tensor(shape_like(x, width), is_double ? Dtype::Double : Dtype::Float);
+  if (is_double) {
+    const Tensor matrix = as_matrix(x, features), to = as_matrix(out, width);
     for (const Part& part : parts) {
-      Tensor y = at::empty({count, part.weight->rows}, x.options());
       const int64_t step = std::max(int64_t{16}, TILE / part.weight->cols);
       for (int64_t r = 0; r < part.weight->rows; r += step) {
         const int64_t here = std::min(step, part.weight->rows - r);
-        y.narrow(1, r, here).copy_(at::mm(x, dense_tile(*part.weight, r, here, at::kDouble).t()));
+        const Tensor y = times_turned(matrix, dense_tile(*part.weight, r, here, Dtype::Double));
+        copy_into(narrow_to(to, 1, part.first + r, here), y);
       }
-      each.push_back(part.bias == nullptr ? y : y + *part.bias);
+      if (part.bias != nullptr) add_bias(*part.bias, part.first, count, out.mutable_data_ptr<double>(), width);
     }
-    return each.size() == 1 ? each[0] : at::cat(each, 1);
+    return out;
   }
-  const Tensor input = x.to(at::kFloat).contiguous();
-  Tensor out = at::empty({count, width}, at::kFloat);
-  if (count == 0 || width == 0) return out.to(x.scalar_type());
-  const Lease lease;
-  multiply_floats(input.const_data_ptr<float>(), count, parts, out.mutable_data_ptr<float>(), width);
-  for (const Part& part : parts) {
-    if (part.bias != nullptr) out.narrow(1, part.first, part.weight->rows).add_(*part.bias);
+  if (count > 0 && width > 0) {
+    const Tensor input = as_floats(x);
+    const Lease lease;
+    multiply_floats(input.const_data_ptr<float>(), count, parts, floats_of(out), width);
+    for (const Part& part : parts) {
+      if (part.bias != nullptr) add_bias(*part.bias, part.first, count, floats_of(out), width);
+    }
   }
-  return out.to(x.scalar_type());
-}
-
-at::DimVector shape_like(const Tensor& x, int64_t last) {
-  at::DimVector shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = last;
-  return shape;
+  return as_type(out, x.scalar_type());
 }
 
 void check_bias(const OptTensor& bias, int64_t rows) {
-  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == rows), "kbit::linear: a bias of shape ",
-              bias.has_value() ? bias->sizes() : at::IntArrayRef(), "; expected (", rows, ")");
+  KBIT_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == rows), "kbit::linear: a bias of shape ",
+              text(*bias), "; expected (", rows, ")");
 }
 
 Tensor linear(const Tensor& x, KBIT_WEIGHT, const OptTensor& bias) {
-  const Tensor flat = checked_input("linear", x, in_features);
+  check_input("linear", x, in_features);
   const Packed packed = KBIT_PACKED;
   const Weight& w = packed.matrix();
   check_bias(bias, w.rows);
   const std::vector<Part> parts = {{&w, &packed.table(), bias.has_value() ? &*bias : nullptr, 0}};
-  return multiply_parts(flat, parts, w.rows).view(shape_like(x, w.rows));
+  return multiply_parts(x, in_features, parts, w.rows);
 }
 
-Tensor linears(const Tensor& x, const c10::List<OptTensor>& weights, at::IntArrayRef numbers,
-               const c10::List<OptTensor>& biases) {
+Tensor linears(const Tensor& x, const std::vector<OptTensor>& weights, const std::vector<int64_t>& numbers,
+               const std::vector<OptTensor>& biases) {
   constexpr size_t TENSORS = 9;
   const size_t count = numbers.size() / 3;
-  TORCH_CHECK(count > 0 && numbers.size() == 3 * count && weights.size() == TENSORS * count && biases.size() == count,
+  KBIT_CHECK(count > 0 && numbers.size() == 3 * count && weights.size() == TENSORS * count && biases.size() == count,
               "kbit::linears: expected ", TENSORS, " tensors, 3 numbers and a bias for each weight, got ",
               weights.size(), ", ", numbers.size(), " and ", biases.size());
-  const Tensor flat = checked_input("linears", x, numbers[0]);
+  check_input("linears", x, numbers[0]);
   std::vector<std::unique_ptr<Packed>> packed;
-  std::vector<Tensor> kept;
-  kept.reserve(count);
   std::vector<Part> parts;
   int64_t width = 0;
   for (size_t i = 0; i < count; ++i) {
-    const auto at = [&](size_t j) -> OptTensor { return weights.get(TENSORS * i + j); };
-    TORCH_CHECK(at(0).has_value() && at(1).has_value() && at(2).has_value(), "kbit::linears: weight ", i,
+    const OptTensor* at = &weights[TENSORS * i];
+    KBIT_CHECK(at[0].has_value() && at[1].has_value() && at[2].has_value(), "kbit::linears: weight ", i,
                 " lacks planes, scales or codebook");
-    packed.push_back(std::make_unique<Packed>(Operands{*at(0), *at(1), *at(2), at(3), at(4), at(5), at(6), at(7), at(8),
+    packed.push_back(std::make_unique<Packed>(Operands{*at[0], *at[1], *at[2], at[3], at[4], at[5], at[6], at[7], at[8],
                                                        numbers[3 * i], numbers[3 * i + 1], numbers[3 * i + 2]}));
     const Weight& w = packed.back()->matrix();
-    TORCH_CHECK(w.cols == numbers[0], "kbit::linears: weight ", i, " takes ", w.cols, " features, not ", numbers[0]);
-    const OptTensor bias = biases.get(i);
+    KBIT_CHECK(w.cols == numbers[0], "kbit::linears: weight ", i, " takes ", w.cols, " features, not ", numbers[0]);
+    const OptTensor& bias = biases[i];
     check_bias(bias, w.rows);
-    if (bias.has_value()) kept.push_back(*bias);
-    parts.push_back({&w, &packed.back()->table(), bias.has_value() ? &kept.back() : nullptr, width});
+    parts.push_back({&w, &packed.back()->table(), bias.has_value() ? &*bias : nullptr, width});
     width += w.rows;
   }
-  return multiply_parts(flat, parts, width).view(shape_like(x, width));
+  return multiply_parts(x, numbers[0], parts, width);
 }
 
-// grad (count, rows) @ W (rows, cols), a tile of rows at a time.
-void add_input_grad(const Weight& w, const Tensor& grad, Tensor out) {
+// grad (count, rows) @ W (rows, cols), a tile of rows at a time; float32 or float64.
+Tensor find_input_grad(const Weight& w, const Tensor& grad) {
   const int64_t step = std::max(int64_t{16}, TILE / w.cols);
+  const Tensor out = zero_tensor({grad.size(0), w.cols}, grad.scalar_type());
   for (int64_t r = 0; r < w.rows; r += step) {
     const int64_t here = std::min(step, w.rows - r);
-    out.addmm_(grad.narrow(1, r, here), dense_tile(w, r, here, grad.scalar_type()));
+    const Tensor part = torch::stable::matmul(narrow_to(grad, 1, r, here), dense_tile(w, r, here, grad.scalar_type()));
+    if (out.scalar_type() == Dtype::Double) {
+      add_numbers(part.const_data_ptr<double>(), out.mutable_data_ptr<double>(), out.numel());
+    } else {
+      add_numbers(part.const_data_ptr<float>(), floats_of(out), out.numel());
+    }
   }
+  return out;
 }
 
-at::ScalarType wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+Dtype wide(const Tensor& x) { return x.scalar_type() == Dtype::Double ? Dtype::Double : Dtype::Float; }
 
 Tensor input_grad(const Tensor& grad, KBIT_WEIGHT) {
   const Packed packed = KBIT_PACKED;
   const Weight& w = packed.matrix();
-  const Tensor flat = checked_input("input_grad", grad, w.rows).to(wide(grad));
-  Tensor out = at::zeros({flat.size(0), w.cols}, flat.options());
-  add_input_grad(w, flat, out);
-  return out.to(grad.scalar_type()).view(shape_like(grad, w.cols));
+  check_input("input_grad", grad, w.rows);
+  const Tensor out = find_input_grad(w, as_matrix(as_type(grad, wide(grad)), w.rows));
+  return torch::stable::view(as_type(out, grad.scalar_type()), shape_like(grad, w.cols));
 }
 
 std::vector<int64_t> group_ends(const Tensor& offsets, int64_t experts, int64_t tokens) {
-  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == experts && !offsets.is_floating_point(),
+  KBIT_CHECK(offsets.dim() == 1 && offsets.size(0) == experts && !is_float(offsets) && offsets.is_cpu(),
               "kbit: offsets need one integer for each of ", experts, " experts, got ", offsets.scalar_type(),
-              " of shape ", offsets.sizes());
-  const Tensor ends = offsets.to(at::kLong).cpu().contiguous();
+              " of shape ", text(offsets));
+  const Tensor ends = packed_rows(as_type(offsets, Dtype::Long));
   std::vector<int64_t> out(ends.const_data_ptr<int64_t>(), ends.const_data_ptr<int64_t>() + experts);
   int64_t last = 0;
   for (const int64_t end : out) {
-    TORCH_CHECK(end >= last && end <= tokens, "kbit: offsets must rise from 0 to ", tokens, ", got ", out);
+    KBIT_CHECK(end >= last && end <= tokens, "kbit: offsets must rise from 0 to ", tokens, ", got ", text(out));
     last = end;
   }
   return out;
 }
 
 const Packed& grouped(const Packed& packed) {
-  TORCH_CHECK(packed.dim() == 3, "kbit: a grouped matmul needs a 3-D weight");
+  KBIT_CHECK(packed.dim() == 3, "kbit: a grouped matmul needs a 3-D weight");
   return packed;
 }
 
 Tensor grouped_linear(const Tensor& x, KBIT_WEIGHT, const Tensor& offsets) {
-  const Tensor flat = checked_input("grouped_linear", x, in_features);
+  check_input("grouped_linear", x, in_features);
+  const Tensor flat = as_matrix(x, in_features);
   const Packed packed = KBIT_PACKED;
   const int64_t rows = grouped(packed).expert(0).rows;
-  Tensor out = at::zeros({flat.size(0), rows}, x.options());
+  const Tensor out = zero_tensor({flat.size(0), rows}, x.scalar_type());
   int64_t start = 0, index = 0;
   for (const int64_t end : group_ends(offsets, packed.count(), flat.size(0))) {
     if (end > start) {
       const Weight w = packed.expert(index);
       const std::vector<Part> parts = {{&w, &packed.table(), nullptr, 0}};
-      out.narrow(0, start, end - start).copy_(multiply_parts(flat.narrow(0, start, end - start), parts, rows));
+      const Tensor own = narrow_to(flat, 0, start, end - start);
+      copy_into(narrow_to(out, 0, start, end - start), multiply_parts(own, in_features, parts, rows));
     }
     start = end;
     ++index;
@@ -304,17 +310,20 @@ Tensor grouped_linear(const Tensor& x, KBIT_WEIGHT, const Tensor& offsets) {
 
 Tensor grouped_input_grad(const Tensor& grad, KBIT_WEIGHT, const Tensor& offsets) {
   const Packed packed = KBIT_PACKED;
-  const Tensor flat = checked_input("grouped_input_grad", grad, grouped(packed).expert(0).rows).to(wide(grad));
-  Tensor out = at::zeros({flat.size(0), in_features}, flat.options());
+  const int64_t rows = grouped(packed).expert(0).rows;
+  check_input("grouped_input_grad", grad, rows);
+  const Tensor flat = as_matrix(as_type(grad, wide(grad)), rows);
+  const Tensor out = zero_tensor({flat.size(0), in_features}, flat.scalar_type());
   int64_t start = 0, index = 0;
   for (const int64_t end : group_ends(offsets, packed.count(), flat.size(0))) {
     if (end > start) {
-      add_input_grad(packed.expert(index), flat.narrow(0, start, end - start), out.narrow(0, start, end - start));
+      const Tensor own = narrow_to(flat, 0, start, end - start);
+      copy_into(narrow_to(out, 0, start, end - start), find_input_grad(packed.expert(index), own));
     }
     start = end;
     ++index;
   }
-  return out.to(grad.scalar_type());
+  return as_type(out, grad.scalar_type());
 }
 
 }  // namespace

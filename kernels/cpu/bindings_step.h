@@ -1,6 +1,6 @@
 // A model's way from tokens to logits as a flat list of operations (kbitc/backends/cpu/native_lowering.py), run by
 // one team of threads. A value has a row of floats for each token; products and attention share their rows out,
-// what lies between them is done token by token. Included after torch's headers.
+// what lies between them is done token by token.
 #pragma once
 
 #include <array>
@@ -21,8 +21,10 @@ namespace kbit {
 namespace {
 
 const RowKernels& row_kernels() {
-#if defined(__x86_64__)
+#if defined(KBIT_AVX512)
   if (&kernels() == avx512_kernels()) return *avx512_row_kernels();
+#endif
+#if defined(__x86_64__)
   if (&kernels() == avx2_kernels()) return *avx2_row_kernels();
 #endif
   return *portable_row_kernels();
@@ -41,7 +43,7 @@ struct Operand {
 
 struct Part8 {  // what `linear_int8` knows of a weight before it sees x
   std::vector<float> steps;
-  Tensor columns;
+  OptTensor columns;
 };
 
 struct Operation {
@@ -91,13 +93,13 @@ struct Workspace {
 
 class Step {
  public:
-  Step(const std::vector<OptTensor>& weights, at::IntArrayRef numbers, const std::vector<Tensor>& constants,
-       at::IntArrayRef code, at::ArrayRef<double> floats)
-      : constants_(constants), code_(code.vec()), floats_(floats.vec()) {
+  Step(const std::vector<OptTensor>& weights, const std::vector<int64_t>& numbers, const std::vector<Tensor>& constants,
+       const std::vector<int64_t>& code, const std::vector<double>& floats)
+      : constants_(constants), code_(code), floats_(floats) {
     constexpr size_t TENSORS = 9;
-    TORCH_CHECK(weights.size() == TENSORS * (numbers.size() / 3), "kbit: a step's weights and numbers disagree");
+    KBIT_CHECK(weights.size() == TENSORS * (numbers.size() / 3), "kbit: a step's weights and numbers disagree");
     for (const Tensor& constant : constants_) {
-      TORCH_CHECK(constant.is_contiguous(), "kbit: a step's constants are contiguous");
+      KBIT_CHECK(constant.is_contiguous(), "kbit: a step's constants are contiguous");
     }
     for (size_t i = 0; 3 * i < numbers.size(); ++i) {
       const OptTensor* at = &weights[TENSORS * i];
@@ -227,13 +229,13 @@ class Step {
         case Code::embed: {
           const Weight& w = *o.parts[0].weight;
           const int64_t id = (o.is_position ? positions : ids)[token] + o.shift;
-          TORCH_CHECK_INDEX(id >= 0 && id < w.rows, "kbit: index ", id, " is outside 0 ... ", w.rows - 1);
+          KBIT_CHECK_INDEX(id >= 0 && id < w.rows, "kbit: index ", id, " is outside 0 ... ", w.rows - 1);
           kernels().decode(w, id, out);
           break;
         }
         case Code::embed_dense: {
           const int64_t id = (o.is_position ? positions : ids)[token] + o.shift;
-          TORCH_CHECK_INDEX(id >= 0 && id < o.count, "kbit: index ", id, " is outside 0 ... ", o.count - 1);
+          KBIT_CHECK_INDEX(id >= 0 && id < o.count, "kbit: index ", id, " is outside 0 ... ", o.count - 1);
           set.to_floats(o.dense, id, o.width, out);
           break;
         }
@@ -376,7 +378,7 @@ class Step {
   // Reading the code ---------------------------------------------------------------------------
 
   int64_t next() {
-    TORCH_CHECK(at_ < code_.size(), "kbit: a step's code ends too early");
+    KBIT_CHECK(at_ < code_.size(), "kbit: a step's code ends too early");
     return code_[at_++];
   }
   float number() { return static_cast<float>(floats_.at(static_cast<size_t>(next()))); }
@@ -393,12 +395,12 @@ class Step {
       case Type::bf16:
         return {tensor.const_data_ptr(), Dense::Type::bf16};
       default:
-        TORCH_CHECK(false, "kbit: dense weights are ", tensor.scalar_type());
+        KBIT_CHECK(false, "kbit: dense weights are ", tensor.scalar_type());
     }
   }
   int64_t buffer() {
     const int64_t index = next();
-    TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
+    KBIT_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
     return index;
   }
   Operand operand() {
@@ -409,7 +411,7 @@ class Step {
       out.constant = constant(index);
     } else {
       out.buffer = index;
-      TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
+      KBIT_CHECK(index >= 0 && index < static_cast<int64_t>(widths_.size()), "kbit: a step has no buffer ", index);
     }
     out.offset = next();
     for (int64_t& stride : out.stride) stride = next();
@@ -520,7 +522,7 @@ class Step {
         for (int64_t left = next(); left > 0; --left) o.live.push_back(buffer());
         break;
       default:
-        TORCH_CHECK(false, "kbit: a step has no operation ", static_cast<int64_t>(o.code));
+        KBIT_CHECK(false, "kbit: a step has no operation ", static_cast<int64_t>(o.code));
     }
     return o;
   }
@@ -576,11 +578,10 @@ Steps& steps() {
   return *all;
 }
 
-int64_t build_step(const c10::List<OptTensor>& weights, at::IntArrayRef numbers, at::TensorList constants,
-                   at::IntArrayRef code, at::ArrayRef<double> floats) {
-  std::vector<OptTensor> operands;
-  for (size_t i = 0; i < weights.size(); ++i) operands.push_back(weights.get(i));
-  auto made = std::make_shared<Step>(operands, numbers, constants.vec(), code, floats);
+int64_t build_step(const std::vector<OptTensor>& weights, const std::vector<int64_t>& numbers,
+                   const std::vector<Tensor>& constants, const std::vector<int64_t>& code,
+                   const std::vector<double>& floats) {
+  auto made = std::make_shared<Step>(weights, numbers, constants, code, floats);
   const std::lock_guard<std::mutex> guard(steps().lock);
   steps().known[++steps().last] = std::move(made);
   return steps().last;
@@ -594,7 +595,7 @@ void free_step(int64_t step) {
 std::shared_ptr<Step> find_step(int64_t step) {
   const std::lock_guard<std::mutex> guard(steps().lock);
   const auto at = steps().known.find(step);
-  TORCH_CHECK(at != steps().known.end(), "kbit: there is no step ", step);
+  KBIT_CHECK(at != steps().known.end(), "kbit: there is no step ", step);
   return at->second;
 }
 
@@ -603,13 +604,14 @@ std::vector<double> step_spent(int64_t step) { return find_step(step)->spent(); 
 // ids, positions: (tokens) int64. slots: (sequences, slots) int64 addresses; starts, counts: of each sequence.
 // Logits (wanted, vocabulary) float32.
 Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                at::IntArrayRef starts, at::IntArrayRef counts, at::IntArrayRef wanted, bool is_half) {
+                const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
+                const std::vector<int64_t>& wanted, bool is_half) {
   const std::shared_ptr<Step> own = find_step(step);
   const int64_t tokens = ids.numel();
-  TORCH_CHECK(ids.scalar_type() == at::kLong && positions.scalar_type() == at::kLong && ids.is_contiguous() &&
+  KBIT_CHECK(ids.scalar_type() == Dtype::Long && positions.scalar_type() == Dtype::Long && ids.is_contiguous() &&
                   positions.is_contiguous() && positions.numel() == tokens && tokens > 0,
               "kbit: a step takes contiguous int64 tokens and as many positions");
-  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 2 && slots.is_contiguous() &&
+  KBIT_CHECK(slots.scalar_type() == Dtype::Long && slots.dim() == 2 && slots.is_contiguous() &&
                   slots.size(0) == static_cast<int64_t>(starts.size()) && starts.size() == counts.size(),
               "kbit: a step takes a row of addresses, a start and a count for each sequence");
   std::vector<Sequence> sequences;
@@ -619,17 +621,17 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
                          counts[i]});
     first += counts[i];
   }
-  TORCH_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
-  TORCH_CHECK(slots.size(1) == own->slots(), "kbit: the step has a cache of ", own->slots(), " parts, not ",
+  KBIT_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
+  KBIT_CHECK(slots.size(1) == own->slots(), "kbit: the step has a cache of ", own->slots(), " parts, not ",
               slots.size(1));
   int64_t before = -1;
   for (const int64_t token : wanted) {
-    TORCH_CHECK_INDEX(token > before && token < tokens, "kbit: wanted tokens rise within 0 ... ", tokens - 1);
+    KBIT_CHECK_INDEX(token > before && token < tokens, "kbit: wanted tokens rise within 0 ... ", tokens - 1);
     before = token;
   }
-  Tensor out = at::empty({static_cast<int64_t>(wanted.size()), own->output_width()}, at::kFloat);
-  own->run(ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), tokens, sequences, wanted.vec(),
-           is_half, works_alone() ? 1 : at::get_num_threads(), out.mutable_data_ptr<float>());
+  const Tensor out = new_tensor({static_cast<int64_t>(wanted.size()), own->output_width()}, Dtype::Float);
+  own->run(ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), tokens, sequences, wanted,
+           is_half, works_alone() ? 1 : static_cast<int>(torch::stable::get_num_threads()), floats_of(out));
   return out;
 }
 

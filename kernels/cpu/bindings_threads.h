@@ -1,5 +1,5 @@
 // Rows shared out to torch's threads, and the memory that a calling thread keeps. What it takes from its arena is
-// good until the call's `Lease` ends. Included after torch's headers.
+// good until the call's `Lease` ends.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "team.h"
+#include "tensors.h"
 
 namespace kbit {
 namespace {
@@ -108,13 +109,13 @@ void over_rows(int64_t rows, int64_t work, const F& body) {
     }
     return;
   }
-  if (work < SERIAL || at::get_num_threads() == 1 || at::in_parallel_region() || works_alone()) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (work < SERIAL || threads == 1 || works_alone()) {
     body(int64_t{0}, rows);
     return;
   }
-  const int64_t threads = at::get_num_threads();
   over_parts(rows, work, threads, body, [&](const auto& each) {
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t member = begin; member < end; ++member) each(member);
     });
   });

@@ -1,5 +1,5 @@
 // The weight as it came: its tensors, checked, seen as what kernels take. A `Packed` holds on to the tensors that
-// its pointers lead into, so it outlives every `Weight` it gave. Included after torch's headers.
+// its pointers lead into, so it outlives every `Weight` it gave.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,10 @@
 #include <optional>
 
 #include "scalar.h"
+#include "tensors.h"
 
 namespace kbit {
 namespace {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 struct Operands {
   Tensor planes, scales, codebook;
@@ -26,16 +24,16 @@ struct Operands {
 
 Type type_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case at::kFloat:
+    case Dtype::Float:
       return Type::f32;
-    case at::kHalf:
+    case Dtype::Half:
       return Type::f16;
-    case at::kBFloat16:
+    case Dtype::BFloat16:
       return Type::bf16;
-    case at::kByte:
+    case Dtype::Byte:
       return Type::code;
     default:
-      TORCH_CHECK(false, "kbit: ", name, " are ", t.scalar_type(), "; expected float16, bfloat16, float32 or codes");
+      KBIT_CHECK(false, "kbit: ", name, " are ", t.scalar_type(), "; expected float16, bfloat16, float32 or codes");
   }
 }
 
@@ -150,16 +148,17 @@ class Packed {
  public:
   explicit Packed(const Operands& given) : kept_(given) {
     Operands& o = kept_;
-    TORCH_CHECK(o.bits >= 2 && o.bits <= 8, "kbit: ", o.bits, " bits; expected 2 to 8");
-    TORCH_CHECK(o.block >= 1 && o.in_features >= 1, "kbit: block ", o.block, ", ", o.in_features, " features");
+    KBIT_CHECK(o.bits >= 2 && o.bits <= 8, "kbit: ", o.bits, " bits; expected 2 to 8");
+    KBIT_CHECK(o.block >= 1 && o.in_features >= 1, "kbit: block ", o.block, ", ", o.in_features, " features");
     const int64_t row_bytes = o.bits * ((o.in_features + 7) / 8);
     const int64_t blocks = (o.in_features + o.block - 1) / o.block;
     const Tensor& planes = keep(o.planes, "planes");
-    TORCH_CHECK(planes.scalar_type() == at::kByte && (planes.dim() == 2 || planes.dim() == 3) &&
+    KBIT_CHECK(planes.scalar_type() == Dtype::Byte && (planes.dim() == 2 || planes.dim() == 3) &&
                     planes.size(-1) == row_bytes,
-                "kbit: planes are ", planes.scalar_type(), " of shape ", planes.sizes(), "; expected (rows, ", row_bytes,
+                "kbit: planes are ", planes.scalar_type(), " of shape ", text(planes), "; expected (rows, ", row_bytes,
                 ") bytes for ", o.in_features, " codes of ", o.bits, " bits");
-    const auto lead = planes.sizes().slice(0, planes.dim() - 1);
+    Sizes lead = shape_of(planes);
+    lead.pop_back();
     base_.rows = planes.size(-2);
     base_.cols = o.in_features;
     base_.blocks = blocks;
@@ -175,7 +174,7 @@ class Packed {
     read_codebook();
     if (o.zeros.has_value()) {
       base_.zero_type = type_of(keep(*o.zeros, "zeros"), "zeros");
-      TORCH_CHECK(base_.zero_type != Type::code, "kbit: zeros are bytes");
+      KBIT_CHECK(base_.zero_type != Type::code, "kbit: zeros are bytes");
       check(*o.zeros, lead, blocks, "zeros");
       base_.zeros = o.zeros->const_data_ptr();
     }
@@ -188,14 +187,14 @@ class Packed {
   int64_t count() const { return count_; }
   int dim() const { return static_cast<int>(kept_.planes.dim()); }
   const Weight& matrix() const {
-    TORCH_CHECK(dim() == 2, "kbit: expected a 2-D weight, got planes of shape ", kept_.planes.sizes());
+    KBIT_CHECK(dim() == 2, "kbit: expected a 2-D weight, got planes of shape ", text(kept_.planes));
     return base_;
   }
   const Table& table() const { return table_; }
 
-  // (rows, outliers) float32; undefined without outliers.
-  Tensor outlier_columns() const {
-    return base_.outliers > 0 ? kept_.outlier_values->to(at::kFloat).contiguous() : Tensor();
+  // (rows, outliers) float32; nothing without outliers.
+  OptTensor outlier_columns() const {
+    return base_.outliers > 0 ? OptTensor(as_floats(*kept_.outlier_values)) : std::nullopt;
   }
 
   Weight expert(int64_t index) const {
@@ -211,15 +210,15 @@ class Packed {
 
  private:
   static const Tensor& keep(Tensor& t, const char* name) {
-    TORCH_CHECK(t.device().is_cpu(), "kbit: ", name, " are on ", t.device(), ", not on the CPU");
-    t = t.contiguous();
+    KBIT_CHECK(t.is_cpu(), "kbit: ", name, " are not on the CPU");
+    t = packed_rows(t);
     return t;
   }
 
-  static void check(const Tensor& t, at::IntArrayRef lead, int64_t last, const char* name) {
-    TORCH_CHECK(t.dim() == static_cast<int64_t>(lead.size()) + 1 && t.sizes().slice(0, lead.size()) == lead &&
-                    t.size(-1) == last,
-                "kbit: ", name, " have shape ", t.sizes(), "; expected ", lead, " and then ", last);
+  static void check(const Tensor& t, const Sizes& lead, int64_t last, const char* name) {
+    Sizes wanted = lead;
+    wanted.push_back(last);
+    KBIT_CHECK(shape_of(t) == wanted, "kbit: ", name, " have shape ", text(t), "; expected ", text(wanted));
   }
 
   static const void* moved(const void* data, Type type, int64_t by) {
@@ -231,8 +230,8 @@ class Packed {
   void read_codebook() {
     const Tensor& book = keep(kept_.codebook, "codebook");
     const int64_t most = int64_t{1} << base_.bits;
-    TORCH_CHECK(book.scalar_type() == at::kFloat && book.dim() == 1 && book.numel() >= 1 && book.numel() <= most,
-                "kbit: the codebook is ", book.scalar_type(), " of shape ", book.sizes(), "; expected 1 to ", most,
+    KBIT_CHECK(book.scalar_type() == Dtype::Float && book.dim() == 1 && book.numel() >= 1 && book.numel() <= most,
+                "kbit: the codebook is ", book.scalar_type(), " of shape ", text(book), "; expected 1 to ", most,
                 " float32 levels");
     base_.levels = static_cast<int>(book.numel());
     const float* levels = book.const_data_ptr<float>();
@@ -275,7 +274,7 @@ class Packed {
     const int zero = (1 << (base_.bits - 1)) - 1;
     if (shift < 0 || base_.levels != 2 * zero + 1 || levels_[zero] != 0.0f) return false;
     const auto pattern = [&](int rank) {
-      return static_cast<float>(c10::Half(static_cast<uint16_t>(rank << shift), c10::Half::from_bits()));
+      return from_half(static_cast<uint16_t>(rank << shift));
     };
     table_.half_unit = largest / pattern(zero);
     for (int rank = 1; rank <= zero; ++rank) {
@@ -288,34 +287,34 @@ class Packed {
 
   void read_constants() {
     Operands& o = kept_;
-    TORCH_CHECK(o.scale_codebook.has_value() && o.scale_absmax.has_value() && o.scale_mean.has_value(),
+    KBIT_CHECK(o.scale_codebook.has_value() && o.scale_absmax.has_value() && o.scale_mean.has_value(),
                 "kbit: scales are codes, but their codebook, absmax or mean is missing");
     const Tensor& book = keep(*o.scale_codebook, "scale_codebook");
     const Tensor& absmax = keep(*o.scale_absmax, "scale_absmax");
     const Tensor& mean = keep(*o.scale_mean, "scale_mean");
     const int64_t groups = (o.scales.numel() + SCALE_GROUP - 1) / SCALE_GROUP;
-    TORCH_CHECK(book.scalar_type() == at::kFloat && book.numel() == 256, "kbit: scale_codebook needs 256 float32");
-    TORCH_CHECK(absmax.scalar_type() == at::kFloat && absmax.numel() == groups, "kbit: scale_absmax has ",
+    KBIT_CHECK(book.scalar_type() == Dtype::Float && book.numel() == 256, "kbit: scale_codebook needs 256 float32");
+    KBIT_CHECK(absmax.scalar_type() == Dtype::Float && absmax.numel() == groups, "kbit: scale_absmax has ",
                 absmax.numel(), " values; expected ", groups, " float32");
-    TORCH_CHECK(mean.scalar_type() == at::kFloat && mean.numel() == 1, "kbit: scale_mean needs one float32");
+    KBIT_CHECK(mean.scalar_type() == Dtype::Float && mean.numel() == 1, "kbit: scale_mean needs one float32");
     base_.scale_codebook = book.const_data_ptr<float>();
     base_.scale_absmax = absmax.const_data_ptr<float>();
     base_.scale_mean = *mean.const_data_ptr<float>();
   }
 
-  void read_outliers(at::IntArrayRef lead) {
+  void read_outliers(const Sizes& lead) {
     Operands& o = kept_;
-    TORCH_CHECK(o.outlier_index.has_value(), "kbit: outlier values without their indices");
+    KBIT_CHECK(o.outlier_index.has_value(), "kbit: outlier values without their indices");
     const Tensor& index = keep(*o.outlier_index, "outlier_index");
-    TORCH_CHECK(index.scalar_type() == at::kInt && index.dim() == 1, "kbit: outlier_index needs int32 indices");
+    KBIT_CHECK(index.scalar_type() == Dtype::Int && index.dim() == 1, "kbit: outlier_index needs int32 indices");
     base_.outliers = index.numel();
     base_.outlier_index = index.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < base_.outliers; ++i) {
-      TORCH_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
+      KBIT_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
                         base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
     }
     base_.outlier_type = type_of(keep(*o.outlier_values, "outlier_values"), "outlier values");
-    TORCH_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");
+    KBIT_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");
     check(*o.outlier_values, lead, base_.outliers, "outlier_values");
     base_.outlier_values = o.outlier_values->const_data_ptr();
   }

@@ -1,10 +1,11 @@
-"""Native CPU kernels: compiled once with the machine's compiler, kept in a cache, loaded on first use.
+"""Native CPU kernels: the package's own library, or compiled once with the machine's compiler and kept in a cache.
 
-The one thing to know: :func:`load` is called by the first ``kbit::`` op that runs on the CPU. It
-compiles (under a lock, so that processes that start together compile once), moves the finished library
-into the cache in one step and loads it; the library registers its kernels with the dispatcher, and no
-Python runs between an op and its kernel from then on. Without a compiler, or with ``KBITC_CPU=off``,
-the reference kernels stay.
+The one thing to know: :func:`load` is called by the first ``kbit::`` op that runs on the CPU. It takes the
+library that a wheel brought (``PREBUILT``), or compiles one for this machine (under a lock, so that
+processes that start together compile once) and moves it into the cache in one step. The library registers
+its kernels with the dispatcher, and no Python runs between an op and its kernel from then on. It uses
+torch's stable C interface alone, so one file serves every torch from 2.11 on. Without a compiler, or with
+``KBITC_CPU=off``, the reference kernels stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,10 +32,12 @@ from kbitc.system.stopping import WorkerPool
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
+PREBUILT = FOLDER / "kbit_cpu.so"  # in a wheel
 COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
 ROWS = ("-ffp-contract=fast", "-fno-math-errno")  # sums of these have no order to keep
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's interface, and nothing later
 
 
 @dataclass(frozen=True)
@@ -55,58 +57,55 @@ class BuildRecipe:
     link: tuple[str, ...] = ()
 
     def key(self, compiler: str) -> str:
-        """Changes whenever the library could: files, flags, torch, compiler, machine."""
+        """Changes whenever the library could: files, flags, compiler, machine."""
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
         flags = [self.flags, self.link, *(flags for _, flags in self.sources)]
-        parts = [torch.__version__, platform.machine(), compiler, version.stdout, repr(flags)]
+        parts = [platform.machine(), compiler, version.stdout, repr(flags)]
         digest = hashlib.sha256("\0".join(parts).encode())
         for path in (*(path for path, _ in self.sources), *self.headers):  # their folder does not matter
             digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
         return digest.hexdigest()[:20]
 
 
-def kernel_recipe() -> BuildRecipe:
-    """The kernels of this folder, for this torch.
+def kernel_recipe(*, for_any: bool = False) -> BuildRecipe:
+    """The kernels of this folder, for this machine.
 
     ``KBITC_SANITIZE`` (for example "address,undefined") adds the compiler's sanitizers.
+
+    Args:
+        for_any: for every machine of this one's architecture, not for the sets that this one can run.
     """
     root = Path(torch.__file__).parent
-    include = (f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}")
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    openmp = _openmp(root)
+    bindings = (f"-isystem{root / 'include'}", STABLE, "-O2")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    # The library must share torch's OpenMP: a second one would have threads of its own.
-    sources = [(FOLDER / "bindings.cpp", (*include, abi, *(("-fopenmp",) if openmp else ())))]
+    plain = ("-O2",) if is_x86 else ()  # few run it there
+    sources = [(FOLDER / "portable.cpp", plain), (FOLDER / "rows_portable.cpp", (*ROWS, *plain))]
     if is_x86:
-        sources = [
-            (FOLDER / "avx2.cpp", AVX2),
-            *sources,
-            (FOLDER / "avx512.cpp", (*AVX2, *AVX512)),
-            (FOLDER / "rows_avx2.cpp", (*AVX2, *ROWS)),
-            (FOLDER / "rows_avx512.cpp", (*AVX2, *AVX512, *ROWS)),
-        ]
-    sources += [(FOLDER / "portable.cpp", ()), (FOLDER / "rows_portable.cpp", ROWS)]
+        sources = [*_vector_set("avx2", AVX2), *sources]
+        if for_any or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+            sources = [*_vector_set("avx512", (*AVX2, *AVX512)), *sources]
+            bindings = (*bindings, "-DKBIT_AVX512")
+    sources.insert(2, (FOLDER / "bindings.cpp", bindings))
     sanitize = os.environ.get("KBITC_SANITIZE")
     checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
     extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()
-    library = root / "lib"
     return BuildRecipe(
         sources=tuple(sources),
         headers=tuple(sorted(FOLDER.glob("*.h"))),
         flags=(*COMMON, *extra),
-        link=(*extra, f"-L{library}", "-ltorch_cpu", "-lc10", *openmp, f"-Wl,-rpath,{library}"),
+        # No path to it: torch has loaded it before.
+        link=(*extra, f"-L{root / 'lib'}", "-ltorch_cpu", "-pthread"),
     )
 
 
-def _openmp(root: Path) -> tuple[str, ...]:
-    """Torch's own OpenMP library, wherever its wheel keeps it."""
-    if sys.platform != "linux":
-        return ()
-    for folder in (root / "lib", root.parent / "torch.libs"):
-        libraries = sorted(folder.glob("libgomp*.so*"))
-        if libraries:
-            return (str(libraries[0]), f"-Wl,-rpath,{folder}")
-    return ("-lgomp",)
+def _vector_set(name: str, flags: tuple[str, ...]) -> list[tuple[Path, tuple[str, ...]]]:
+    """-O3 where loops are for the compiler to vectorize; it takes longer."""
+    return [
+        (FOLDER / f"{name}.cpp", (*flags, "-O2")),
+        (FOLDER / f"{name}_gemv.cpp", (*flags, "-O2")),
+        (FOLDER / f"{name}_rounding.cpp", flags),
+        (FOLDER / f"rows_{name}.cpp", (*flags, *ROWS)),
+    ]
 
 
 def find_compiler() -> str:
@@ -165,6 +164,7 @@ def build(recipe: BuildRecipe | None = None, *, force: bool = False) -> Path:
 
 
 def _compile(recipe: BuildRecipe, compiler: str, target: Path) -> None:
+    """Into ``target``, in one step; next to it while it is not finished."""
     scratch = target.with_name(f".build-{target.stem}")  # of the one who holds this library's lock
     remove(scratch)  # which a kill left
     scratch.mkdir(mode=0o700)
@@ -199,8 +199,19 @@ def _progress(count: int) -> Iterator[functools.partial[None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("compiling the CPU kernels, once (about a minute)", total=count)
+        task = bar.add_task("compiling the CPU kernels, once (about half a minute)", total=count)
         yield functools.partial(bar.advance, task)
+
+
+def find_library(*, force: bool = False) -> Path:
+    """The library to load: what a wheel brought, or what :func:`build` compiles.
+
+    Args:
+        force: compile one even so.
+    """
+    if PREBUILT.exists() and not force and "KBITC_SANITIZE" not in os.environ:
+        return PREBUILT
+    return build(force=force)
 
 
 _SETTING_THREADS = threading.Lock()
@@ -231,7 +242,7 @@ def load() -> bool:
     if os.environ.get("KBITC_CPU") == "off":
         return False
     try:
-        library = build()
+        library = find_library()
         torch.ops.load_library(str(library))
         torch.ops.kbit.cpu_kernels()  # a wrong KBITC_CPU is an error here, not in the middle of a model
     except (BackendUnavailable, OSError) as error:  # OSError: the library does not load

@@ -159,6 +159,12 @@ struct Kernels {
   void (*round_strip)(const Strip& strip, float* scratch);
 };
 
+// The parts of the vector sets that are compiled in files of their own.
+void add_avx2_gemv(Kernels& set);
+void add_avx2_rounding(Kernels& set);
+void add_avx512_gemv(Kernels& set);
+void add_avx512_rounding(Kernels& set);
+
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

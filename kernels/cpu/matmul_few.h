@@ -15,42 +15,69 @@ inline void put_few(const int32_t* q, const uint8_t* from, int64_t m, int64_t ch
 constexpr int FEW_MOST = 8;  // rows of x: for more, decoding to memory pays
 constexpr int FEW_ROWS = 8;
 
-template <int K, int G, int C, class Codes>
-INLINE void multiply_few(const Lut<K>& lut, const Codes& codes, int steps, const int16_t* const* x, int64_t at,
-                         const float* scales, const VecF* const* x_scales, VecF* sums) {
-  constexpr int PER_UNIT = G == 64 ? 2 : 1;
-  VecF sum[C];
-  unroll<C>([&](auto m) INLINE_LAMBDA { sum[m] = sums[m]; });
-  const auto multiply_unit = [&](auto u) INLINE_LAMBDA {
-    const int first = u * PER_UNIT;
-    if (first >= steps) return;
-    Vec c[PER_UNIT], v[PER_UNIT][2];
-    unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA { c[i] = codes(first + i); });
-    lookup_several<K, PER_UNIT>(lut, c, v);
-    const VecF scale = unit_scale<K, G>(scales, u);
-    unroll<C>([&](auto m) INLINE_LAMBDA {
-      Vec acc = zero();
-      unroll<2 * PER_UNIT>([&](auto i) INLINE_LAMBDA {
-        acc = mul_add(acc, v[i / 2][i % 2], load(x[m] + at + first * STEP + i * LANES));
-      });
-      sum[m] = add_scaled(sum[m], acc, multiply(scale, x_scales[m][u]));
-    });
-  };
-  if constexpr (K >= ROLLED_FROM) {
-    for (int u = 0; u < STEPS / PER_UNIT; ++u) multiply_unit(u);
-  } else {
-    unroll<STEPS / PER_UNIT>(multiply_unit);
-  }
-  unroll<C>([&](auto m) INLINE_LAMBDA { sums[m] = sum[m]; });
-}
+// A chunk of x's rows, and what else its products with a chunk of the weight need.
+struct FewChunk {
+  const int16_t* values[FEW_COLS];
+  const VecF* scales[FEW_COLS];  // of x, of each unit
+};
 
-template <int K, int G, int C>
-void few_rows(const Weight& w, const Table& table, const Activation& x, int64_t first, int64_t count, int64_t begin,
-              int64_t end, float* out, int64_t stride) {
-  constexpr int UNITS = STEPS / (G == 64 ? 2 : 1);
+// sums (FEW_COLS) += scales of the weight's units * x's * (levels times x); the last chunk of a row where not `is_full`.
+using MultiplyFew = void (*)(const void* multiplier, const uint8_t* packed, bool is_full, const FewChunk& x,
+                             const float* scales, VecF* sums);
+
+// The only part of all this that depends on the width of codes.
+template <int K, int G>
+struct FewMultiplier {
+  static constexpr int PER_UNIT = G == 64 ? 2 : 1;
   using Full = std::conditional_t<(K >= ROLLED_FROM), RolledCodes<K>, PackedCodes<K>>;
-  const int64_t chunks = chunk_count(w);
-  const int64_t full = w.cols / CHUNK;
+  const Lut<K> lut;
+  const Tail<K> tail;
+
+  static void multiply(const void* multiplier, const uint8_t* packed, bool is_full, const FewChunk& x,
+                       const float* scales, VecF* sums) {
+    const auto& [lut, tail] = *static_cast<const FewMultiplier*>(multiplier);
+    if (is_full) {
+      add(lut, Full{packed}, STEPS, x, scales, sums);
+    } else {
+      add(lut, tail.read(packed), tail.steps, x, scales, sums);
+    }
+  }
+
+ private:
+  template <class Codes>
+  static INLINE void add(const Lut<K>& lut, const Codes& codes, int steps, const FewChunk& x, const float* scales,
+                         VecF* sums) {
+    VecF sum[FEW_COLS];
+    unroll<FEW_COLS>([&](auto m) INLINE_LAMBDA { sum[m] = sums[m]; });
+    const auto multiply_unit = [&](auto u) INLINE_LAMBDA {
+      const int first = u * PER_UNIT;
+      Vec c[PER_UNIT], v[PER_UNIT][2];
+      unroll<PER_UNIT>([&](auto i) INLINE_LAMBDA { c[i] = codes(first + i); });
+      lookup_several<K, PER_UNIT>(lut, c, v);
+      const VecF scale = unit_scale<K, G>(scales, u);
+      unroll<FEW_COLS>([&](auto m) INLINE_LAMBDA {
+        Vec acc = zero();
+        unroll<2 * PER_UNIT>([&](auto i) INLINE_LAMBDA {
+          acc = mul_add(acc, v[i / 2][i % 2], load(x.values[m] + first * STEP + i * LANES));
+        });
+        sum[m] = add_scaled(sum[m], acc, kbit::multiply(scale, x.scales[m][u]));
+      });
+    };
+    if constexpr (std::is_same_v<Codes, PackedCodes<K>>) {
+      unroll<STEPS / PER_UNIT>(multiply_unit);
+    } else {
+      for (int u = 0; u * PER_UNIT < steps; ++u) multiply_unit(u);
+    }
+    unroll<FEW_COLS>([&](auto m) INLINE_LAMBDA { sums[m] = sum[m]; });
+  }
+};
+
+// `count` rows of x from `first` on.
+template <int G>
+void few_rows(MultiplyFew multiply, const void* multiplier, const Weight& w, const Table& table, const Activation& x,
+              int64_t first, int64_t count, int64_t begin, int64_t end, float* out, int64_t stride) {
+  constexpr int UNITS = STEPS / (G == 64 ? 2 : 1), C = FEW_COLS;
+  const int64_t chunks = chunk_count(w), full = w.cols / CHUNK, of_chunk = w.bits * (CHUNK / 8);
   const size_t floats = static_cast<size_t>(FEW_ROWS * (x.segments + 2 * w.blocks) + STEP);
   const size_t vectors = static_cast<size_t>(C * (FEW_ROWS + chunks * UNITS));
   const Scratch scratch(vectors * sizeof(VecF) + floats * sizeof(float));
@@ -59,21 +86,15 @@ void few_rows(const Weight& w, const Table& table, const Activation& x, int64_t 
   float* spread = reinterpret_cast<float*>(x_units + C * chunks * UNITS);  // (FEW_ROWS, segments)
   float* scales = spread + FEW_ROWS * x.segments;  // (FEW_ROWS, blocks) and a step
   float* zeros = scales + FEW_ROWS * w.blocks + STEP;  // (FEW_ROWS, blocks)
-  const int16_t* rows_of_x[C];
   int64_t at_row[C];  // past the end: the last one again, for nothing
   for (int m = 0; m < C; ++m) {
     at_row[m] = first + (m < count ? m : count - 1);
-    rows_of_x[m] = x.values + at_row[m] * chunks * CHUNK;
-    for (int64_t c = 0; c < chunks; ++c) {
-      for (int u = 0; u < UNITS; ++u) {
-        x_units[(m * chunks + c) * UNITS + u] =
-            unit_scale<K, G>(x.scales + at_row[m] * x.segments + c * (CHUNK / G), u);
-      }
+    const float* x_scales = x.scales + at_row[m] * x.segments;
+    for (int64_t u = 0; u < chunks * UNITS; ++u) {
+      x_units[m * chunks * UNITS + u] = unit_scale<4, G>(x_scales, u);
     }
   }
   const ScaleReader reader(w);
-  const Lut<K> lut(table);
-  const Tail<K> tail(w.cols % CHUNK);
   for (int64_t row = begin; row < end; row += FEW_ROWS) {
     const int64_t here = row + FEW_ROWS < end ? FEW_ROWS : end - row;
     reader.read(row, here, scales);
@@ -82,18 +103,15 @@ void few_rows(const Weight& w, const Table& table, const Activation& x, int64_t 
     }
     for (int64_t i = 0; i < here * C; ++i) sums[i] = zero_float();
     for (int64_t c = 0; c < chunks; ++c) {
-      const VecF* x_scales[C];
-      for (int m = 0; m < C; ++m) x_scales[m] = x_units + (m * chunks + c) * UNITS;
+      FewChunk chunk;
+      for (int m = 0; m < C; ++m) {
+        chunk.values[m] = x.values + (at_row[m] * chunks + c) * CHUNK;
+        chunk.scales[m] = x_units + (m * chunks + c) * UNITS;
+      }
       for (int64_t r = 0; r < here; ++r) {
-        const uint8_t* packed = w.planes + (row + r) * w.row_bytes + c * K * (CHUNK / 8);
-        const float* unit_scales = spread + r * x.segments + c * (CHUNK / G);
-        prefetch(packed + AHEAD, K * (CHUNK / 8));
-        if (c < full) {
-          multiply_few<K, G, C>(lut, Full{packed}, STEPS, rows_of_x, c * CHUNK, unit_scales, x_scales, sums + r * C);
-        } else {
-          multiply_few<K, G, C>(lut, tail.read(packed), tail.steps, rows_of_x, c * CHUNK, unit_scales, x_scales,
-                                sums + r * C);
-        }
+        const uint8_t* packed = w.planes + (row + r) * w.row_bytes + c * of_chunk;
+        prefetch(packed + AHEAD, of_chunk);
+        multiply(multiplier, packed, c < full, chunk, spread + r * x.segments + c * (CHUNK / G), sums + r * C);
       }
     }
     for (int64_t r = 0; r < here; ++r) {
@@ -112,21 +130,22 @@ void few_rows(const Weight& w, const Table& table, const Activation& x, int64_t 
   }
 }
 
-template <int G>
+template <int K, int G>
 void gemm_few_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
                  int64_t stride) {
+  const FewMultiplier<K, G> multiplier{Lut<K>(table), Tail<K>(w.cols % CHUNK)};
   for (int64_t m = 0; m < x.rows; m += FEW_COLS) {
     const int64_t here = m + FEW_COLS < x.rows ? FEW_COLS : x.rows - m;
-    KBIT_BY_BITS(w.bits, (few_rows<K, G, FEW_COLS>(w, table, x, m, here, begin, end, out + m * stride, stride)));
+    few_rows<G>(multiplier.multiply, &multiplier, w, table, x, m, here, begin, end, out + m * stride, stride);
   }
 }
 
 void gemm_few(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
               int64_t stride) {
   if (x.granule == 64) {
-    gemm_few_of<64>(w, table, x, begin, end, out, stride);
+    KBIT_BY_BITS(w.bits, (gemm_few_of<K, 64>(w, table, x, begin, end, out, stride)));
   } else {
-    gemm_few_of<32>(w, table, x, begin, end, out, stride);
+    KBIT_BY_BITS(w.bits, (gemm_few_of<K, 32>(w, table, x, begin, end, out, stride)));
   }
 }
 

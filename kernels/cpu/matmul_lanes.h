@@ -60,39 +60,49 @@ INLINE Vec code_words(const Vec* words, int g) {
   }
 }
 
-// One chunk of ROWS rows to levels: their vectors of `tile` (PAIRS, R).
-template <int K, int R>
-INLINE void decode_words(const Lut<K>& lut, const Tail<K>& tail, const uint8_t* const* rows, int64_t at, bool is_full,
-                         Vec* tile) {
-  const auto put = [&](int g, int j, Vec codes) INLINE_LAMBDA {
-    Vec levels[2];
-    lookup_lanes(lut, codes, levels);
-    tile[(g * 2 * WORDS + 2 * j) * R] = levels[0];
-    tile[(g * 2 * WORDS + 2 * j + 1) * R] = levels[1];
-  };
-  if (is_full) {
-    Vec words[K * WORDS];
-    for (int i = 0; i < K; ++i) transpose_words(rows, at + 32 * i, words + i * WORDS);
-    for (int j = 0; j < WORDS; ++j) {
-      unroll<GROUPS>([&](auto g) INLINE_LAMBDA { put(g, j, code_words<K>(words + j, g)); });
+// One chunk of ROWS rows to levels: PAIRS vectors, each `apart` behind the one before.
+using DecodeWords = void (*)(const void* decoder, const uint8_t* const* rows, int64_t at, bool is_full, Vec* tile,
+                             int64_t apart);
+
+// The only part of all this that depends on the width of codes.
+template <int K>
+struct WordDecoder {
+  const Lut<K> lut;
+  const Tail<K> tail;
+
+  static void decode(const void* decoder, const uint8_t* const* rows, int64_t at, bool is_full, Vec* tile,
+                     int64_t apart) {
+    const auto& [lut, tail] = *static_cast<const WordDecoder*>(decoder);
+    const auto put = [&](int g, int j, Vec codes) INLINE_LAMBDA {
+      Vec levels[2];
+      lookup_lanes(lut, codes, levels);
+      tile[(g * 2 * WORDS + 2 * j) * apart] = levels[0];
+      tile[(g * 2 * WORDS + 2 * j + 1) * apart] = levels[1];
+    };
+    if (is_full) {
+      Vec words[K * WORDS];
+      for (int i = 0; i < K; ++i) transpose_words(rows, at + 32 * i, words + i * WORDS);
+      for (int j = 0; j < WORDS; ++j) {
+        unroll<GROUPS>([&](auto g) INLINE_LAMBDA { put(g, j, code_words<K>(words + j, g)); });
+      }
+      return;
     }
-    return;
-  }
-  alignas(64) uint8_t bytes[ROWS][CHUNK];
-  const uint8_t* codes[ROWS];
-  for (int r = 0; r < ROWS; ++r) {
-    const auto steps = tail.read(rows[r] + at);
-    codes[r] = bytes[r];
-    for (int s = 0; s < tail.steps; ++s) {
-      for (int half = 0; half < STEP / 32; ++half) store_half(bytes[r] + natural(K, s, 32 * half), steps(s), half);
+    alignas(64) uint8_t bytes[ROWS][CHUNK];
+    const uint8_t* codes[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      const auto steps = tail.read(rows[r] + at);
+      codes[r] = bytes[r];
+      for (int s = 0; s < tail.steps; ++s) {
+        for (int half = 0; half < STEP / 32; ++half) store_half(bytes[r] + natural(K, s, 32 * half), steps(s), half);
+      }
+    }
+    for (int g = 0; g < GROUPS; ++g) {
+      Vec words[WORDS];
+      transpose_words(codes, 32 * g, words);
+      for (int j = 0; j < WORDS; ++j) put(g, j, words[j]);
     }
   }
-  for (int g = 0; g < GROUPS; ++g) {
-    Vec words[WORDS];
-    transpose_words(codes, 32 * g, words);
-    for (int j = 0; j < WORDS; ++j) put(g, j, words[j]);
-  }
-}
+};
 
 // sums (C, R) += scale * x's scale * (levels times x) over the granules of a chunk.
 template <int R, int C>
@@ -129,14 +139,13 @@ inline void across_rows(const float* numbers, int64_t count, int64_t blocks, Vec
 }
 
 // What a call works with: its scratch memory, and what all its tiles share.
-template <int K>
 struct Lanes {
   const Weight& w;
   const Table& table;
   const Activation& x;
+  const DecodeWords decode;
+  const void* decoder;
   const ScaleReader reader;
-  const Lut<K> lut;
-  const Tail<K> tail;
   const int64_t padded;  // blocks, up to a whole transposition
   const Scratch scratch;
   Vec* tile;  // (PAIRS, 2)
@@ -145,13 +154,14 @@ struct Lanes {
   VecF* zeros;  // (2, padded)
   float* numbers;  // (ROWS, blocks), and what a reader may write behind it
 
-  Lanes(const Weight& weight, const Table& levels, const Activation& input, int64_t count)
+  Lanes(const Weight& weight, const Table& levels, const Activation& input, int64_t count, DecodeWords words,
+        const void* of_words)
       : w(weight),
         table(levels),
         x(input),
+        decode(words),
+        decoder(of_words),
         reader(weight),
-        lut(levels),
-        tail(weight.cols % CHUNK),
         padded((weight.blocks + WORDS - 1) / WORDS * WORDS),
         scratch(sizeof(Vec) * static_cast<size_t>(2 * PAIRS + 2 * count + 4 * padded) +
                 sizeof(float) * static_cast<size_t>(ROWS * weight.blocks + STEP)),
@@ -170,8 +180,8 @@ INLINE void up_to(int64_t count, const Body& body) {
 }
 
 // R times ROWS rows of the weight, of which `valid` exist, times `count` rows of x from `first` on.
-template <int K, int R>
-void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t valid, float* out, int64_t stride) {
+template <int R>
+void lanes_tile(Lanes& at, int64_t first, int64_t count, int64_t row, int64_t valid, float* out, int64_t stride) {
   const Weight& w = at.w;
   const Activation& x = at.x;
   const int64_t chunks = chunk_count(w), full = w.cols / CHUNK;
@@ -191,12 +201,12 @@ void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t
     }
   }
   for (int64_t i = 0; i < count * R; ++i) at.sums[i] = zero_float();
-  const int64_t bytes = R * ROWS * K * (CHUNK / 8);
+  const int64_t of_row = w.bits * (CHUNK / 8), bytes = R * ROWS * of_row;
   const uint8_t* next = rows[0] + R * ROWS * w.row_bytes;
   for (int64_t c = 0; c < chunks; ++c) {
     prefetch(next + c * bytes, bytes);
     for (int r = 0; r < R; ++r) {
-      decode_words<K, R>(at.lut, at.tail, rows + r * ROWS, c * K * (CHUNK / 8), c < full, at.tile + r);
+      at.decode(at.decoder, rows + r * ROWS, c * of_row, c < full, at.tile + r, R);
     }
     int block[GROUPS];
     for (int s = 0; s < granules; ++s) {
@@ -226,24 +236,30 @@ void lanes_tile(Lanes<K>& at, int64_t first, int64_t count, int64_t row, int64_t
   }
 }
 
-template <int K>
-void gemm_lanes_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
-                   int64_t stride) {
+void gemm_lanes_by(DecodeWords decode, const void* decoder, const Weight& w, const Table& table, const Activation& x,
+                   int64_t begin, int64_t end, float* out, int64_t stride) {
   const int64_t fitting = PANEL_BYTES / (chunk_count(w) * CHUNK * 2) / X_ROWS * X_ROWS;
   const int64_t panel = fitting < 4 * X_ROWS ? 4 * X_ROWS : fitting;
-  Lanes<K> at(w, table, x, panel < x.rows ? panel : x.rows);
+  Lanes at(w, table, x, panel < x.rows ? panel : x.rows, decode, decoder);
   for (int64_t first = 0; first < x.rows; first += panel) {
     const int64_t count = first + panel < x.rows ? panel : x.rows - first;
     for (int64_t row = begin; row < end; row += 2 * ROWS) {
       const int64_t valid = end - row;
       float* to = out + first * stride + row - begin;
       if (valid > ROWS) {
-        lanes_tile<K, 2>(at, first, count, row, valid < 2 * ROWS ? valid : 2 * ROWS, to, stride);
+        lanes_tile<2>(at, first, count, row, valid < 2 * ROWS ? valid : 2 * ROWS, to, stride);
       } else {
-        lanes_tile<K, 1>(at, first, count, row, valid, to, stride);
+        lanes_tile<1>(at, first, count, row, valid, to, stride);
       }
     }
   }
+}
+
+template <int K>
+void gemm_lanes_of(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,
+                   int64_t stride) {
+  const WordDecoder<K> decoder{Lut<K>(table), Tail<K>(w.cols % CHUNK)};
+  gemm_lanes_by(WordDecoder<K>::decode, &decoder, w, table, x, begin, end, out, stride);
 }
 
 void gemm_lanes(const Weight& w, const Table& table, const Activation& x, int64_t begin, int64_t end, float* out,

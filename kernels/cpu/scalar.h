@@ -6,11 +6,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // of what many instances call: compiled once
 
 namespace kbit {
 namespace {
@@ -21,12 +23,13 @@ struct Constant {
   constexpr operator int() const { return VALUE; }
 };
 
+template <class Body, int... I>
+INLINE void unroll_over(const Body& body, std::integer_sequence<int, I...>) {
+  (body(Constant<I>{}), ...);
+}
 template <int COUNT, class Body>
 INLINE void unroll(const Body& body) {
-  if constexpr (COUNT > 0) {
-    unroll<COUNT - 1>(body);
-    body(Constant<COUNT - 1>{});
-  }
+  unroll_over(body, std::make_integer_sequence<int, COUNT>{});
 }
 
 // Memory that a kernel needs for the duration of a call.
@@ -122,7 +125,7 @@ inline float weight_at(const Weight& w, int64_t row, int64_t col) {
 }
 
 // Codes of one chunk of `count` codes, in natural order.
-inline void unpack_chunk(const uint8_t* packed, int64_t count, int bits, uint8_t* codes) {
+NOINLINE void unpack_chunk(const uint8_t* packed, int64_t count, int bits, uint8_t* codes) {
   const int64_t lanes = (count + 7) / 8;
   int widths[3];
   const int planes = plane_widths(bits, widths);

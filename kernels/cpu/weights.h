@@ -41,7 +41,7 @@ class ScaleReader {
   }
 
   // `out` needs room for (count, blocks) floats and a step more.
-  INLINE void read(int64_t row, int64_t count, float* out) const {
+  NOINLINE void read(int64_t row, int64_t count, float* out) const {
     const int64_t at = row * w_.blocks;
     const int64_t total = count * w_.blocks;
     if (w_.scale_type != Type::code) {
@@ -72,7 +72,7 @@ INLINE void multiply_whole(const float* a, const float* b, int64_t count, float*
 }
 
 // The scale of each granule of one row of the weight, times `x` where given; zero past the end.
-inline void spread_scales(const Weight& w, const float* scales, const float* x, int64_t granule,
+NOINLINE void spread_scales(const Weight& w, const float* scales, const float* x, int64_t granule,
                           int64_t segments, float* out) {
   const int64_t valid = (w.cols + granule - 1) / granule;
   const int64_t ratio = w.block / granule;
@@ -95,7 +95,7 @@ inline void spread_scales(const Weight& w, const float* scales, const float* x, 
 }
 
 // Products of stored 16- or 32-bit numbers with floats, summed lane by lane.
-inline VecF dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
+NOINLINE VecF dot_numbers(const void* data, Type type, int64_t at, const float* x, int64_t count) {
   if (type == Type::f16) return dot_halves(static_cast<const uint16_t*>(data) + at, x, count);
   float values[256];
   VecF total = zero_float();
@@ -107,7 +107,7 @@ inline VecF dot_numbers(const void* data, Type type, int64_t at, const float* x,
   return total;
 }
 
-inline void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
+NOINLINE void add_outliers(const Weight& w, const float* x, int64_t begin, int64_t end, float* out) {
   for (int64_t row = begin; row < end; ++row) {
     out[row - begin] += sum_lanes(dot_numbers(w.outlier_values, w.outlier_type, row * w.outliers, x, w.outliers));
   }
