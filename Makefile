@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs fuzz gpu kill slow test lint sanitize format clean
+.PHONY: demo docs fuzz gpu kill slow test lint sanitize wheel format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,16 @@ lint: .venv/installed
 # The documentation, into site/; a warning is an error, and nothing is fetched.
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A manylinux wheel with compiled CPU kernels, into dist/: whoever installs it needs no compiler.
+.venv/wheel-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[wheel]"
+	touch .venv/wheel-installed
+
+wheel: .venv/wheel-installed
+	rm -rf build/wheel
+	KBITC_PREBUILD=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 
 # The kernel tests with address and undefined-behaviour checks compiled into the kernels.
 sanitize: .venv/installed

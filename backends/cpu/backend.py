@@ -17,6 +17,7 @@ from torch import nn
 
 from kbitc.backends._compiler import missing_compiler
 from kbitc.errors import KbitcError
+from kbitc.kernels.cpu.build import load
 from kbitc.pipeline import Pass
 from kbitc.pipeline.defaults import lowering_pipeline
 
@@ -39,9 +40,9 @@ class Cpu:
     is_native: bool = True
 
     def missing(self) -> str | None:
-        """A compiler, unless a step that was compiled before is kept: that may be the one that is wanted."""
+        """A compiler, unless native kernels or a step compiled before are there: both may be enough."""
         missing = missing_compiler()
-        if missing is None:
+        if missing is None or (self.is_native and load()):
             return None
         from kbitc.backends.cpu.step_package import kept_packages
 

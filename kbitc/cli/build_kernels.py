@@ -14,10 +14,12 @@ from kbitc.cli.app import Json, app, examples
     "build-kernels", epilog=examples("kbitc build-kernels", "CXX=clang++ kbitc build-kernels --force")
 )
 def build_kernels(
-    force: Annotated[bool, typer.Option("--force", help="Compile even if the package or the cache holds them.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compile even if the package or the cache holds them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile the CPU kernels now, unless the package brought them; the first packed matmul would do it otherwise."""
+    """Compile the CPU kernels now, unless the package has them; else the first packed matmul does it."""
     import torch
 
     from kbitc.kernels import ops  # noqa: F401  # the ops that the library's kernels belong to

@@ -35,11 +35,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
     if torch.compiler.is_compiling() or needs_grad(input) or (bias is not None and needs_grad(bias)):
         return op(input, *weight.operands(), bias)
-    with torch._C._AutoDispatchBelowAutograd():  # its layer of an op costs three times what a small product does
+    with (
+        torch._C._AutoDispatchBelowAutograd()
+    ):  # its layer of an op costs three times what a small product does
         return op(input, *weight.operands(), bias)
 
 
 def needs_grad(tensor: Tensor) -> bool:
+    """Whether what is computed from it is recorded for its gradient."""
     return torch.is_grad_enabled() and tensor.requires_grad
 
 

@@ -8,47 +8,59 @@
 #include <vector>
 
 #include "kernels.h"
+#include "row_ops.h"
 #include "tensors.h"
 
 namespace kbit {
 namespace {
 
-// The kernel sets that this machine can run, best first.
-std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> sets;
+struct KernelSet {
+  const Kernels* products;
+  const RowKernels* rows;
+};
+
+// The kernel sets that this machine can run, best first. Nothing else of the others may be called.
+const std::vector<KernelSet>& runnable() {
+  static const std::vector<KernelSet> all = [] {
+    std::vector<KernelSet> sets;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
+    __builtin_cpu_init();
 #if defined(KBIT_AVX512)
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    sets.push_back(avx512_kernels());
-  }
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      sets.push_back({avx512_kernels(), avx512_row_kernels()});
+    }
 #endif
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(avx2_kernels());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      sets.push_back({avx2_kernels(), avx2_row_kernels()});
+    }
 #endif
-  sets.push_back(portable_kernels());
-  return sets;
+    sets.push_back({portable_kernels(), portable_row_kernels()});
+    return sets;
+  }();
+  return all;
 }
 
-const Kernels* find_kernels(const std::string& name) {
+const KernelSet* find_kernels(const std::string& name) {
   std::string known;
-  for (const Kernels* set : runnable()) {
-    if (name.empty() || name == "auto" || name == set->name) return set;
-    known += (known.empty() ? "" : ", ") + std::string(set->name);
+  for (const KernelSet& set : runnable()) {
+    if (name.empty() || name == "auto" || name == set.products->name) return &set;
+    known += (known.empty() ? "" : ", ") + std::string(set.products->name);
   }
   KBIT_CHECK(false, "no CPU kernels '", name, "'; KBITC_CPU may be ", known, ", auto or off on this machine");
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> set = [] {
+std::atomic<const KernelSet*>& chosen() {
+  static std::atomic<const KernelSet*> set = [] {
     const char* wanted = std::getenv("KBITC_CPU");
     return find_kernels(wanted == nullptr ? "" : wanted);
   }();
   return set;
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->products; }
+const RowKernels& row_kernels() { return *chosen().load(std::memory_order_relaxed)->rows; }
 
 std::string cpu_kernels() { return kernels().name; }
 

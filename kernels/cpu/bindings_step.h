@@ -20,16 +20,6 @@
 namespace kbit {
 namespace {
 
-const RowKernels& row_kernels() {
-#if defined(KBIT_AVX512)
-  if (&kernels() == avx512_kernels()) return *avx512_row_kernels();
-#endif
-#if defined(__x86_64__)
-  if (&kernels() == avx2_kernels()) return *avx2_row_kernels();
-#endif
-  return *portable_row_kernels();
-}
-
 // As in kbitc/backends/cpu/native_program.py.
 enum class Code : int64_t {
   unary, binary, mean, rms_norm, layer_norm, embed, embed_dense, positions, linear, dense, attend, tail

@@ -1,4 +1,4 @@
-"""Native CPU kernels: the package's own library, or compiled once with the machine's compiler and kept in a cache.
+"""Native CPU kernels: a wheel's own library, or one compiled once with the machine's compiler and kept.
 
 The one thing to know: :func:`load` is called by the first ``kbit::`` op that runs on the CPU. It takes the
 library that a wheel brought (``PREBUILT``), or compiles one for this machine (under a lock, so that
@@ -76,7 +76,7 @@ def kernel_recipe(*, for_any: bool = False) -> BuildRecipe:
         for_any: for every machine of this one's architecture, not for the sets that this one can run.
     """
     root = Path(torch.__file__).parent
-    bindings = (f"-isystem{root / 'include'}", STABLE, "-O2")
+    bindings: tuple[str, ...] = (f"-isystem{root / 'include'}", STABLE, "-O2")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     plain = ("-O2",) if is_x86 else ()  # few run it there
     sources = [(FOLDER / "portable.cpp", plain), (FOLDER / "rows_portable.cpp", (*ROWS, *plain))]
@@ -164,7 +164,6 @@ def build(recipe: BuildRecipe | None = None, *, force: bool = False) -> Path:
 
 
 def _compile(recipe: BuildRecipe, compiler: str, target: Path) -> None:
-    """Into ``target``, in one step; next to it while it is not finished."""
     scratch = target.with_name(f".build-{target.stem}")  # of the one who holds this library's lock
     remove(scratch)  # which a kill left
     scratch.mkdir(mode=0o700)
