@@ -56,15 +56,15 @@ std::vector<int64_t> outlier_features(const OptTensor& index, int64_t cols) {
 Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, const Tensor& codebook,
               const OptTensor& outlier_index, int64_t bits, int64_t block) {
   KBIT_CHECK(rows.dim() == 2 && is_float(rows) && rows.numel() > 0, "kbit::encode: expected a 2-D float "
-              "weight, got ", rows.scalar_type(), " of shape ", text(rows));
+             "weight, got ", rows.scalar_type(), " of shape ", text(rows));
   KBIT_CHECK(bits >= 2 && bits <= 8 && block >= 1, "kbit::encode: ", bits, " bits, block ", block);
   KBIT_CHECK(codebook.scalar_type() == Dtype::Float && codebook.dim() == 1 && codebook.numel() >= 1 &&
-                  codebook.numel() <= (int64_t{1} << bits),
-              "kbit::encode: the codebook is ", codebook.scalar_type(), " of shape ", text(codebook));
+                 codebook.numel() <= (int64_t{1} << bits),
+             "kbit::encode: the codebook is ", codebook.scalar_type(), " of shape ", text(codebook));
   const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
   const auto checked = [&](const Tensor& t, const char* name) {
     KBIT_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::encode: ", name, " have shape ",
-                text(t), "; expected (", count, ", ", blocks, ")");
+               text(t), "; expected (", count, ", ", blocks, ")");
     return as_floats(t);
   };
   const Tensor plain_scales = checked(scales, "scales");
@@ -100,20 +100,20 @@ std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& impor
                                          const OptTensor& zeros, const Tensor& codebook, const Tensor& ratios,
                                          int64_t block, int64_t rounds) {
   KBIT_CHECK(rows.dim() == 2 && is_float(rows) && rows.numel() > 0 && block >= 1 && rounds >= 0,
-              "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", text(rows));
+             "kbit::search_scales: expected a 2-D float weight, got ", rows.scalar_type(), " of shape ", text(rows));
   const int64_t count = rows.size(0), cols = rows.size(1), blocks = (cols + block - 1) / block;
   KBIT_CHECK(importance.dim() == 2 && importance.size(1) == cols && importance.size(0) >= 1 &&
-                  count % importance.size(0) == 0,
-              "kbit::search_scales: importance has shape ", text(importance), "; expected (groups, ", cols,
-              ") where groups divide ", count, " rows");
+                 count % importance.size(0) == 0,
+             "kbit::search_scales: importance has shape ", text(importance), "; expected (groups, ", cols,
+             ") where groups divide ", count, " rows");
   const auto checked = [&](const Tensor& t, const char* name) {
     KBIT_CHECK(t.dim() == 2 && t.size(0) == count && t.size(1) == blocks, "kbit::search_scales: ", name,
-                " have shape ", text(t), "; expected (", count, ", ", blocks, ")");
+               " have shape ", text(t), "; expected (", count, ", ", blocks, ")");
     return copy_rows(t, 0, count);
   };
   KBIT_CHECK(codebook.scalar_type() == Dtype::Float && codebook.dim() == 1 && codebook.numel() >= 1 &&
-                  codebook.numel() <= 256 && ratios.scalar_type() == Dtype::Float && ratios.dim() == 1,
-              "kbit::search_scales: codebook and ratios are 1-D and float32");
+                 codebook.numel() <= 256 && ratios.scalar_type() == Dtype::Float && ratios.dim() == 1,
+             "kbit::search_scales: codebook and ratios are 1-D and float32");
   const Tensor out = checked(scales, "scales");
   const Tensor middles = zeros.has_value() ? checked(*zeros, "zeros") : new_tensor({0}, Dtype::Float);
   const Tensor weight = as_floats(importance), levels = packed_rows(codebook), tries = packed_rows(ratios);

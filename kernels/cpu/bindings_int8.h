@@ -33,8 +33,8 @@ Bytes to_bytes(const Weight& w, const float* x, int64_t rows) {
 void check_int8(const Weight& w, const Table& table) {
   const bool is_centred = table.is_affine && w.levels == 2 * MIDDLE + 1 && w.codebook[MIDDLE] == 0.0f;
   KBIT_CHECK(w.bits == 8 && w.blocks == 1 && is_centred && w.zero_type == Type::none,
-              "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero points: "
-              "int8 with a block of at least in_features");
+             "kbit::linear_int8: needs evenly spaced 8-bit levels around 0 and one scale a row, without zero points: "
+             "int8 with a block of at least in_features");
   KBIT_CHECK(w.cols <= BYTES_MOST, "kbit::linear_int8: ", w.cols, " features do not fit int32 sums");
 }
 

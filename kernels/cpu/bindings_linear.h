@@ -58,12 +58,15 @@ void multiply_decoded(const Weight& w, const float* x, int64_t count, float* out
 
 void check_input(const char* name, const Tensor& x, int64_t features) {
   KBIT_CHECK(is_float(x) && x.dim() > 0 && x.size(x.dim() - 1) == features, "kbit::", name,
-             ": expected a float input whose last dimension is ", features, ", got ", x.scalar_type(), " of shape ",
-             text(x));
+            ": expected a float input whose last dimension is ", features, ", got ", x.scalar_type(), " of shape ",
+            text(x));
 }
 
-Tensor as_matrix(const Tensor& x, int64_t cols) {
-  return x.dim() == 2 ? x : torch::stable::reshape(x, {x.numel() / cols, cols});
+Tensor as_matrix(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return torch::stable::reshape(x, {rows, x.size(x.dim() - 1)});
 }
 
 Sizes shape_like(const Tensor& x, int64_t last) {
@@ -179,7 +182,7 @@ Tensor multiply_parts(const Tensor& x, int64_t features, const std::vector<Part>
   const bool is_double = x.scalar_type() == Dtype::Double;
   const Tensor out = new_tensor(shape_like(x, width), is_double ? Dtype::Double : Dtype::Float);
   if (is_double) {
-    const Tensor matrix = as_matrix(x, features), to = as_matrix(out, width);
+    const Tensor matrix = as_matrix(x), to = as_matrix(out);
     for (const Part& part : parts) {
       const int64_t step = std::max(int64_t{16}, TILE / part.weight->cols);
       for (int64_t r = 0; r < part.weight->rows; r += step) {
@@ -204,7 +207,7 @@ Tensor multiply_parts(const Tensor& x, int64_t features, const std::vector<Part>
 
 void check_bias(const OptTensor& bias, int64_t rows) {
   KBIT_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == rows), "kbit::linear: a bias of shape ",
-              text(*bias), "; expected (", rows, ")");
+             text(*bias), "; expected (", rows, ")");
 }
 
 Tensor linear(const Tensor& x, KBIT_WEIGHT, const OptTensor& bias) {
@@ -221,8 +224,8 @@ Tensor linears(const Tensor& x, const std::vector<OptTensor>& weights, const std
   constexpr size_t TENSORS = 9;
   const size_t count = numbers.size() / 3;
   KBIT_CHECK(count > 0 && numbers.size() == 3 * count && weights.size() == TENSORS * count && biases.size() == count,
-              "kbit::linears: expected ", TENSORS, " tensors, 3 numbers and a bias for each weight, got ",
-              weights.size(), ", ", numbers.size(), " and ", biases.size());
+             "kbit::linears: expected ", TENSORS, " tensors, 3 numbers and a bias for each weight, got ",
+             weights.size(), ", ", numbers.size(), " and ", biases.size());
   check_input("linears", x, numbers[0]);
   std::vector<std::unique_ptr<Packed>> packed;
   std::vector<Part> parts;
@@ -230,7 +233,7 @@ Tensor linears(const Tensor& x, const std::vector<OptTensor>& weights, const std
   for (size_t i = 0; i < count; ++i) {
     const OptTensor* at = &weights[TENSORS * i];
     KBIT_CHECK(at[0].has_value() && at[1].has_value() && at[2].has_value(), "kbit::linears: weight ", i,
-                " lacks planes, scales or codebook");
+               " lacks planes, scales or codebook");
     packed.push_back(std::make_unique<Packed>(Operands{*at[0], *at[1], *at[2], at[3], at[4], at[5], at[6], at[7], at[8],
                                                        numbers[3 * i], numbers[3 * i + 1], numbers[3 * i + 2]}));
     const Weight& w = packed.back()->matrix();
@@ -265,14 +268,14 @@ Tensor input_grad(const Tensor& grad, KBIT_WEIGHT) {
   const Packed packed = KBIT_PACKED;
   const Weight& w = packed.matrix();
   check_input("input_grad", grad, w.rows);
-  const Tensor out = find_input_grad(w, as_matrix(as_type(grad, wide(grad)), w.rows));
+  const Tensor out = find_input_grad(w, as_matrix(as_type(grad, wide(grad))));
   return torch::stable::view(as_type(out, grad.scalar_type()), shape_like(grad, w.cols));
 }
 
 std::vector<int64_t> group_ends(const Tensor& offsets, int64_t experts, int64_t tokens) {
   KBIT_CHECK(offsets.dim() == 1 && offsets.size(0) == experts && !is_float(offsets) && offsets.is_cpu(),
-              "kbit: offsets need one integer for each of ", experts, " experts, got ", offsets.scalar_type(),
-              " of shape ", text(offsets));
+             "kbit: offsets need one integer for each of ", experts, " experts, got ", offsets.scalar_type(),
+             " of shape ", text(offsets));
   const Tensor ends = packed_rows(as_type(offsets, Dtype::Long));
   std::vector<int64_t> out(ends.const_data_ptr<int64_t>(), ends.const_data_ptr<int64_t>() + experts);
   int64_t last = 0;
@@ -290,7 +293,7 @@ const Packed& grouped(const Packed& packed) {
 
 Tensor grouped_linear(const Tensor& x, KBIT_WEIGHT, const Tensor& offsets) {
   check_input("grouped_linear", x, in_features);
-  const Tensor flat = as_matrix(x, in_features);
+  const Tensor flat = as_matrix(x);
   const Packed packed = KBIT_PACKED;
   const int64_t rows = grouped(packed).expert(0).rows;
   const Tensor out = zero_tensor({flat.size(0), rows}, x.scalar_type());
@@ -312,7 +315,7 @@ Tensor grouped_input_grad(const Tensor& grad, KBIT_WEIGHT, const Tensor& offsets
   const Packed packed = KBIT_PACKED;
   const int64_t rows = grouped(packed).expert(0).rows;
   check_input("grouped_input_grad", grad, rows);
-  const Tensor flat = as_matrix(as_type(grad, wide(grad)), rows);
+  const Tensor flat = as_matrix(as_type(grad, wide(grad)));
   const Tensor out = zero_tensor({flat.size(0), in_features}, flat.scalar_type());
   int64_t start = 0, index = 0;
   for (const int64_t end : group_ends(offsets, packed.count(), flat.size(0))) {

@@ -21,13 +21,13 @@ using Rounded = std::tuple<Tensor, Tensor, Tensor>;
 
 Tensor checked_floats(const Tensor& t, const Sizes& shape, const char* name) {
   KBIT_CHECK(t.scalar_type() == Dtype::Float && shape_of(t) == shape, "kbit: a strip's ", name, " are ", t.scalar_type(),
-              " of shape ", text(t), "; expected float32 of shape ", text(shape));
+             " of shape ", text(t), "; expected float32 of shape ", text(shape));
   return packed_rows(t);
 }
 
 Type type_kept(Dtype kept) {
   KBIT_CHECK(kept == Dtype::Half || kept == Dtype::BFloat16 || kept == Dtype::Float, "kbit: a strip keeps columns as ",
-              kept, "; expected float16, bfloat16 or float32");
+             kept, "; expected float16, bfloat16 or float32");
   return kept == Dtype::Half ? Type::f16 : kept == Dtype::BFloat16 ? Type::bf16 : Type::f32;
 }
 
@@ -35,9 +35,9 @@ Rounded round_strip(const Tensor& given, const OptTensor& start, const Tensor& p
   KBIT_CHECK(given.dim() == 2, "kbit: a strip has shape ", text(given), "; expected (columns, rows)");
   const int64_t columns = given.size(0), rows = given.size(1);
   KBIT_CHECK(scales.dim() == 2 && blocks.scalar_type() == Dtype::Long && blocks.dim() == 1 && blocks.size(0) == columns,
-              "kbit: a strip's blocks are ", blocks.scalar_type(), " of shape ", text(blocks), "; expected int64, one a column");
+             "kbit: a strip's blocks are ", blocks.scalar_type(), " of shape ", text(blocks), "; expected int64, one a column");
   KBIT_CHECK(codebook.dim() == 1 && codebook.numel() >= 1 && codebook.numel() <= 256, "kbit: the codebook has shape ",
-              text(codebook));
+             text(codebook));
   const Sizes of_blocks = {scales.size(0), rows}, of_strip = {columns, rows};
   const Tensor block = packed_rows(blocks), given_here = checked_floats(given, of_strip, "columns");
   const Tensor scale = checked_floats(scales, of_blocks, "scales"), reciprocal = checked_floats(inverse, of_blocks, "inverse");
@@ -54,7 +54,7 @@ Rounded round_strip(const Tensor& given, const OptTensor& start, const Tensor& p
   s.block = block.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < columns; ++i) {
     KBIT_CHECK_INDEX(s.block[i] >= -1 && s.block[i] < scales.size(0), "kbit: a strip's block is outside 0 ... ",
-                      scales.size(0) - 1);
+                     scales.size(0) - 1);
   }
   s.scales = scale.const_data_ptr<float>();
   s.inverse = reciprocal.const_data_ptr<float>();

@@ -12,7 +12,7 @@ Tensor embedding(const Tensor& ids, KBIT_WEIGHT, Dtype dtype) {
   const Packed packed = KBIT_PACKED;
   const Weight& w = packed.matrix();
   KBIT_CHECK(!is_float(ids) && ids.scalar_type() != Dtype::Bool, "kbit::embedding: ids are ",
-              ids.scalar_type(), "; expected integers");
+             ids.scalar_type(), "; expected integers");
   const Tensor flat = packed_rows(as_type(ids, Dtype::Long));
   const int64_t* at = flat.const_data_ptr<int64_t>();
   const int64_t count = flat.numel();
@@ -35,7 +35,7 @@ Tensor dequantize(KBIT_WEIGHT, Dtype dtype) {
   shape.back() = in_features;
   const Tensor out = new_tensor(shape, dtype);
   const Weight first = packed.expert(0);
-  const Tensor flat = as_matrix(out, first.cols);
+  const Tensor flat = as_matrix(out);
   const int64_t step = std::max(int64_t{16}, TILE / first.cols);
   for (int64_t index = 0; index < packed.count(); ++index) {
     const Weight w = packed.expert(index);

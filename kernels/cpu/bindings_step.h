@@ -599,11 +599,11 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
   const std::shared_ptr<Step> own = find_step(step);
   const int64_t tokens = ids.numel();
   KBIT_CHECK(ids.scalar_type() == Dtype::Long && positions.scalar_type() == Dtype::Long && ids.is_contiguous() &&
-                  positions.is_contiguous() && positions.numel() == tokens && tokens > 0,
-              "kbit: a step takes contiguous int64 tokens and as many positions");
+                 positions.is_contiguous() && positions.numel() == tokens && tokens > 0,
+             "kbit: a step takes contiguous int64 tokens and as many positions");
   KBIT_CHECK(slots.scalar_type() == Dtype::Long && slots.dim() == 2 && slots.is_contiguous() &&
-                  slots.size(0) == static_cast<int64_t>(starts.size()) && starts.size() == counts.size(),
-              "kbit: a step takes a row of addresses, a start and a count for each sequence");
+                 slots.size(0) == static_cast<int64_t>(starts.size()) && starts.size() == counts.size(),
+             "kbit: a step takes a row of addresses, a start and a count for each sequence");
   std::vector<Sequence> sequences;
   int64_t first = 0;
   for (size_t i = 0; i < counts.size(); ++i) {
@@ -613,7 +613,7 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
   }
   KBIT_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
   KBIT_CHECK(slots.size(1) == own->slots(), "kbit: the step has a cache of ", own->slots(), " parts, not ",
-              slots.size(1));
+             slots.size(1));
   int64_t before = -1;
   for (const int64_t token : wanted) {
     KBIT_CHECK_INDEX(token > before && token < tokens, "kbit: wanted tokens rise within 0 ... ", tokens - 1);

@@ -154,9 +154,9 @@ class Packed {
     const int64_t blocks = (o.in_features + o.block - 1) / o.block;
     const Tensor& planes = keep(o.planes, "planes");
     KBIT_CHECK(planes.scalar_type() == Dtype::Byte && (planes.dim() == 2 || planes.dim() == 3) &&
-                    planes.size(-1) == row_bytes,
-                "kbit: planes are ", planes.scalar_type(), " of shape ", text(planes), "; expected (rows, ", row_bytes,
-                ") bytes for ", o.in_features, " codes of ", o.bits, " bits");
+                   planes.size(-1) == row_bytes,
+               "kbit: planes are ", planes.scalar_type(), " of shape ", text(planes), "; expected (rows, ", row_bytes,
+               ") bytes for ", o.in_features, " codes of ", o.bits, " bits");
     Sizes lead = shape_of(planes);
     lead.pop_back();
     base_.rows = planes.size(-2);
@@ -231,8 +231,8 @@ class Packed {
     const Tensor& book = keep(kept_.codebook, "codebook");
     const int64_t most = int64_t{1} << base_.bits;
     KBIT_CHECK(book.scalar_type() == Dtype::Float && book.dim() == 1 && book.numel() >= 1 && book.numel() <= most,
-                "kbit: the codebook is ", book.scalar_type(), " of shape ", text(book), "; expected 1 to ", most,
-                " float32 levels");
+               "kbit: the codebook is ", book.scalar_type(), " of shape ", text(book), "; expected 1 to ", most,
+               " float32 levels");
     base_.levels = static_cast<int>(book.numel());
     const float* levels = book.const_data_ptr<float>();
     float largest = 0.0f;
@@ -288,14 +288,14 @@ class Packed {
   void read_constants() {
     Operands& o = kept_;
     KBIT_CHECK(o.scale_codebook.has_value() && o.scale_absmax.has_value() && o.scale_mean.has_value(),
-                "kbit: scales are codes, but their codebook, absmax or mean is missing");
+               "kbit: scales are codes, but their codebook, absmax or mean is missing");
     const Tensor& book = keep(*o.scale_codebook, "scale_codebook");
     const Tensor& absmax = keep(*o.scale_absmax, "scale_absmax");
     const Tensor& mean = keep(*o.scale_mean, "scale_mean");
     const int64_t groups = (o.scales.numel() + SCALE_GROUP - 1) / SCALE_GROUP;
     KBIT_CHECK(book.scalar_type() == Dtype::Float && book.numel() == 256, "kbit: scale_codebook needs 256 float32");
     KBIT_CHECK(absmax.scalar_type() == Dtype::Float && absmax.numel() == groups, "kbit: scale_absmax has ",
-                absmax.numel(), " values; expected ", groups, " float32");
+               absmax.numel(), " values; expected ", groups, " float32");
     KBIT_CHECK(mean.scalar_type() == Dtype::Float && mean.numel() == 1, "kbit: scale_mean needs one float32");
     base_.scale_codebook = book.const_data_ptr<float>();
     base_.scale_absmax = absmax.const_data_ptr<float>();
@@ -311,7 +311,7 @@ class Packed {
     base_.outlier_index = index.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < base_.outliers; ++i) {
       KBIT_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
-                        base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
+                       base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
     }
     base_.outlier_type = type_of(keep(*o.outlier_values, "outlier_values"), "outlier values");
     KBIT_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");

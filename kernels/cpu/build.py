@@ -90,9 +90,8 @@ def kernel_recipe(*, for_any: bool = False) -> BuildRecipe:
     checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
     extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()
     return BuildRecipe(
-        sources=tuple(sources),
+        sources=tuple((path, (*flags, *extra)) for path, flags in sources),
         headers=tuple(sorted(FOLDER.glob("*.h"))),
-        flags=(*COMMON, *extra),
         # No path to it: torch has loaded it before.
         link=(*extra, f"-L{root / 'lib'}", "-ltorch_cpu", "-pthread"),
     )
