@@ -102,9 +102,19 @@ def test_what_cannot_be_compiled(tiny_model):
         make_decoder(kbitc.compile(tiny_model("roberta"), spec="nf4:32"), "cpu")
 
 
-def test_without_a_compiler_it_warns_and_decodes(tiny_model, tmp_path, monkeypatch):
+def test_without_a_compiler_native_kernels_are_enough(tiny_model, monkeypatch):
+    if not load():
+        pytest.skip("the native kernels are not there")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    decoder = make_decoder(packed(tiny_model), "cpu")
+    assert type(decoder).__name__ == "NativeDecoder"
+    assert len(list(decoder.generate(PROMPT, 3))) == 3
+
+
+def test_without_a_compiler_and_kernels_it_warns_and_decodes(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("KBITC_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("kbitc.backends.cpu.backend.load", lambda: False)
     model = packed(tiny_model)
     with pytest.raises(BackendUnavailable, match=r"install g\+\+ or clang"):
         make_decoder(model, "cpu")

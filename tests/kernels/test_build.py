@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -128,6 +130,18 @@ def test_without_a_compiler_one_warning_and_the_right_answer(cache):
     assert (
         done.stderr.count("no C++ compiler was found") + done.stdout.count("no C++ compiler was found") == 1
     )
+
+
+def test_the_library_asks_torch_for_c_functions_alone(compiler):
+    """So that one file serves every torch from 2.11 on: what C++ mangles may change with each."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm, of binutils, lists what a library asks for")
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(build())], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
 
 
 def test_library_that_does_not_load(compiler, cache):
