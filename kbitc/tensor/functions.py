@@ -33,17 +33,18 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     if weight.is_stored_turned and not has_kernels(weight.packed.planes):
         return F.linear(input, weight.laid_out(input.dtype), bias)
     op = torch.ops.kbit.linear_int8 if weight.activations == "int8" else torch.ops.kbit.linear
-    if torch.compiler.is_compiling() or needs_grad(input) or (bias is not None and needs_grad(bias)):
-        return op(input, *weight.operands(), bias)
-    with (
-        torch._C._AutoDispatchBelowAutograd()
-    ):  # its layer of an op costs three times what a small product does
-        return op(input, *weight.operands(), bias)
+    return _call(op, input, weight, bias)
 
 
-def needs_grad(tensor: Tensor) -> bool:
-    """Whether what is computed from it is recorded for its gradient."""
-    return torch.is_grad_enabled() and tensor.requires_grad
+def _call(op: Any, input: Tensor, weight: KbitTensor, last: Tensor | None) -> Any:  # noqa: A002
+    """An op's product; past its layer of gradients, three times a small product, where nothing needs one."""
+    needs_grad = torch.is_grad_enabled() and (
+        input.requires_grad or (last is not None and last.requires_grad)
+    )
+    if needs_grad or torch.compiler.is_compiling():
+        return op(input, *weight.operands(), last)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(input, *weight.operands(), last)
 
 
 def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: A002
@@ -140,7 +141,7 @@ def grouped_mm(
         for expert, rows in groups(offs):
             out[rows] = input[rows] @ _expert(mat2, expert, input)
     else:
-        out = torch.ops.kbit.grouped_linear(input, *mat2.operands(), offs)
+        out = _call(torch.ops.kbit.grouped_linear, input, mat2, offs)
     if bias is not None:
         out = out + bias
     return out if out_dtype is None else out.to(out_dtype)

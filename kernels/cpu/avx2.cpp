@@ -1,6 +1,5 @@
 #include "avx2.h"
 
-#include "bytes.h"
 #include "matmul_few.h"
 #include "matmul_lanes.h"
 
@@ -21,15 +20,7 @@ namespace kbit {
 
 const Kernels* avx2_kernels() {
   static const Kernels kernels = [] {
-    Kernels set{};
-    set.name = "avx2";
-    set.is_fast = is_fast_weight;
-    set.mode = mode;
-    set.gemm = gemm;
-    set.value_bytes = sizeof(Value);
-    set.multiply_bytes = multiply_bytes;
-    set.decode = decode;
-    set.dot = dot_floats;
+    Kernels set = set_named("avx2");
     add_avx2_gemv(set);
     add_avx2_rounding(set);
     return set;

@@ -1,11 +1,8 @@
 // Floats to integers: x, and codes of weights. Plain loops, which the compiler makes vectors of.
 #include "avx2.h"
 
-#include "bytes.h"
-#include "encode.h"
 #include "matmul_few.h"
 #include "matmul_lanes.h"
-#include "round.h"
 
 namespace kbit {
 namespace {
@@ -25,10 +22,4 @@ INLINE void put_values(const int32_t* q, const uint8_t* from, int64_t m, int64_t
 
 #include "prepare.h"
 
-void kbit::add_avx2_rounding(Kernels& set) {
-  set.prepare = prepare;
-  set.round_bytes = round_bytes;
-  set.encode = encode;
-  set.search = search;
-  set.round_strip = round_strip;
-}
+void kbit::add_avx2_rounding(Kernels& set) { add_rounding(set); }

@@ -1,6 +1,5 @@
 #include "avx512.h"
 
-#include "bytes.h"
 #include "matmul_lanes.h"
 
 namespace kbit {
@@ -20,15 +19,7 @@ namespace kbit {
 
 const Kernels* avx512_kernels() {
   static const Kernels kernels = [] {
-    Kernels set{};
-    set.name = "avx512";
-    set.is_fast = is_fast_weight;
-    set.mode = mode;
-    set.gemm = gemm;
-    set.value_bytes = sizeof(Value);
-    set.multiply_bytes = multiply_bytes;
-    set.decode = decode;
-    set.dot = dot_floats;
+    Kernels set = set_named("avx512");
     add_avx512_gemv(set);
     add_avx512_rounding(set);
     return set;

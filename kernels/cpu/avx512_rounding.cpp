@@ -1,10 +1,7 @@
 // Floats to integers: x, and codes of weights. Plain loops, which the compiler makes vectors of.
 #include "avx512.h"
 
-#include "bytes.h"
-#include "encode.h"
 #include "matmul_lanes.h"
-#include "round.h"
 
 namespace kbit {
 namespace {
@@ -22,10 +19,4 @@ INLINE void put_values(const int32_t* q, const uint8_t*, int64_t m, int64_t chun
 
 #include "prepare.h"
 
-void kbit::add_avx512_rounding(Kernels& set) {
-  set.prepare = prepare;
-  set.round_bytes = round_bytes;
-  set.encode = encode;
-  set.search = search;
-  set.round_strip = round_strip;
-}
+void kbit::add_avx512_rounding(Kernels& set) { add_rounding(set); }

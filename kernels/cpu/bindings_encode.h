@@ -16,7 +16,7 @@ namespace kbit {
 namespace {
 
 std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
-  const Tensor book = packed_rows(codebook);
+  const Tensor book = as_contiguous(codebook);
   auto out = std::make_unique<Encoder>();
   const float* levels = book.const_data_ptr<float>();
   out->bounds = static_cast<int>(book.numel()) - 1;
@@ -44,13 +44,10 @@ std::unique_ptr<Encoder> make_encoder(const Tensor& codebook) {
 
 std::vector<int64_t> outlier_features(const OptTensor& index, int64_t cols) {
   if (!index.has_value()) return {};
-  const Tensor all = packed_rows(as_type(*index, Dtype::Long));
+  const Tensor all = as_contiguous(as_type(*index, Dtype::Long));
   const int64_t* at = all.const_data_ptr<int64_t>();
-  std::vector<int64_t> out(at, at + all.numel());
-  for (const int64_t col : out) {
-    KBIT_CHECK_INDEX(col >= 0 && col < cols, "kbit: outlier feature ", col, " is outside 0 ... ", cols - 1);
-  }
-  return out;
+  check_features(at, all.numel(), cols);
+  return {at, at + all.numel()};
 }
 
 Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, const Tensor& codebook,
@@ -80,12 +77,14 @@ Tensor encode(const Tensor& rows, const Tensor& scales, const OptTensor& zeros, 
   const int64_t step = std::max(int64_t{16}, TILE / cols);
   for (int64_t first = 0; first < count; first += step) {
     const int64_t here = std::min(step, count - first);
-    const Tensor tile = copy_rows(rows, first, here);
-    float* from = floats_of(tile);
+    const Tensor tile = outliers.empty() ? as_floats(narrow_to(rows, 0, first, here)) : copy_rows(rows, first, here);
+    for (const int64_t col : outliers) {
+      for (int64_t r = 0; r < here; ++r) floats_of(tile)[r * cols + col] = 0.0f;
+    }
+    const float* from = tile.const_data_ptr<float>();
     over_rows(here, here * cols, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t at = first + r;
-        for (const int64_t col : outliers) from[r * cols + col] = 0.0f;
         kernels().encode(*encoder, from + r * cols, scale + at * blocks,
                          zero == nullptr ? nullptr : zero + at * blocks, cols, block, static_cast<int>(bits),
                          to + at * row_bytes);
@@ -116,7 +115,7 @@ std::tuple<Tensor, Tensor> search_scales(const Tensor& rows, const Tensor& impor
              "kbit::search_scales: codebook and ratios are 1-D and float32");
   const Tensor out = checked(scales, "scales");
   const Tensor middles = zeros.has_value() ? checked(*zeros, "zeros") : new_tensor({0}, Dtype::Float);
-  const Tensor weight = as_floats(importance), levels = packed_rows(codebook), tries = packed_rows(ratios);
+  const Tensor weight = as_floats(importance), levels = as_contiguous(codebook), tries = as_contiguous(ratios);
   const std::unique_ptr<Encoder> encoder = make_encoder(codebook);
   float* scale = floats_of(out);
   float* zero = zeros.has_value() ? floats_of(middles) : nullptr;

@@ -276,7 +276,7 @@ std::vector<int64_t> group_ends(const Tensor& offsets, int64_t experts, int64_t 
   KBIT_CHECK(offsets.dim() == 1 && offsets.size(0) == experts && !is_float(offsets) && offsets.is_cpu(),
              "kbit: offsets need one integer for each of ", experts, " experts, got ", offsets.scalar_type(),
              " of shape ", text(offsets));
-  const Tensor ends = packed_rows(as_type(offsets, Dtype::Long));
+  const Tensor ends = as_contiguous(as_type(offsets, Dtype::Long));
   std::vector<int64_t> out(ends.const_data_ptr<int64_t>(), ends.const_data_ptr<int64_t>() + experts);
   int64_t last = 0;
   for (const int64_t end : out) {

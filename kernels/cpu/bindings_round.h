@@ -22,7 +22,7 @@ using Rounded = std::tuple<Tensor, Tensor, Tensor>;
 Tensor checked_floats(const Tensor& t, const Sizes& shape, const char* name) {
   KBIT_CHECK(t.scalar_type() == Dtype::Float && shape_of(t) == shape, "kbit: a strip's ", name, " are ", t.scalar_type(),
              " of shape ", text(t), "; expected float32 of shape ", text(shape));
-  return packed_rows(t);
+  return as_contiguous(t);
 }
 
 Type type_kept(Dtype kept) {
@@ -39,12 +39,12 @@ Rounded round_strip(const Tensor& given, const OptTensor& start, const Tensor& p
   KBIT_CHECK(codebook.dim() == 1 && codebook.numel() >= 1 && codebook.numel() <= 256, "kbit: the codebook has shape ",
              text(codebook));
   const Sizes of_blocks = {scales.size(0), rows}, of_strip = {columns, rows};
-  const Tensor block = packed_rows(blocks), given_here = checked_floats(given, of_strip, "columns");
+  const Tensor block = as_contiguous(blocks), given_here = checked_floats(given, of_strip, "columns");
   const Tensor scale = checked_floats(scales, of_blocks, "scales"), reciprocal = checked_floats(inverse, of_blocks, "inverse");
   OptTensor zero, before;
   if (zeros.has_value()) zero = checked_floats(*zeros, of_blocks, "zeros");
   if (start.has_value()) before = checked_floats(*start, of_strip, "values");
-  const Tensor pass = packed_rows(torch::stable::transpose(checked_floats(passes, {columns, columns}, "moments"), 0, 1));
+  const Tensor pass = as_contiguous(torch::stable::transpose(checked_floats(passes, {columns, columns}, "moments"), 0, 1));
   const Tensor book = checked_floats(codebook, {codebook.numel()}, "levels");
   const Tensor bound = checked_floats(bounds, {codebook.numel() - 1}, "bounds");
   Strip s = {};

@@ -13,7 +13,7 @@ Tensor embedding(const Tensor& ids, KBIT_WEIGHT, Dtype dtype) {
   const Weight& w = packed.matrix();
   KBIT_CHECK(!is_float(ids) && ids.scalar_type() != Dtype::Bool, "kbit::embedding: ids are ",
              ids.scalar_type(), "; expected integers");
-  const Tensor flat = packed_rows(as_type(ids, Dtype::Long));
+  const Tensor flat = as_contiguous(as_type(ids, Dtype::Long));
   const int64_t* at = flat.const_data_ptr<int64_t>();
   const int64_t count = flat.numel();
   for (int64_t i = 0; i < count; ++i) {

@@ -248,7 +248,7 @@ class Step {
           row_kernels().dense(from, tokens, o.width, o.dense, begin, end - begin, o.width, row.data(), to + begin,
                               width);
         });
-        add_bias(to, width, 0, o.count, o.bias);
+        if (o.bias != nullptr) add_bias(o.bias, o.count, 0, tokens, to, width);
         return;
       }
       const Lease lease;
@@ -258,14 +258,8 @@ class Step {
         multiply_floats(from, tokens, o.parts, to, width, tokens == 1 ? o.next : nullptr);
       }
       for (size_t i = 0; i < o.parts.size(); ++i) {
-        add_bias(to, width, o.parts[i].first, o.parts[i].weight->rows, o.biases[i]);
-      }
-    }
-
-    void add_bias(float* to, int64_t width, int64_t first, int64_t count, const float* bias) const {
-      if (bias == nullptr) return;
-      for (int64_t token = 0; token < tokens; ++token) {
-        for (int64_t r = 0; r < count; ++r) to[token * width + first + r] += bias[r];
+        const Part& part = o.parts[i];
+        if (o.biases[i] != nullptr) add_bias(o.biases[i], part.weight->rows, part.first, tokens, to, width);
       }
     }
 

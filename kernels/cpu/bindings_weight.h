@@ -143,6 +143,14 @@ int most_of(const float* levels, int count, float largest, float step, int64_t g
   return known[key] = fit_most(levels, count, largest, granule);
 }
 
+template <class Index>
+void check_features(const Index* outliers, int64_t count, int64_t cols) {
+  for (int64_t i = 0; i < count; ++i) {
+    KBIT_CHECK_INDEX(outliers[i] >= 0 && outliers[i] < cols, "kbit: outlier feature ", outliers[i],
+                     " is outside 0 ... ", cols - 1);
+  }
+}
+
 // A checked weight of any number of dimensions, seen as one matrix after another.
 class Packed {
  public:
@@ -211,7 +219,7 @@ class Packed {
  private:
   static const Tensor& keep(Tensor& t, const char* name) {
     KBIT_CHECK(t.is_cpu(), "kbit: ", name, " are not on the CPU");
-    t = packed_rows(t);
+    t = as_contiguous(t);
     return t;
   }
 
@@ -309,10 +317,7 @@ class Packed {
     KBIT_CHECK(index.scalar_type() == Dtype::Int && index.dim() == 1, "kbit: outlier_index needs int32 indices");
     base_.outliers = index.numel();
     base_.outlier_index = index.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < base_.outliers; ++i) {
-      KBIT_CHECK_INDEX(base_.outlier_index[i] >= 0 && base_.outlier_index[i] < base_.cols, "kbit: outlier feature ",
-                       base_.outlier_index[i], " is outside 0 ... ", base_.cols - 1);
-    }
+    check_features(base_.outlier_index, base_.outliers, base_.cols);
     base_.outlier_type = type_of(keep(*o.outlier_values, "outlier_values"), "outlier values");
     KBIT_CHECK(base_.outlier_type != Type::code, "kbit: outlier values are bytes");
     check(*o.outlier_values, lead, base_.outliers, "outlier_values");

@@ -79,13 +79,13 @@ def kernel_recipe(*, for_any: bool = False) -> BuildRecipe:
     bindings: tuple[str, ...] = (f"-isystem{root / 'include'}", STABLE, "-O2")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     plain = ("-O2",) if is_x86 else ()  # few run it there
-    sources = [(FOLDER / "portable.cpp", plain), (FOLDER / "rows_portable.cpp", (*ROWS, *plain))]
+    sets = [(FOLDER / "portable.cpp", plain), (FOLDER / "rows_portable.cpp", (*ROWS, *plain))]
     if is_x86:
-        sources = [*_vector_set("avx2", AVX2), *sources]
+        sets = [*_vector_set("avx2", AVX2), *sets]
         if for_any or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-            sources = [*_vector_set("avx512", (*AVX2, *AVX512)), *sources]
+            sets = [*_vector_set("avx512", (*AVX2, *AVX512)), *sets]
             bindings = (*bindings, "-DKBIT_AVX512")
-    sources.insert(2, (FOLDER / "bindings.cpp", bindings))
+    sources = [(FOLDER / "bindings.cpp", bindings), *sets]
     sanitize = os.environ.get("KBITC_SANITIZE")
     checks = ("-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
     extra = (f"-fsanitize={sanitize}", *checks) if sanitize else ()

@@ -1,6 +1,8 @@
-// Rows of a weight as floats, and what suits a row of x. Included once by each vector set, after its primitives.
+// Rows of a weight as floats, and what suits a row of x. Included once by each vector set, after its
+// primitives and its `gemm`.
 #pragma once
 
+#include "bytes.h"
 #include "weights.h"
 
 namespace kbit {
@@ -52,6 +54,20 @@ Mode mode(const Weight& w, const Table& table) {
 }
 
 void decode(const Weight& w, int64_t row, float* out) { KBIT_BY_BITS(w.bits, decode_row<K>(w, row, out)); }
+
+// A set without the parts that are compiled by themselves.
+Kernels set_named(const char* name) {
+  Kernels set{};
+  set.name = name;
+  set.is_fast = is_fast_weight;
+  set.mode = mode;
+  set.gemm = gemm;
+  set.value_bytes = sizeof(Value);
+  set.multiply_bytes = multiply_bytes;
+  set.decode = decode;
+  set.dot = dot_floats;
+  return set;
+}
 
 }  // namespace
 }  // namespace kbit

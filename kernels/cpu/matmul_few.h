@@ -1,5 +1,5 @@
 // A few rows of x times a weight, row by row of the weight: products are summed across lanes. Decoded values stay in
-// registers and meet C rows of x at once; a tile of the weight's rows shares the chunk of x that is in the L1 cache.
+// registers and meet FEW_COLS rows of x at once; a tile of the weight's rows shares the chunk of x that is in the L1 cache.
 #pragma once
 
 #include "weights.h"
@@ -91,7 +91,7 @@ void few_rows(MultiplyFew multiply, const void* multiplier, const Weight& w, con
     at_row[m] = first + (m < count ? m : count - 1);
     const float* x_scales = x.scales + at_row[m] * x.segments;
     for (int64_t u = 0; u < chunks * UNITS; ++u) {
-      x_units[m * chunks * UNITS + u] = unit_scale<4, G>(x_scales, u);
+      x_units[m * chunks * UNITS + u] = repeat_float(x_scales[u]);
     }
   }
   const ScaleReader reader(w);

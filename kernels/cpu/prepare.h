@@ -6,6 +6,9 @@
 //                                        has at place i
 #pragma once
 
+#include "bytes.h"
+#include "encode.h"
+#include "round.h"
 #include "weights.h"
 
 namespace kbit {
@@ -139,6 +142,15 @@ void prepare_rows(const Weight& w, const float* x, int64_t begin, int64_t end, A
 
 void prepare(const Weight& w, const float* x, int64_t begin, int64_t end, Activation& out) {
   KBIT_BY_BITS(w.bits, prepare_rows<K>(w, x, begin, end, out));
+}
+
+// The part of a set that is compiled with this.
+void add_rounding(Kernels& set) {
+  set.prepare = prepare;
+  set.round_bytes = round_bytes;
+  set.encode = encode;
+  set.search = search;
+  set.round_strip = round_strip;
 }
 
 }  // namespace

@@ -74,9 +74,9 @@ inline Tensor new_tensor(const Sizes& shape, Dtype dtype) {
 inline Tensor as_type(const Tensor& t, Dtype dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
-inline Tensor packed_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 // Contiguous float32.
-inline Tensor as_floats(const Tensor& t) { return packed_rows(as_type(t, Dtype::Float)); }
+inline Tensor as_floats(const Tensor& t) { return as_contiguous(as_type(t, Dtype::Float)); }
 inline float* floats_of(const Tensor& t) { return t.mutable_data_ptr<float>(); }
 
 inline Tensor narrow_to(Tensor t, int64_t dim, int64_t first, int64_t count) {
@@ -103,12 +103,16 @@ template <class Number>
 void add_numbers(const Number* from, Number* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
-// A bias to columns of every row of a matrix of float32 or float64, from column `first` on.
+// A bias to `count` columns of every row of a matrix, from column `first` on.
+template <class Number>
+void add_bias(const Number* bias, int64_t count, int64_t first, int64_t rows, Number* to, int64_t width) {
+  for (int64_t m = 0; m < rows; ++m) add_numbers(bias, to + m * width + first, count);
+}
 template <class Number>
 void add_bias(const Tensor& bias, int64_t first, int64_t rows, Number* to, int64_t width) {
   constexpr Dtype dtype = sizeof(Number) == 8 ? Dtype::Double : Dtype::Float;
-  const Tensor own = packed_rows(as_type(bias, dtype));
-  for (int64_t m = 0; m < rows; ++m) add_numbers(own.const_data_ptr<Number>(), to + m * width + first, own.numel());
+  const Tensor own = as_contiguous(as_type(bias, dtype));
+  add_bias(own.const_data_ptr<Number>(), own.numel(), first, rows, to, width);
 }
 
 // `count` rows of a matrix from `first` on as contiguous float32, in memory of its own.

@@ -1,5 +1,5 @@
 // What products with a weight share in a vector set: scratch memory, its scales, its outlier columns.
-// Included after the set's primitives (driver.h lists them).
+// Included after the set's primitives (gemv.h lists them).
 #pragma once
 
 #include "scalar.h"

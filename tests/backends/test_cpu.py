@@ -16,6 +16,7 @@ from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding.decode_step import export_step
 from kbitc.backends._decoding.decoder import Decoder, GrowingCache, GrowingLayer
 from kbitc.backends.cpu.backend import Cpu
+from kbitc.backends.cpu.native_decoder import NativeDecoder
 from kbitc.backends.cpu.step_package import PACKAGE
 from kbitc.errors import BackendUnavailable, UsageError
 from kbitc.kernels.cpu.build import load
@@ -107,7 +108,7 @@ def test_without_a_compiler_native_kernels_are_enough(tiny_model, monkeypatch):
         pytest.skip("the native kernels are not there")
     monkeypatch.setenv("CXX", "no-such-compiler")
     decoder = make_decoder(packed(tiny_model), "cpu")
-    assert type(decoder).__name__ == "NativeDecoder"
+    assert isinstance(decoder, NativeDecoder)
     assert len(list(decoder.generate(PROMPT, 3))) == 3
 
 
