@@ -160,18 +160,27 @@ def find_exporter(name: str) -> Exporting:
     return cast("Exporting", find_backend(name if name in writers else writers[0])())
 
 
-def make_decoder(model: nn.Module, name: str = AUTO) -> Decoder:
+def make_decoder(model: nn.Module, name: str = AUTO, kv: str | None = None) -> Decoder:
     """What decodes a causal language model token by token.
 
     Args:
         model: of transformers, packed or not.
         name: of a backend. "auto" takes "cpu" for packed weights on the CPU; where that cannot be, it
             warns once, says why, and takes "eager".
+        kv: how keys and values are cached: "fp16", or the spec of a k-bit cache; by default as the backend
+            does.
 
     Raises:
-        UsageError: no such backend, or one that cannot decode this model.
+        UsageError: no such backend, one that cannot decode this model, or not with such a cache.
         BackendUnavailable: it lacks something to be installed.
     """
+    decoder = _find_decoder(model, name)
+    if kv is not None:
+        decoder.use_cache(kv)
+    return decoder
+
+
+def _find_decoder(model: nn.Module, name: str) -> Decoder:
     own = getattr(model, "make_decoder", None)  # what runs elsewhere decodes there
     if own is not None:
         if name != AUTO:
@@ -185,12 +194,12 @@ def make_decoder(model: nn.Module, name: str = AUTO) -> Decoder:
             raise UsageError(f"the backend '{name}' does not decode; use one that does: {decoding}")
         return backend.decoder(model)
     if not _is_packed_on_cpu(model):
-        return make_decoder(model, "eager")
+        return _find_decoder(model, "eager")
     try:
-        return make_decoder(model, "cpu")
+        return _find_decoder(model, "cpu")
     except KbitcError as error:
         warnings.warn(f"decoding with Python calls, which is slower: {error}", RuntimeWarning, stacklevel=2)
-        return make_decoder(model, "eager")
+        return _find_decoder(model, "eager")
 
 
 def _usable() -> Iterator[tuple[str, Backend]]:

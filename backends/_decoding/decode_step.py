@@ -27,7 +27,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kbitc.backends._decoding.decoder import GrowingCache, layer_count
+from kbitc.backends._decoding.cache import GrowingCache
+from kbitc.backends._decoding.decoder import layer_count
 from kbitc.backends._decoding.lifted import LiftedModel
 from kbitc.errors import UsageError
 from kbitc.graph.positions import usable_positions
@@ -145,12 +146,7 @@ def export_step(
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
     if not all(layer.is_initialized for layer in cache.growing):
         raise UsageError(f"{type(model).__name__}: layers share keys and values")
-    rows = [
-        part.new_zeros(EXAMPLE_LENGTH, *part.shape[1:])
-        for layer in cache.growing
-        for part in (layer.key_rows, layer.value_rows)
-        if part is not None
-    ]
+    rows = [part.new_zeros(EXAMPLE_LENGTH, *part.shape[1:]) for part in cache.numbers()]
     longest = usable_positions(model)
     length = torch.export.Dim("length", min=2, max=max(longest or 2**20, EXAMPLE_LENGTH))
     step = TracedStep(model)

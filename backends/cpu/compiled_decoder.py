@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kbitc.backends._decoding.cache import GrowingCache
 from kbitc.backends._decoding.decode_step import TracedStep
-from kbitc.backends._decoding.decoder import GrowingCache
 from kbitc.backends.cpu.generating import StepDecoder
 from kbitc.backends.cpu.step_package import (
     FUSIONS,
@@ -63,5 +63,5 @@ class CompiledDecoder(StepDecoder):
 
     def _step(self, ids: Tensor, cache: GrowingCache) -> Tensor:
         logits: Tensor
-        (logits,) = self._run([ids, *cache.rows()])
+        (logits,) = self._run([ids, *cache.numbers()])
         return logits

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.backends._decoding.decoder import ROUND, Decoder, GrowingCache, why_not
+from kbitc.backends._decoding.cache import ROUND, GrowingCache
+from kbitc.backends._decoding.decoder import Decoder, why_not
 from kbitc.errors import UsageError
 from kbitc.tensor.kbit_tensor import KbitTensor
 

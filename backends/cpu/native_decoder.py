@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitc.backends._decoding.decoder import GrowingCache, layer_count
+from kbitc.backends._decoding.cache import CacheFormat, GrowingCache, PackedCache, PlainCache
+from kbitc.backends._decoding.decoder import layer_count
 from kbitc.backends.cpu.generating import StepDecoder
 from kbitc.backends.cpu.native_lowering import lower
 from kbitc.backends.cpu.native_program import NativeProgram
 from kbitc.backends.cpu.native_trace import export_tokens
 from kbitc.backends.cpu.native_values import Unknown
-from kbitc.errors import first_line
+from kbitc.errors import UsageError, first_line
+from kbitc.formats.codebooks import shared_codebook
 from kbitc.graph.program import Program, Stage
 from kbitc.kernels.cpu.build import load
 from kbitc.pipeline import Pass
@@ -23,7 +25,7 @@ from kbitc.pipeline.defaults import lowering_pipeline
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.records import Fired, records
 
-CACHED = torch.float16  # keys and values
+PLAIN = (torch.float16, torch.float32)
 AT_ONCE = 512  # tokens of a prompt that go through the model together
 
 
@@ -42,6 +44,7 @@ class NativeDecoder(StepDecoder):
 
     name = "cpu"
     reads_prompts = True
+    kv = PlainCache(torch.float16)
 
     def __init__(self, model: nn.Module, passes: Sequence[Pass] | None = None) -> None:
         super().__init__(model)
@@ -54,11 +57,23 @@ class NativeDecoder(StepDecoder):
 
     def new_cache(self, room: int = 0) -> GrowingCache:
         """See `Decoder.new_cache`."""
-        cache = GrowingCache(len(self.program.slots) // 2, max(1, room))
+        cache = GrowingCache(len(self.program.slots) // 2, max(1, room), self.kv)
         pairs = zip(self.program.slots[::2], self.program.slots[1::2], strict=True)
-        for layer, (key, value) in zip(cache.growing, pairs, strict=True):
-            layer.allocate(*(torch.empty(shape, dtype=CACHED) for shape in (key, value)))
+        for layer, ((heads, key_size), (_, value_size)) in zip(cache.growing, pairs, strict=True):
+            layer.allocate(heads, key_size, value_size, torch.float32)
         return cache
+
+    def _why_no_cache(self, kv: CacheFormat) -> str | None:
+        del kv
+        return None
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        self._check_weights()
+        cache = self.new_cache(len(ids))
+        parts = [part.contiguous() for part in ids.split(AT_ONCE)]
+        return torch.cat([self.run(part, cache, range(len(part))) for part in parts])
 
     def spent(self) -> dict[str, float]:
         """Seconds since the last call of this: in products, in attention, in what lies between."""
@@ -90,15 +105,26 @@ class NativeDecoder(StepDecoder):
         start, count = cache.growing[0].length, len(ids)
         slots = cache.addresses(count)
         positions = torch.arange(start, start + count)
-        is_half = cache.growing[0].dtype == torch.float16
+        codebook, numbers = _kept_as(cache)
         try:
             logits: Tensor = torch.ops.kbit.run_step(
-                self._native, ids, positions, slots, [start], [count], list(wanted), is_half
+                self._native, ids, positions, slots, [start], [count], list(wanted), codebook, numbers
             )
         except BaseException:
             cache.crop(-count)
             raise
         return logits
+
+
+def _kept_as(cache: GrowingCache) -> tuple[Tensor | None, list[int]]:
+    """A cache as ``kbit::run_step`` takes it: its codebook; bits, block size, whether there are zeros."""
+    kv = cache.format
+    if isinstance(kv, PackedCache):
+        return shared_codebook(kv.spec), [kv.spec.bits, kv.spec.block, int(kv.spec.has_zero_point)]
+    dtype = (kv.dtype if isinstance(kv, PlainCache) else None) or cache.growing[0].dtype
+    if dtype not in PLAIN:
+        raise UsageError(f"the native step takes caches of float16, float32 or k bits, not of {dtype}")
+    return None, [8 * dtype.itemsize]
 
 
 def native_step(model: nn.Module, passes: Sequence[Pass]) -> tuple[NativeProgram, dict[str, Fired]]:

@@ -33,6 +33,7 @@ class Evaluation:
         nbytes: of its stored tensors; None in files of versions that did not write it.
         loss: nats per token.
         activations: of the linears: "float" or "int8".
+        kv: what keys and values were cached as, where they were; see ``kbitc eval --kv``.
         float_activations: why weights went on with floats although int8 was asked for, by name.
         reference_loss: the loss of the model it was compared with, if any.
         divergence: KL divergence from that model, nats per token, if any.
@@ -46,6 +47,7 @@ class Evaluation:
     loss: float
     nbytes: int | None = None
     activations: str = "float"
+    kv: str | None = None
     float_activations: Mapping[str, str] = field(default_factory=dict)
     reference_loss: float | None = None
     divergence: float | None = None
@@ -72,11 +74,12 @@ class Evaluation:
             "bits_per_param": self.bits_per_param,
             "bytes": self.nbytes,
             "activations": self.activations,
+            "kv": self.kv,
             "float_activations": dict(self.float_activations),
             "kl_divergence": self.divergence,
             "reference_loss": self.reference_loss,
         }
-        optional = ("bytes", "kl_divergence", "reference_loss")
+        optional = ("bytes", "kv", "kl_divergence", "reference_loss")
         return {key: value for key, value in entry.items() if key not in optional or value is not None}
 
     @staticmethod
@@ -103,6 +106,7 @@ class Evaluation:
             nbytes=None if nbytes is None else int(nbytes),
             activations=str(entry.get("activations", "float")),
             float_activations={k: str(v) for k, v in entry.get("float_activations", {}).items()},
+            kv=None if entry.get("kv") is None else str(entry["kv"]),
             reference_loss=number("reference_loss"),
             divergence=number("kl_divergence"),
         )
@@ -123,7 +127,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Keep a result beside its artifact; one of the same text and windows is replaced.
+    """Keep a result beside its artifact; one of the same text, windows and cache is replaced.
 
     Raises:
         UsageError: the folder cannot be written, or holds a damaged file of results.
@@ -150,4 +154,4 @@ def evaluations_of(folder: Path, others: Sequence[Path] = ()) -> list[Evaluation
 
 
 def _place(evaluation: Evaluation) -> tuple[Any, ...]:
-    return evaluation.text, evaluation.context, evaluation.tokens
+    return evaluation.text, evaluation.context, evaluation.tokens, evaluation.kv

@@ -42,6 +42,15 @@ Backend = Annotated[
         help="Of the decode step: cpu (compiled, once per architecture and format), eager, or auto.",
     ),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="fp16|SPEC",
+        help="How keys and values are cached: fp16, or a spec such as int8:64 (half the memory) or nf4:64+zp "
+        "(a quarter). [default: fp16 on the backend cpu, else as the model computes]",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

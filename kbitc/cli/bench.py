@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from kbitc.cli import console
-from kbitc.cli.app import Backend, Dtype, Json, app, check_backend, examples, named_dtype
+from kbitc.cli.app import Backend, Dtype, Json, Kv, app, check_backend, examples, named_dtype
 
 
 @app.command(
@@ -16,6 +16,7 @@ from kbitc.cli.app import Backend, Dtype, Json, app, check_backend, examples, na
         "kbitc bench demo-4bit",
         "kbitc bench demo-4bit --against demo --prompt-tokens 64",
         "kbitc bench smol-int8 --dtype float32 --prompt-tokens 256",
+        "kbitc bench smol-4bit --prompt-tokens 2048 --kv int8:64 --backend cpu",
     )
 )
 def bench(
@@ -29,6 +30,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Runs to take the median of.")] = 3,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    kv: Kv = None,
     as_json: Json = False,
 ) -> None:
     """Prefill and decode speed and peak memory, against the dense model and what the machine could do.
@@ -41,7 +43,7 @@ def bench(
     check_backend(backend)
     wanted = named_dtype(dtype)
     with console.progress("measuring"):
-        rows = compare(model, against, prompt_tokens, new_tokens, runs, backend, wanted)
+        rows = compare(model, against, prompt_tokens, new_tokens, runs, backend, wanted, kv)
     if as_json:
         console.print_json(rows)
         return

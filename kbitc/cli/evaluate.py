@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Dtype, Json, app, examples, named_dtype
+from kbitc.cli.app import Dtype, Json, Kv, app, examples, named_dtype
 from kbitc.errors import UsageError
 
 
@@ -18,6 +18,7 @@ from kbitc.errors import UsageError
         "kbitc eval demo-4bit",
         "kbitc eval smol-4bit --text wikitext-2/test.txt --context 512 --limit-tokens 5120",
         "kbitc eval smol-4bit --text wikitext-2/test.txt --against ./SmolLM2-135M --record",
+        "kbitc eval smol-4bit --text wikitext-2/test.txt --kv int8:64",
     ),
 )
 def evaluate(
@@ -41,12 +42,17 @@ def evaluate(
             "weight's format says: int8 of +a8]",
         ),
     ] = None,
+    kv: Kv = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text."""
+    """Perplexity on a text.
+
+    With --kv the tokens go through the decode step and its cache, so that what the cache loses counts.
+    """
     from kbitc.artifact.evaluations import Evaluation, keep_evaluation
     from kbitc.artifact.folders import is_artifact
+    from kbitc.backends import make_decoder
     from kbitc.checkpoint import demo
     from kbitc.evaluation.causality import check_causal
     from kbitc.evaluation.opening import need_tokenizer, open_model
@@ -67,7 +73,8 @@ def evaluate(
             check_causal(reference, f"--against {against}")
         context = min(context, demo.CONTEXT) if text is None else context
         ids = windows(loaded.model, tokenizer, body, context, limit_tokens)
-        score = perplexity(loaded.model, ids, reference=reference, on_progress=update)
+        decoder = None if kv is None else make_decoder(loaded.model, kv=kv)
+        score = perplexity(loaded.model, ids, reference=reference, decoder=decoder, on_progress=update)
     evaluation = Evaluation(
         model=model,
         text="the demo model's held-out text" if text is None else text.name,
@@ -77,6 +84,7 @@ def evaluate(
         loss=score.loss,
         nbytes=loaded.nbytes,
         activations=used_activations(loaded.model),
+        kv=kv,
         float_activations=left,
         reference_loss=score.reference_loss,
         divergence=score.divergence,
@@ -87,6 +95,7 @@ def evaluate(
         console.print_json(evaluation.to_json())
         return
     line = f"perplexity [bold]{score.perplexity:.4f}[/] over {score.tokens:,} tokens (windows of {context})"
+    line += "" if kv is None else f", keys and values as {kv}"
     console.out.print(
         f"{line}; {loaded.bits_per_param:.4f} bits per parameter, {loaded.nbytes / 1e6:,.2f} MB"
     )

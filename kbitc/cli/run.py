@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Backend, Dtype, Json, app, check_backend, examples, named_dtype
+from kbitc.cli.app import Backend, Dtype, Json, Kv, app, check_backend, examples, named_dtype
 
 
-@app.command(epilog=examples('kbitc run demo-4bit "The function returns" -n 40'))
+@app.command(
+    epilog=examples(
+        'kbitc run demo-4bit "The function returns" -n 40',
+        'kbitc run smol-4bit "Once upon a time" -n 400 --kv int8:64',
+    )
+)
 def run(
     model: Annotated[
         str, typer.Argument(metavar="OUT", help="A compiled artifact (or a model, to compare).")
@@ -22,6 +27,7 @@ def run(
     ] = 64,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    kv: Kv = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
@@ -38,7 +44,7 @@ def run(
         loaded = open_model(model, wanted)
         tokenizer = need_tokenizer(loaded, model)
         check_causal(loaded.model, model)
-    decoder = make_decoder(loaded.model, backend)
+    decoder = make_decoder(loaded.model, backend, kv)
     pieces = generate(decoder, tokenizer, prompt, new_tokens)
     made: list[str] = []
     started = first = time.perf_counter()

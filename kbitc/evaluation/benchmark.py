@@ -34,6 +34,7 @@ def compare(
     runs: int,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
+    kv: str | None = None,
 ) -> dict[str, Row]:
     """Measure an artifact and the dense model.
 
@@ -46,6 +47,8 @@ def compare(
         runs: medians are over so many, after one warm-up.
         backend: of the artifact's decode step; "auto" measures "eager" and, where it works, "cpu".
         dtype: that both compute in; None leaves the artifact its own, and the dense model is bfloat16.
+        kv: how the artifact's decode step caches keys and values, as `make_decoder` has it; under "auto" the
+            rows of other steps keep their own.
 
     Returns:
         ``decode``, ``prefill`` (tokens/s), ``peak_bytes``, ``bytes``, ``bits_per_param`` by row:
@@ -63,17 +66,19 @@ def compare(
     numbers = [str(prompt_tokens), str(new_tokens), str(runs)]
     rows = {}
     if exported_kind(Path(artifact)):
-        rows["exported"] = _measure([artifact, "packed", backend, own, *numbers])
+        rows["exported"] = _measure([artifact, "packed", backend, own, *numbers, kv or ""])
     elif backend in ("auto", "eager"):
-        rows["packed"] = _measure([artifact, "packed", "eager", own, *numbers])
+        rows["packed"] = _measure(
+            [artifact, "packed", "eager", own, *numbers, (kv or "") if backend == "eager" else ""]
+        )
     if "exported" not in rows and backend != "eager":
-        compiled = _measure([artifact, "packed", backend, own, *numbers])
+        compiled = _measure([artifact, "packed", backend, own, *numbers, kv or ""])
         # Where auto had to fall back, the row would repeat the eager one.
         if compiled.pop("is_compiled") or backend != "auto":
             rows["packed, cpu"] = compiled
     if against or "exported" not in rows:
         label = "32-bit" if dense == "float32" else "16-bit"
-        rows[label] = _measure([against or artifact, "dense", "eager", dense, *numbers])
+        rows[label] = _measure([against or artifact, "dense", "eager", dense, *numbers, ""])
     for row in rows.values():
         row.pop("is_compiled", None)
     return rows
@@ -91,7 +96,14 @@ def _measure(arguments: list[str]) -> Row:
 
 
 def measure(
-    source: str, kind: str, backend: str, dtype: str, prompt_tokens: int, new_tokens: int, runs: int
+    source: str,
+    kind: str,
+    backend: str,
+    dtype: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    runs: int,
+    kv: str | None = None,
 ) -> Row:
     """One row, in this process."""
     import torch
@@ -108,7 +120,7 @@ def measure(
         nbytes = sum(parameter.nbytes for parameter in parameters)
         bits = 8 * nbytes / sum(parameter.numel() for parameter in parameters)
     check_causal(model, source)
-    decoder = make_decoder(model, backend)
+    decoder = make_decoder(model, backend, kv)
     _forget_peak()
     measured = speed(decoder, prompt_tokens, new_tokens, runs)
     peak, bandwidth = _peak(), read_bandwidth()
@@ -144,9 +156,10 @@ def _peak() -> int:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """``SOURCE packed|dense BACKEND DTYPE PROMPT NEW RUNS``."""
-    source, kind, backend, dtype, *numbers = arguments
-    return measure(source, kind, backend, dtype, *map(int, numbers))
+    """``SOURCE packed|dense BACKEND DTYPE PROMPT NEW RUNS KV``; KV may be empty."""
+    source, kind, backend, dtype, *numbers, kv = arguments
+    prompt_tokens, new_tokens, runs = map(int, numbers)
+    return measure(source, kind, backend, dtype, prompt_tokens, new_tokens, runs, kv or None)
 
 
 if __name__ == "__main__":

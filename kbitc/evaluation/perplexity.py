@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from kbitc.checkpoint.dense import token_ids
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.positions import usable_positions
+
+if TYPE_CHECKING:
+    from kbitc.backends import Decoder
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def perplexity(
     ids: Tensor,
     *,
     reference: nn.Module | None = None,
+    decoder: Decoder | None = None,
     on_progress: Progress = silent,
 ) -> Score:
     """Score token windows.
@@ -76,6 +80,7 @@ def perplexity(
         model: causal language model.
         ids: (windows, context) token ids.
         reference: also measure KL(reference || model).
+        decoder: of the model, whose logits are scored: what its key-value cache loses counts then.
         on_progress: told of each window.
 
     Raises:
@@ -83,7 +88,7 @@ def perplexity(
     """
     loss = divergence = wanted_loss = 0.0
     for i, window in enumerate(ids):
-        log_probs = _log_probs(model, window)
+        log_probs = _log_probs(model, window) if decoder is None else decoder.logits(window).log_softmax(-1)
         targets = window[1:, None]
         loss -= float(log_probs.gather(-1, targets).double().sum())
         if reference is not None:

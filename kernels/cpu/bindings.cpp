@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kbit, m) {
   m.def("free_step(int step) -> ()");
   m.def(
       "run_step(int step, Tensor ids, Tensor positions, Tensor slots, int[] starts, int[] counts, int[] wanted, "
-      "bool is_half) -> Tensor");
+      "Tensor? cache_codebook, int[] cache_numbers) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kbit, CompositeExplicitAutograd, m) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_cache.h"
 #include "bindings_int8.h"
 #include "bindings_linear.h"
 #include "row_ops.h"
@@ -60,6 +61,12 @@ struct Operation {
   bool is_of_rows() const { return code < Code::linear; }
 };
 
+// How keys and values of a run are kept.
+struct Cache {
+  CacheKind kind;
+  std::shared_ptr<const PackedCache> packed;  // of k bits
+};
+
 struct Sequence {
   const int64_t* slots;  // addresses of its keys and values
   int64_t start;  // tokens that it has
@@ -101,13 +108,15 @@ class Step {
   }
 
   int64_t output_width() const { return widths_[output_]; }
-  int64_t slots() const { return slots_; }
+  // Addresses that a sequence's cache has.
+  int64_t addresses(CacheKind kind) const { return slots_ * parts(kind); }
+  static int64_t parts(CacheKind kind) { return kind == CacheKind::packed ? PackedCache::PARTS : 1; }
 
   // `wanted`: the new tokens, rising, whose logits are written to `out` (wanted, output_width).
   void run(const int64_t* ids, const int64_t* positions, int64_t tokens, const std::vector<Sequence>& sequences,
-           const std::vector<int64_t>& wanted, bool is_half, int members, float* out) {
+           const std::vector<int64_t>& wanted, const Cache& cache, int members, float* out) {
     const Leader leader(members);
-    Run now{*this, ids, positions, tokens, sequences, is_half, lend()};
+    Run now{*this, ids, positions, tokens, sequences, cache, lend()};
     now.place(out, static_cast<int64_t>(wanted.size()));
     std::array<double, 3> spent{};
     auto since = std::chrono::steady_clock::now();
@@ -152,7 +161,7 @@ class Step {
     const int64_t* positions;
     int64_t tokens;
     const std::vector<Sequence>& sequences;
-    bool is_half;
+    const Cache& cache;
     std::unique_ptr<Workspace> memory;
     std::vector<float*> at{};  // of each buffer
     std::vector<int64_t> kept_ids{}, kept_positions{};
@@ -265,26 +274,28 @@ class Step {
 
     void attend(const Operation& o) const {
       for (const Sequence& sequence : sequences) {
-        store(o, o.key, sequence, o.key_slot, o.width);
-        store(o, o.value, sequence, o.value_slot, o.value_size);
         Attention all{};
+        all.kind = cache.kind;
+        if (cache.kind == CacheKind::packed) {
+          store_packed(o, sequence, all);
+        } else {
+          all.keys = plain(sequence, o.key_slot, o.width);
+          all.values = plain(sequence, o.value_slot, o.value_size);
+          store(o, o.key, sequence, all.keys);
+          store(o, o.value, sequence, all.values);
+        }
         all.query = of(o.a, sequence.first);
         all.query_token = step.widths_[o.a.buffer];
         all.query_head = o.a.stride[0];
-        all.keys = reinterpret_cast<const void*>(sequence.slots[o.key_slot]);
-        all.values = reinterpret_cast<const void*>(sequence.slots[o.value_slot]);
         all.out = at[o.out] + sequence.first * step.widths_[o.out];
         all.out_token = step.widths_[o.out];
         all.heads = o.heads;
         all.key_heads = o.key_heads;
-        all.size = o.width;
-        all.value_size = o.value_size;
         all.tokens = sequence.count;
         all.start = sequence.start;
         all.window = o.window;
         all.scale = o.scale;
         all.cap = o.cap;
-        all.is_half = is_half;
         if (sequence.count <= FEW_TOKENS) {
           few(all);
         } else {
@@ -293,22 +304,46 @@ class Step {
       }
     }
 
+    CachedRows plain(const Sequence& sequence, int64_t slot, int64_t size) const {
+      return {reinterpret_cast<const void*>(sequence.slots[slot]), nullptr, nullptr, nullptr, size};
+    }
+
     // New keys, or values, to the end of the cache.
-    void store(const Operation& o, const Operand& x, const Sequence& sequence, int64_t slot, int64_t size) const {
-      const int64_t width = o.key_heads * size;
+    void store(const Operation& o, const Operand& x, const Sequence& sequence, const CachedRows& rows) const {
+      void* data = const_cast<void*>(rows.rows);
       for (int64_t i = 0; i < sequence.count; ++i) {
         const float* from = of(x, sequence.first + i);
-        const int64_t place = (sequence.start + i) * width;
         for (int64_t head = 0; head < o.key_heads; ++head) {
           const float* own = from + head * x.stride[0];
-          if (is_half) {
-            uint16_t* to = reinterpret_cast<uint16_t*>(sequence.slots[slot]) + place + head * size;
-            row_kernels().to_half(own, size, to);
+          const int64_t place = ((sequence.start + i) * o.key_heads + head) * rows.size;
+          if (cache.kind == CacheKind::f16) {
+            row_kernels().to_half(own, rows.size, static_cast<uint16_t*>(data) + place);
           } else {
-            std::copy_n(own, size, reinterpret_cast<float*>(sequence.slots[slot]) + place + head * size);
+            std::copy_n(own, rows.size, static_cast<float*>(data) + place);
           }
         }
       }
+    }
+
+    // Both to the end of a k-bit cache, and where they lie.
+    void store_packed(const Operation& o, const Sequence& sequence, Attention& all) const {
+      const auto at = [&](int64_t slot) { return sequence.slots + slot * PackedCache::PARTS; };
+      const PackedCache::Place keys(at(o.key_slot), o.key_heads, o.width);
+      const PackedCache::Place values(at(o.value_slot), o.key_heads, o.value_size);
+      const int64_t group = o.heads / o.key_heads;
+      over_items(o.key_heads, sequence.count * o.key_heads * (o.width + o.value_size) * 16, 0, [&](int64_t head, float*) {
+        for (int64_t i = 0; i < sequence.count; ++i) {
+          const int64_t token = sequence.start + i;
+          const float* queries = of(o.a, sequence.first + i) + head * group * o.a.stride[0];
+          const auto row = [&](const Operand& x) { return of(x, sequence.first + i) + head * x.stride[0]; };
+          cache.packed->write(keys, token, head, row(o.key), queries, group, o.a.stride[0]);
+          cache.packed->write(values, token, head, row(o.value), nullptr, 0, 0);
+        }
+      });
+      all.keys = keys.rows;
+      all.values = values.rows;
+      all.format = &cache.packed->format();
+      all.factors = keys.factors();
     }
 
     // Key heads, and of each the segments of the cache, as they come.
@@ -316,7 +351,7 @@ class Step {
       const int64_t length = all.start + all.tokens;
       const int64_t first = all.window > 0 ? std::max(int64_t{0}, all.start + 1 - all.window) / SEGMENT : 0;
       const int64_t segments = (length + SEGMENT - 1) / SEGMENT - first;
-      const int64_t rows = all.tokens * (all.heads / all.key_heads) * (all.value_size + 2);
+      const int64_t rows = all.tokens * (all.heads / all.key_heads) * (all.values.size + 2);
       std::vector<float> partial(static_cast<size_t>(all.key_heads * segments * rows));
       const auto one = [&](int64_t item, float* scratch) {
         const int64_t head = item / segments, segment = item % segments;
@@ -324,7 +359,7 @@ class Step {
         row_kernels().attend_few(all, {head, begin, std::min(length, begin + SEGMENT)},
                                  partial.data() + (head * segments + segment) * rows, scratch);
       };
-      over_items(all.key_heads * segments, all.tokens * length * all.heads * all.size, attend_scratch(all), one);
+      over_items(all.key_heads * segments, all.tokens * length * all.heads * all.keys.size, attend_scratch(all), one);
       for (int64_t head = 0; head < all.key_heads; ++head) {
         row_kernels().join(all, head, partial.data() + head * segments * rows, segments, rows);
       }
@@ -332,7 +367,7 @@ class Step {
 
     void many(const Attention& all) const {
       const int64_t blocks = (all.tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-      const int64_t work = all.tokens * (all.start + all.tokens) * all.heads * all.size;
+      const int64_t work = all.tokens * (all.start + all.tokens) * all.heads * all.keys.size;
       over_items(all.key_heads * blocks, work, attend_scratch(all), [&](int64_t item, float* scratch) {
         const int64_t block = blocks - 1 - item / all.key_heads;  // the longest first
         const int64_t begin = block * TOKENS_AT_ONCE;
@@ -585,11 +620,28 @@ std::shared_ptr<Step> find_step(int64_t step) {
 
 std::vector<double> step_spent(int64_t step) { return find_step(step)->spent(); }
 
+// A cache by what it was said to be: its codebook and three numbers (`PackedCache`), or its bits alone.
+Cache find_cache(const OptTensor& codebook, const std::vector<int64_t>& numbers) {
+  if (!codebook.has_value()) {
+    KBIT_CHECK(numbers.size() == 1 && (numbers[0] == 16 || numbers[0] == 32),
+               "kbit: a cache of plain numbers has 16 or 32 bits");
+    return {numbers[0] == 16 ? CacheKind::f16 : CacheKind::f32, nullptr};
+  }
+  static std::mutex lock;
+  // They hold on to their codebooks, so that no other gets the same address.
+  static auto* known = new std::map<std::pair<const void*, std::vector<int64_t>>, std::shared_ptr<const PackedCache>>;
+  const std::lock_guard<std::mutex> guard(lock);
+  auto& own = (*known)[{codebook->const_data_ptr(), numbers}];
+  if (own == nullptr) own = std::make_shared<PackedCache>(*codebook, numbers);
+  return {CacheKind::packed, own};
+}
+
 // ids, positions: (tokens) int64. slots: (sequences, slots) int64 addresses; starts, counts: of each sequence.
-// Logits (wanted, vocabulary) float32.
+// The cache: see `find_cache`. Logits (wanted, vocabulary) float32.
 Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const Tensor& slots,
                 const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
-                const std::vector<int64_t>& wanted, bool is_half) {
+                const std::vector<int64_t>& wanted, const OptTensor& codebook,
+                const std::vector<int64_t>& numbers) {
   const std::shared_ptr<Step> own = find_step(step);
   const int64_t tokens = ids.numel();
   KBIT_CHECK(ids.scalar_type() == Dtype::Long && positions.scalar_type() == Dtype::Long && ids.is_contiguous() &&
@@ -606,8 +658,9 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
     first += counts[i];
   }
   KBIT_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
-  KBIT_CHECK(slots.size(1) == own->slots(), "kbit: the step has a cache of ", own->slots(), " parts, not ",
-             slots.size(1));
+  const Cache cache = find_cache(codebook, numbers);
+  KBIT_CHECK(slots.size(1) == own->addresses(cache.kind), "kbit: the step has a cache of ",
+             own->addresses(cache.kind), " parts, not ", slots.size(1));
   int64_t before = -1;
   for (const int64_t token : wanted) {
     KBIT_CHECK_INDEX(token > before && token < tokens, "kbit: wanted tokens rise within 0 ... ", tokens - 1);
@@ -615,7 +668,7 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
   }
   const Tensor out = new_tensor({static_cast<int64_t>(wanted.size()), own->output_width()}, Dtype::Float);
   own->run(ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), tokens, sequences, wanted,
-           is_half, works_alone() ? 1 : static_cast<int>(torch::stable::get_num_threads()), floats_of(out));
+           cache, works_alone() ? 1 : static_cast<int>(torch::stable::get_num_threads()), floats_of(out));
   return out;
 }
 

@@ -2,6 +2,7 @@
 // Plain structures, no ATen: compiled once for each instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace kbit {
@@ -22,20 +23,42 @@ struct Shape {
   int64_t out[DIMS];  // strides of what is written
 };
 
+enum class CacheKind : int { f32, f16, packed };
+
+// How packed rows of a cache are read.
+struct RowFormat {
+  const float* levels;  // 256
+  int bits;
+  bool is_even;  // levels[i] = first + step * i, up to rounding
+  float step, first;
+  int64_t block;
+  int block_shift;  // column >> block_shift is its block; -1 where blocks are no power of two
+};
+
+// Keys, or values, of a cache: of token t and key head g, row t * key_heads + g.
+struct CachedRows {
+  const void* rows;  // of `size` floats or float16; packed: the planes of their codes
+  const uint16_t* scales;  // packed: float16, one for each block of a row
+  const uint16_t* zeros;  // packed: likewise, or null
+  const uint16_t* first;  // packed: the first FIRST_TOKENS, float16
+  int64_t size;
+};
+
 // Attention of some tokens of one sequence, whose keys and values lie in a cache.
 struct Attention {
   const float* query;  // token t, head h, element e: query[t * query_token + h * query_head + e]
   int64_t query_token, query_head;
-  const void* keys;  // token t, key head g: keys[(t * key_heads + g) * size]; float or float16
-  const void* values;  // likewise, of `value_size`
-  float* out;  // token t, head h: out[t * out_token + h * value_size]
+  CachedRows keys, values;
+  CacheKind kind;
+  const RowFormat* format;  // of packed ones
+  const float* factors;  // (key_heads, size): of keys that lie turned; null of others
+  float* out;  // token t, head h: out[t * out_token + h * values.size]
   int64_t out_token;
-  int64_t heads, key_heads, size, value_size;
+  int64_t heads, key_heads;
   int64_t tokens;  // new ones
   int64_t start;  // tokens before the first of these
   int64_t window;  // tokens that one sees, itself included; 0: all
   float scale, cap;
-  bool is_half;  // of the cache
 };
 
 // A share of it: key head, and either a block of new tokens or, where these are few, a segment of the cache.
@@ -59,10 +82,12 @@ struct RowKernels {
   void (*layer_norm)(const float* x, int64_t count, int64_t width, const float* weight, const float* bias, float eps,
                      float* out);
   void (*to_half)(const float* x, int64_t count, uint16_t* out);  // what is too large becomes the largest
+  // In place: times an orthonormal Hadamard matrix of the largest power of 2 that divides the size, block by block.
+  void (*turn)(float* x, int64_t size);
   // Tokens [first, last) of the new ones see all that they may: `scratch` floats as `attend_scratch` says.
   void (*attend_many)(const Attention& all, const AttentionPart& part, float* scratch);
   // Keys [first, last) for every new token and every head of the group: (tokens * group) rows of
-  // (maximum, sum, value_size sums) in `partial`.
+  // (maximum, sum, sums of values) in `partial`.
   void (*attend_few)(const Attention& all, const AttentionPart& part, float* partial, float* scratch);
   // Partial sums of all segments to the output of one key head; `apart` floats between segments.
   void (*join)(const Attention& all, int64_t key_head, const float* partial, int64_t segments, int64_t apart);
@@ -73,6 +98,7 @@ struct RowKernels {
   void (*to_floats)(const Dense& from, int64_t row, int64_t width, float* out);
 };
 
+constexpr int64_t FIRST_TOKENS = 64;  // of a k-bit cache, that stay float16
 constexpr int64_t KEYS_AT_ONCE = 64;  // keys of a tile
 constexpr int64_t TOKENS_AT_ONCE = 16;  // new tokens of a part of `attend_many`
 constexpr int64_t SEGMENT = 128;  // keys of a part of `attend_few`; the number of threads does not count
@@ -81,8 +107,10 @@ constexpr int64_t FEW_TOKENS = 4;  // new tokens up to which it is taken
 // Floats of scratch memory for a part.
 inline int64_t attend_scratch(const Attention& a) {
   const int64_t rows = TOKENS_AT_ONCE * (a.heads / a.key_heads);
-  return rows * (a.size + a.value_size + KEYS_AT_ONCE + 2) + KEYS_AT_ONCE * (a.size + a.value_size) +
-         FEW_TOKENS * (a.heads / a.key_heads) * (SEGMENT + a.size) + 64;
+  const int64_t both = a.keys.size + a.values.size;
+  const int64_t few = FEW_TOKENS * (a.heads / a.key_heads) * (SEGMENT + a.keys.size) + SEGMENT * both;
+  const int64_t many = rows * (both + KEYS_AT_ONCE + 2) + KEYS_AT_ONCE * (both + a.keys.size);
+  return std::max(few, many) + 64;
 }
 
 const RowKernels* portable_row_kernels();

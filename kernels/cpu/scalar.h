@@ -14,6 +14,18 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))  // of what many instances call: compiled once
 
+// A call with the number of bits as a constant K.
+#define KBIT_BY_BITS(bits, call) \
+  switch (bits) {                \
+    case 2: { constexpr int K = 2; call; break; } \
+    case 3: { constexpr int K = 3; call; break; } \
+    case 4: { constexpr int K = 4; call; break; } \
+    case 5: { constexpr int K = 5; call; break; } \
+    case 6: { constexpr int K = 6; call; break; } \
+    case 7: { constexpr int K = 7; call; break; } \
+    default: { constexpr int K = 8; call; break; } \
+  }
+
 namespace kbit {
 namespace {
 

@@ -7,17 +7,6 @@
 namespace kbit {
 namespace {
 
-#define KBIT_BY_BITS(bits, call) \
-  switch (bits) {                \
-    case 2: { constexpr int K = 2; call; break; } \
-    case 3: { constexpr int K = 3; call; break; } \
-    case 4: { constexpr int K = 4; call; break; } \
-    case 5: { constexpr int K = 5; call; break; } \
-    case 6: { constexpr int K = 6; call; break; } \
-    case 7: { constexpr int K = 7; call; break; } \
-    default: { constexpr int K = 8; call; break; } \
-  }
-
 inline int64_t chunk_count(const Weight& w) { return (w.cols + CHUNK - 1) / CHUNK; }
 
 inline bool is_fast_weight(const Weight& w) { return w.block % 32 == 0; }

@@ -13,8 +13,9 @@ import torch
 import kbitc
 from kbitc.backends import make_decoder
 from kbitc.backends._compiler import missing_compiler
+from kbitc.backends._decoding.cache import GrowingCache, GrowingLayer
 from kbitc.backends._decoding.decode_step import export_step
-from kbitc.backends._decoding.decoder import Decoder, GrowingCache, GrowingLayer
+from kbitc.backends._decoding.decoder import Decoder
 from kbitc.backends.cpu.backend import Cpu
 from kbitc.backends.cpu.native_decoder import NativeDecoder
 from kbitc.backends.cpu.step_package import PACKAGE

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from kbitc.artifact.evaluations import EVAL_FILE, Evaluation, read_evaluations
+from kbitc.kernels.cpu.build import load
 
 
 def test_eval_reports_the_bits_of_the_file(kbitc, compiled):
@@ -43,3 +44,16 @@ def test_demo_quality(kbitc, compiled):
     before = json.loads(kbitc("eval", "demo", "--limit-tokens", "6000", "--json").stdout)["perplexity"]
     after = json.loads(kbitc("eval", out, "--limit-tokens", "6000", "--json").stdout)["perplexity"]
     assert before < after < 1.10 * before
+
+
+@pytest.mark.skipif(not load(), reason="no native kernels here")
+def test_eval_with_a_packed_cache(kbitc, compiled):
+    out, _ = compiled
+    plain, packed, coarse = (
+        json.loads(kbitc("eval", out, "--limit-tokens", "512", "--json", *kv).stdout)
+        for kv in ((), ("--kv", "int8:64"), ("--kv", "int2:64"))
+    )
+    assert "kv" not in plain
+    assert packed["kv"] == "int8:64"
+    assert abs(packed["loss"] - plain["loss"]) < 2e-3
+    assert coarse["loss"] > plain["loss"] + 2e-3  # the cache is what was scored

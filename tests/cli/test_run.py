@@ -16,3 +16,12 @@ def test_run_continues_a_prompt(kbitc, compiled):
     data = json.loads(kbitc("run", out, "The function", "-n", "8", "--json", *eager).stdout)
     assert data["text"] in done.stdout
     assert data["backend"] == "eager"
+
+
+def test_run_refuses_a_cache_that_it_cannot_keep(kbitc, compiled):
+    out, _ = compiled
+    done = kbitc("run", out, "The function", "-n", "4", "--backend", "eager", "--kv", "int8:64")
+    assert done.returncode != 0
+    assert "without these take fp16" in " ".join(done.stderr.split())
+    done = kbitc("run", out, "The function", "-n", "4", "--kv", "nf4:64+dq")
+    assert "stores scales with those of other rows" in " ".join(done.stderr.split())
