@@ -30,6 +30,8 @@ class Score:
         tokens: tokens that were predicted.
         divergence: mean KL divergence from the reference model to this one, nats per token.
         reference_loss: the reference model's own loss.
+        window_losses: of each window by itself, nats per token; windows are equally long.
+        reference_window_losses: the reference model's.
     """
 
     perplexity: float
@@ -37,6 +39,8 @@ class Score:
     tokens: int
     divergence: float | None = None
     reference_loss: float | None = None
+    window_losses: tuple[float, ...] = ()
+    reference_window_losses: tuple[float, ...] = ()
 
 
 def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: int | None) -> Tensor:
@@ -81,11 +85,12 @@ def perplexity(
     Raises:
         UsageError: the reference has another vocabulary.
     """
-    loss = divergence = wanted_loss = 0.0
+    divergence = 0.0
+    losses, wanted_losses = [], []
     for i, window in enumerate(ids):
         log_probs = _log_probs(model, window)
         targets = window[1:, None]
-        loss -= float(log_probs.gather(-1, targets).double().sum())
+        losses.append(-float(log_probs.gather(-1, targets).double().sum()))
         if reference is not None:
             wanted = _log_probs(reference, window)
             if wanted.shape != log_probs.shape:
@@ -94,16 +99,19 @@ def perplexity(
                     "compare models of one vocabulary"
                 )
             divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
-            wanted_loss -= float(wanted.gather(-1, targets).double().sum())
+            wanted_losses.append(-float(wanted.gather(-1, targets).double().sum()))
         on_progress("scoring", i + 1, len(ids))
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    mean = loss / tokens
+    each = ids.shape[1] - 1
+    tokens = ids.shape[0] * each
+    mean = sum(losses) / tokens
     return Score(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         loss=mean,
         tokens=tokens,
         divergence=None if reference is None else divergence / tokens,
-        reference_loss=None if reference is None else wanted_loss / tokens,
+        reference_loss=None if reference is None else sum(wanted_losses) / tokens,
+        window_losses=tuple(loss / each for loss in losses),
+        reference_window_losses=tuple(loss / each for loss in wanted_losses),
     )
 
 
@@ -113,8 +121,12 @@ def _log_probs(model: nn.Module, window: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, option: str = "--text") -> str:
     """A UTF-8 text file.
+
+    Args:
+        path: of the file.
+        option: by which the user named it.
 
     Raises:
         UsageError: missing, empty, or not UTF-8.
@@ -122,9 +134,9 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--text {path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UsageError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text.strip():
-        raise UsageError(f"--text {path}: is empty")
+        raise UsageError(f"{option} {path}: is empty")
     return text
