@@ -55,6 +55,9 @@ def print_scores(scored: Scored, asked: Asked, loaded: Loaded, against: str | No
         console.out.print(f"{'' if scored.pooling is None else f'pooled by {scored.pooling}; '}{size}")
     if scored.tasks:
         console.out.print(_task_table(scored, asked))
+        for task in scored.tasks:
+            if task.cut:
+                console.out.print(f"{task.task}: {task.cut:,} prompts were cut to the model's positions")
         if scored.text is None:
             console.out.print(size)
 

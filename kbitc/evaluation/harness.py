@@ -34,6 +34,7 @@ class TaskScore:
         hits: 1 for each example that was right, 0 for the others, in the order of the file.
         log_likelihoods: of each example's choices, or of its one continuation, in nats.
         metrics: all that the harness gives, by name.
+        cut: prompts that were longer than the model's positions, and were cut at their beginning.
         version: of the definition.
         sha256: of the file of examples.
     """
@@ -42,6 +43,7 @@ class TaskScore:
     hits: tuple[int, ...]
     log_likelihoods: tuple[tuple[float, ...], ...]
     metrics: Mapping[str, float]
+    cut: int
     version: float
     sha256: str
 
@@ -62,6 +64,7 @@ class TaskScore:
             "standard_error": self.standard_error,
             "items": len(self.hits),
             "metrics": dict(self.metrics),
+            "cut": self.cut,
             "version": self.version,
             "sha256": self.sha256,
             "hits": list(self.hits),
@@ -153,12 +156,19 @@ def score_tasks(
         for task in tasks["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=seed)
-        model = KbitLM.of(loaded, batch_size=batch, on_progress=on_progress)
-        found = evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0)
-    return [_score(name, found, data) for name in names]
+        scores = []
+        for name, task in tasks["tasks"].items():
+            model = KbitLM.of(loaded, batch_size=batch, on_progress=partial(_told, on_progress, name))
+            found = evaluate(lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+            scores.append(_score(name, found, model.cut, data))
+    return scores
 
 
-def _score(name: str, found: Mapping[str, Any], data: Path) -> TaskScore:
+def _told(on_progress: Progress, name: str, _: str, done: int, total: int) -> None:
+    on_progress(name, done, total)
+
+
+def _score(name: str, found: Mapping[str, Any], cut: int, data: Path) -> TaskScore:
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
     return TaskScore(
@@ -166,6 +176,7 @@ def _score(name: str, found: Mapping[str, Any], data: Path) -> TaskScore:
         hits=tuple(int(sample["acc"]) for sample in samples),
         log_likelihoods=tuple(tuple(found for found, _ in sample["filtered_resps"]) for sample in samples),
         metrics={key: float(value) for key, value in metrics.items() if isinstance(value, float)},
+        cut=cut,
         version=float(found["versions"][name]),
         sha256=digest_of_file(task_path(name, data)),
     )

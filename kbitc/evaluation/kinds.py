@@ -45,7 +45,7 @@ def kind_of(model: nn.Module, label: str) -> Kind:
         label: as the user named it.
 
     Raises:
-        UsageError: nothing that eval measures means anything of it.
+        UsageError: nothing that eval measures means anything of it, or it is exported and decodes nothing.
     """
     kind, reason = _kind_or_reason(model)
     if kind is None:
@@ -60,6 +60,9 @@ def _kind_or_reason(model: Any) -> tuple[Kind | None, str]:
     from transformers.models.auto import modeling_auto as auto
 
     name, config = type(model).__name__, getattr(model, "config", None)
+    if hasattr(model, "need_decoder"):  # an exported one says so itself
+        model.need_decoder()
+        return Kind.CAUSAL, ""
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         return Kind.IMAGE_TEXT, ""
     if getattr(config, "is_encoder_decoder", False):

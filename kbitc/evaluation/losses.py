@@ -19,7 +19,7 @@ from kbitc.checkpoint.dense import token_ids
 from kbitc.checkpoint.vocabulary import vocabulary_size
 from kbitc.errors import UsageError, foreign
 from kbitc.evaluation.intervals import Difference, paired, standard_error
-from kbitc.evaluation.perplexity import read_text
+from kbitc.evaluation.perplexity import check_context, cut, read_text
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.positions import usable_positions
 
@@ -108,21 +108,12 @@ def masked_windows(
     if tokenizer.mask_token_id is None:
         raise UsageError("this masked language model's tokenizer has no mask token; add it to its files")
     before, after = _frame(tokenizer)
-    inner = context - len(before) - len(after)
-    longest = usable_positions(model)
-    if inner < 2 or (longest is not None and context > longest):
-        most = "tokens or more" if longest is None else f"to {longest} tokens"
-        raise UsageError(f"--context {context}: this model takes {len(before) + len(after) + 2} {most}")
-    ids = token_ids(tokenizer, text, model, is_bare=True)[:limit]
-    count = len(ids) // inner
-    if count == 0:
-        raise UsageError(
-            f"the text has {len(ids)} tokens, fewer than one window of --context {context}; give a longer "
-            "text or a smaller --context"
-        )
+    framing = len(before) + len(after)
+    check_context(model, context, least=framing + 2)
+    inner = context - framing
     random = torch.Generator().manual_seed(seed)
     made = []
-    for window in ids[: count * inner].view(count, inner):
+    for window in cut(token_ids(tokenizer, text, model, is_bare=True)[:limit], inner, context):
         chosen = torch.randperm(inner, generator=random)[: max(1, round(MASKED_SHARE * inner))].sort().values
         whole = torch.cat([before, window, after])
         places = chosen + len(before)

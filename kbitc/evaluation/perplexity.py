@@ -50,20 +50,37 @@ def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: in
         UsageError: fewer tokens than one window, or a context that the model does not have.
         SourceError: the tokenizer fails, or is not the model's.
     """
+    check_context(model, context, least=2)
+    return cut(token_ids(tokenizer, text, model)[:limit], context, context)
+
+
+def check_context(model: nn.Module, context: int, least: int) -> None:
+    """Raises UsageError for windows shorter than ``least`` tokens, or longer than the model's positions."""
     longest = usable_positions(model)
-    if context < 2 or (longest is not None and context > longest):
+    if context < least or (longest is not None and context > longest):
         most = "tokens or more" if longest is None else f"to {longest} tokens"
-        raise UsageError(f"--context {context}: this model takes 2 {most}")
-    ids = token_ids(tokenizer, text, model)
-    ids = ids if limit is None else ids[:limit]
-    count = len(ids) // context
+        raise UsageError(f"--context {context}: this model takes {least} {most}")
+
+
+def cut(ids: Tensor, size: int, context: int) -> Tensor:
+    """Tokens ``(tokens,)`` in rows ``(count, size)``, the last partial one dropped.
+
+    Args:
+        ids: of a text.
+        size: of a row.
+        context: tokens a window, as the user gave it.
+
+    Raises:
+        UsageError: fewer than one row.
+    """
+    count = len(ids) // size
     if count == 0:
         raise UsageError(
             f"the text has {len(ids)} tokens, fewer than one window of --context {context}; give a "
             "longer text or a smaller --context"
         )
-    windowed: Tensor = ids[: count * context].view(count, context)
-    return windowed
+    rows: Tensor = ids[: count * size].view(count, size)
+    return rows
 
 
 @torch.inference_mode()

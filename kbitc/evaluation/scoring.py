@@ -1,6 +1,7 @@
 """One evaluation: what was asked for, whether it fits the kind of model, and what came out.
 
-The one thing to know: an option that says nothing about the model at hand is an error, not ignored.
+The one thing to know: an option that names something to measure, and says nothing about the model at hand, is
+an error, not ignored.
 """
 
 from __future__ import annotations
@@ -263,16 +264,12 @@ class _Scorer:
             result = replace(result, text=text)
         if asked.tasks is None:
             return result
-        theirs = () if self.reference is None else self._tasks(self.reference, "the source's")
-        return replace(result, tasks=self._tasks(self.loaded, "its"), reference_tasks=theirs)
+        theirs = () if self.reference is None else self._tasks(self.reference)
+        return replace(result, tasks=self._tasks(self.loaded), reference_tasks=theirs)
 
-    def _tasks(self, loaded: Loaded, whose: str) -> Sequence[harness.TaskScore]:
+    def _tasks(self, loaded: Loaded) -> Sequence[harness.TaskScore]:
         asked = self.asked
         assert asked.tasks is not None
-
-        def told(_: str, done: int, total: int) -> None:
-            self.on_progress(f"{whose} examples", done, total)
-
         return harness.score_tasks(
             loaded,
             asked.tasks,
@@ -281,7 +278,7 @@ class _Scorer:
             limit=asked.limit,
             seed=asked.seed,
             batch=asked.batch,
-            on_progress=told,
+            on_progress=self.on_progress,
         )
 
     def masked(self, result: Scored) -> Scored:
