@@ -193,8 +193,10 @@ class Scored:
         if self.text is not None:
             entry["standard_error"] = standard_error(self.text.window_losses)
             entry["windows"] = len(self.text.window_losses)
+        if self.kind in (Kind.MASKED, Kind.EMBEDDING, Kind.IMAGE_TEXT):
+            entry["text"] = asked.text_label
         if self.loss is not None:
-            entry |= self._loss_json()
+            entry |= self._loss_json(asked)
         if self.loss_difference is not None:
             entry["difference"] = self.loss_difference.to_json()
         if self.tasks:
@@ -203,11 +205,16 @@ class Scored:
         entry |= {name: found.to_json() for name, found in agreements.items() if found is not None}
         if self.pooling is not None:
             entry["pooling"] = self.pooling
-        return entry | {"limit": asked.limit, "seed": asked.seed, "versions": versions(bool(self.tasks))}
+        limits = {"limit": asked.limit, "limit_tokens": asked.limit_tokens, "seed": asked.seed}
+        return entry | limits | {"versions": versions(bool(self.tasks))}
 
-    def _loss_json(self) -> dict[str, Any]:
+    def _loss_json(self, asked: Asked) -> dict[str, Any]:
         assert self.loss is not None
-        entry = {
+        is_masked = self.kind == Kind.MASKED
+        entry: dict[str, Any] = (
+            {"context": asked.windows_context} if is_masked else {"pairs": str(asked.pairs)}
+        )
+        entry |= {
             "loss": self.loss.loss,
             "standard_error": self.loss.standard_error,
             "tokens": self.loss.tokens,
@@ -217,7 +224,7 @@ class Scored:
         return {key: value for key, value in entry.items() if key != "reference_loss" or value is not None}
 
     def _tasks_json(self, asked: Asked) -> dict[str, Any]:
-        entry: dict[str, Any] = {"shots": asked.shots}
+        entry: dict[str, Any] = {"shots": asked.shots, "data": str(asked.data.absolute())}
         for suffix, scores in (("tasks", self.tasks), ("reference_tasks", self.reference_tasks)):
             if scores:
                 mean, error = harness.mean_accuracy(scores)

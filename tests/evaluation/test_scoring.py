@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+import typer.main
 from typer.testing import CliRunner
 
 from kbitc.cli.main import app
@@ -15,6 +16,7 @@ from kbitc.compiler.request import Request
 from kbitc.errors import SourceError, UsageError
 from kbitc.evaluation.kinds import Kind
 from kbitc.evaluation.scoring import Asked
+from kbitc.evaluation.task_files import TASKS
 
 TEXT = "\n".join(" ".join(f"w{(i * 13 + 7 * j) % 90 + 10:03}" for j in range(6)) for i in range(20))
 
@@ -62,6 +64,7 @@ def test_masked(text, tmp_path, tiny_model, words):
     assert (data["items"], data["tokens"], data["seed"]) == (6, 18, 3)
     assert data["difference"]["mean"] == pytest.approx(data["loss"] - data["reference_loss"])
     assert "perplexity" not in data
+    assert (data["text"], data["context"], data["limit_tokens"]) == ("text.txt", 20, None)
     assert f"loss {data['loss']:.4f} ± " in said
     assert "18 masked tokens of 6 windows" in said
     again, _ = run(source, "--text", text, "--context", 20, "--seed", 3)
@@ -86,6 +89,7 @@ def test_encoder_decoder(text, tmp_path, tiny_model, words):
     assert data["kind"] == "encoder-decoder"
     assert (data["items"], data["tokens"], data["limit"]) == (2, 4 + 5, 2)
     assert data["difference"]["mean"] == pytest.approx(data["loss"] - data["reference_loss"])
+    assert data["pairs"].endswith("pairs.tsv")
     assert "9 target tokens of 2 pairs" in said
     with pytest.raises(UsageError, match="scored as an encoder-decoder, for which eval needs --pairs FILE"):
         run(out)
@@ -168,6 +172,7 @@ def test_tasks(tasks, tmp_path):
     assert set(data["task_differences"]) == {"copa", "lambada_openai", "mean"}
     assert (data["limit"], data["shots"], data["seed"], data["against"]) == (6, 0, 1234, "demo")
     assert "lm_eval" in data["versions"]
+    assert data["data"] == str(tasks)
     assert f"{100 * copa['accuracy']:.1f} ± {100 * copa['standard_error']:.1f}" in said
     mean = data["task_differences"]["mean"]
     assert f"{100 * mean['mean']:+.1f} [{100 * mean['low']:+.1f}, {100 * mean['high']:+.1f}]" in said
@@ -192,6 +197,12 @@ def test_names_and_files_of_tasks(tasks):
         run("nowhere", "--shots", 2)
     with pytest.raises(UsageError, match="--limit-tokens takes the first tokens"):
         run("demo", "--limit", 2)
+
+
+def test_the_help_names_every_task():
+    command = typer.main.get_command(app).commands["eval"]
+    (option,) = [parameter for parameter in command.params if parameter.name == "tasks"]
+    assert option.help.rstrip(".").partition(": ")[2].split(", ") == list(TASKS)
 
 
 def test_each_kind_says_what_it_takes():
