@@ -28,13 +28,16 @@ def text(tmp_path):
     return path
 
 
+def output(*arguments):
+    outcome = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    if outcome.exception is not None:
+        raise outcome.exception
+    return outcome.stdout
+
+
 def run(*arguments):
     """The JSON of the command and what it says to people."""
-    outcomes = [CliRunner().invoke(app, ["eval", *map(str, arguments), *more]) for more in (["--json"], [])]
-    for outcome in outcomes:
-        if outcome.exception is not None:
-            raise outcome.exception
-    return json.loads(outcomes[0].stdout), " ".join(outcomes[1].stdout.split())
+    return json.loads(output(*arguments, "--json")), " ".join(output(*arguments).split())
 
 
 def saved(model, tokenizer, folder, spec="int4:32"):
@@ -67,7 +70,7 @@ def test_masked(text, tmp_path, tiny_model, words):
     assert (data["text"], data["context"], data["limit_tokens"]) == ("text.txt", 20, None)
     assert f"loss {data['loss']:.4f} ± " in said
     assert "18 masked tokens of 6 windows" in said
-    again, _ = run(source, "--text", text, "--context", 20, "--seed", 3)
+    again = json.loads(output(source, "--text", text, "--context", 20, "--seed", 3, "--json"))
     assert again["loss"] == pytest.approx(data["reference_loss"])
     assert "difference" not in again
     with pytest.raises(UsageError, match="--record: keeps perplexities"):
@@ -178,7 +181,7 @@ def test_tasks(tasks, tmp_path):
     assert f"{100 * mean['mean']:+.1f} [{100 * mean['low']:+.1f}, {100 * mean['high']:+.1f}]" in said
     with pytest.raises(UsageError, match="--record: keeps perplexities"):
         run(tmp_path / "out", *options, "--record")
-    both, _ = run("demo", *options, "--text", _some_text(tmp_path), "--context", 16)
+    both = json.loads(output("demo", *options, "--text", _some_text(tmp_path), "--context", 16, "--json"))
     assert both["perplexity"] > 1
     assert both["tasks"]
 
