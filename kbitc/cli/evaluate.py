@@ -95,7 +95,7 @@ def evaluate(
     from kbitc.artifact.evaluations import keep_evaluation
     from kbitc.artifact.folders import is_artifact
     from kbitc.cli.scores import print_scores
-    from kbitc.evaluation.kinds import kind_of
+    from kbitc.evaluation.kinds import Kind, kind_of
     from kbitc.evaluation.opening import open_model
     from kbitc.evaluation.scoring import Asked, score
     from kbitc.tensor.activations import use_activations, used_activations
@@ -121,6 +121,8 @@ def evaluate(
         loaded = open_model(model, wanted)
         kind = kind_of(loaded.model, model)
         asked.check_kind(kind, model, has_reference=against is not None)
+        if record and not (kind == Kind.CAUSAL and asked.wants_perplexity):
+            raise UsageError("--record: keeps perplexities, and none is asked for; use --json > FILE")
         left = {} if activations is None else use_activations(loaded.model, activations)
         reference = open_model(against, wanted) if against else None
         if reference is not None and (other := kind_of(reference.model, f"--against {against}")) != kind:
@@ -130,9 +132,7 @@ def evaluate(
         scored = score(model, kind, loaded, reference, asked, update)
     used = used_activations(loaded.model)
     evaluation = _evaluation(model, loaded, scored, asked, used, left)
-    if record:
-        if evaluation is None:
-            raise UsageError("--record: keeps perplexities, and none was asked for; use --json > FILE")
+    if record and evaluation is not None:
         keep_evaluation(Path(model), evaluation)
     if as_json:
         about = {

@@ -124,6 +124,7 @@ def score_tasks(
     names: Sequence[str],
     data: Path,
     *,
+    label: str = "the model",
     shots: int = 0,
     limit: int | None = None,
     seed: int = SEED,
@@ -136,6 +137,7 @@ def score_tasks(
         loaded: a causal language model with its tokenizer.
         names: of tasks, as in `kbitc.evaluation.task_files.TASKS`.
         data: folder of their files.
+        label: of the model, for messages.
         shots: solved examples before each one, drawn from the same file.
         limit: the first examples of each file only.
         seed: of the draw of shots.
@@ -143,7 +145,8 @@ def score_tasks(
         on_progress: told of each batch.
 
     Raises:
-        UsageError: as `check_tasks`, which is to be asked first.
+        UsageError: as `check_tasks`, which is to be asked first; or no such model.
+        SourceError: it has no tokenizer.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
@@ -158,7 +161,7 @@ def score_tasks(
             task.set_fewshot_seed(seed=seed)
         scores = []
         for name, task in tasks["tasks"].items():
-            model = KbitLM.of(loaded, batch_size=batch, on_progress=partial(_told, on_progress, name))
+            model = KbitLM.of(loaded, label, batch_size=batch, on_progress=partial(_told, on_progress, name))
             found = evaluate(lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
             scores.append(_score(name, found, model.cut, data))
     return scores

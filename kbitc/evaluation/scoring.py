@@ -68,6 +68,11 @@ class Asked:
         """Tokens a window: no more than the demo model has, on its own text."""
         return min(self.context, demo.CONTEXT) if self.text is None else self.context
 
+    @property
+    def wants_perplexity(self) -> bool:
+        """Whether a causal model is scored on a text: where tasks are asked for, only if one is named."""
+        return self.tasks is None or self.text is not None
+
     def read_text(self) -> str:
         """The text, or the demo model's held-out one.
 
@@ -259,7 +264,7 @@ class _Scorer:
 
     def causal(self, result: Scored) -> Scored:
         asked = self.asked
-        if asked.tasks is None or asked.text is not None:
+        if asked.wants_perplexity:
             ids = windows(
                 self.loaded.model,
                 self.tokenizer,
@@ -271,16 +276,18 @@ class _Scorer:
             result = replace(result, text=text)
         if asked.tasks is None:
             return result
-        theirs = () if self.reference is None else self._tasks(self.reference)
-        return replace(result, tasks=self._tasks(self.loaded), reference_tasks=theirs)
+        ours = self._tasks(self.loaded, self.label)
+        theirs = () if self.reference is None else self._tasks(self.reference, "the model of --against")
+        return replace(result, tasks=ours, reference_tasks=theirs)
 
-    def _tasks(self, loaded: Loaded) -> Sequence[harness.TaskScore]:
+    def _tasks(self, loaded: Loaded, label: str) -> Sequence[harness.TaskScore]:
         asked = self.asked
         assert asked.tasks is not None
         return harness.score_tasks(
             loaded,
             asked.tasks,
             asked.data,
+            label=label,
             shots=asked.shots,
             limit=asked.limit,
             seed=asked.seed,
