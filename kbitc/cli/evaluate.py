@@ -34,8 +34,8 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="UTF-8 text to score; of embedding models, a text a line. [default: the demo model's "
-            "held-out text, where --tasks does not ask for something else]"
+            help="UTF-8 text to score; of embedding models, a text a line; by default the demo "
+            "model's held-out text, where --tasks does not ask for something else."
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
@@ -79,19 +79,14 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="float|int8",
-            help="'int8': linears in integers, LLM.int8(), where the format allows it. [default: as each "
-            "weight's format says: int8 of +a8]",
+            help="'int8': linears in integers, LLM.int8(), where the format allows it; by default as "
+            "each weight's format says: int8 of +a8.",
         ),
     ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """What a model scores: perplexity, zero-shot accuracy, loss, or agreement of embeddings.
-
-    Causal language models are scored by perplexity on a text, or by --tasks; masked ones by their loss at
-    masked tokens; encoder-decoders by their loss on --pairs; embedding models, CLIP among them, by how well
-    they agree with --against. Any other model is refused.
-    """
+    """What a model scores, by its kind: perplexity, zero-shot accuracy, loss, or agreement of embeddings."""
     from kbitc.artifact.evaluations import keep_evaluation
     from kbitc.artifact.folders import is_artifact
     from kbitc.cli.scores import print_scores
