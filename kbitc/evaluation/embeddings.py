@@ -21,7 +21,7 @@ from kbitc.errors import BackendUnavailable, SourceError, UsageError, foreign
 from kbitc.evaluation.intervals import standard_error
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.positions import usable_positions
-from kbitc.system.json_file import read_any_json
+from kbitc.system.json_file import read_json
 
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda hidden: hidden.mean(0),
@@ -74,13 +74,14 @@ def pooling_of(folder: Path) -> str:
 
     Raises:
         UsageError: in a way that is not known here, or in several at once.
+        SourceError: the file that says it is damaged.
     """
     path = folder / "1_Pooling" / "config.json"
     if not path.exists():
         return "mean"
-    config = read_any_json(path)
+    config = read_json(path)
     wanted = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    named = config.get("pooling_mode")
+    named = str(config.get("pooling_mode"))
     modes = [_SWITCHES.get(key) for key in wanted] or [{"lasttoken": "last"}.get(named, named)]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise UsageError(
@@ -168,7 +169,7 @@ def image_text_agreement(
         on_progress: told of each.
 
     Raises:
-        SourceError: the processor cannot read an image.
+        SourceError: the processor cannot read an image, or the model wants more than that.
     """
     text_config = getattr(getattr(model, "config", None), "text_config", None)
     longest = getattr(text_config, "max_position_embeddings", None)
@@ -177,14 +178,15 @@ def image_text_agreement(
         pixels = [processor(images=image, return_tensors="pt")["pixel_values"][0] for image in images]
 
     def of_text(embedder: Any, item: Tensor) -> Tensor:
-        return _features(embedder.get_text_features(input_ids=item[None]))
+        with foreign("the model cannot be given a text by its token ids alone"):
+            return _features(embedder.get_text_features(input_ids=item[None]))
 
     def of_image(embedder: Any, item: Tensor) -> Tensor:
-        return _features(embedder.get_image_features(pixel_values=item[None].to(embedder.dtype)))
+        with foreign("the model cannot be given an image by its pixels alone"):
+            return _features(embedder.get_image_features(pixel_values=item[None].to(embedder.dtype)))
 
-    with foreign("the model cannot be given texts and images one at a time"):
-        texts = _both(of_text, model, reference, ids, "texts", on_progress)
-        pictures = _both(of_image, model, reference, pixels, "images", on_progress)
+    texts = _both(of_text, model, reference, ids, "texts", on_progress)
+    pictures = _both(of_image, model, reference, pixels, "images", on_progress)
     closeness = [picture @ text.T for picture, text in zip(pictures, texts, strict=True)]
     return ImageTextAgreement(
         images=Agreement(_cosines(*pictures), _same(*(close.argmax(1) for close in closeness))),
@@ -198,9 +200,8 @@ def _short_ids(tokenizer: Any, line: str, model: nn.Module, longest: int | None)
     if longest is None or len(ids) <= longest:
         return ids
     with foreign("its tokenizer cannot cut the text"):
-        cut: Tensor = tokenizer(line, truncation=True, max_length=longest, return_tensors="pt")["input_ids"][
-            0
-        ]
+        made = tokenizer(line, truncation=True, max_length=longest, return_tensors="pt")
+    cut: Tensor = made["input_ids"][0]
     return cut
 
 
@@ -264,7 +265,7 @@ def read_images(folder: Path, limit: int | None) -> list[Any]:
         try:
             with Image.open(path) as image:
                 images.append(image.convert("RGB"))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # as Pillow's readers raise
             raise UsageError(f"--images: {path} is no image that Pillow reads ({error})") from error
     return images
 
