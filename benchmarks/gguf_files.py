@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 import kbitc
 from benchmarks.cpu import cpu_name
 from benchmarks.peer_environment import environment
-from benchmarks.quality.bootstrap import paired
 from benchmarks.quality.campaign import run, whole, write_json
 from benchmarks.quality.settings import TOOLS
 from benchmarks.tables import Section, markdown, print_section
 from kbitc.backends import find_exporter
 from kbitc.backends.gguf_export.target import padded
 from kbitc.cache import cache_folder
+from kbitc.evaluation.intervals import paired
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import read_text, windows
 

@@ -16,7 +16,6 @@ import kbitc
 from benchmarks.quality import campaign as campaigns
 from benchmarks.quality import comparison, kbitc_runs, peer_runs
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.bootstrap import paired
 from benchmarks.quality.campaign import Sizes, first_tokens, open_campaign, whole
 from benchmarks.quality.comparison import ablation, pairs, to_json
 from benchmarks.quality.counting import bits_per_param, embeddings, stored_bytes
@@ -28,6 +27,7 @@ from benchmarks.quality.settings import LINEARS, PEERS, SHIPPED, TOOLS, Peer
 from benchmarks.quality.workers.common import linears
 from kbitc.artifact.reader import Artifact
 from kbitc.errors import BudgetError, UsageError
+from kbitc.evaluation.intervals import paired
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.perplexity import perplexity
 from kbitc.formats.spec import parse

@@ -47,6 +47,9 @@ def test_contents(wheel, tmp_path):
     assert {
         f"kbitc/{path.relative_to(ROOT / 'kbitc')}" for path in ROOT.glob("kbitc/report/templates/*")
     } <= set(names)
+    assert {
+        f"kbitc/{path.relative_to(ROOT / 'kbitc')}" for path in ROOT.glob("kbitc/evaluation/tasks/*")
+    } <= set(names)
     (points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
     declared = zipfile.ZipFile(wheel).read(points).decode()
     assert "[torch_dynamo_backends]\nkbit = kbitc.backends.dynamo.backend:kbit\n" in declared

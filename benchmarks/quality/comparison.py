@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.bootstrap import Difference, paired
 from benchmarks.quality.campaign import Campaign
 from benchmarks.quality.kbitc_runs import Setting, linears_outcome, shipped_outcome
 from benchmarks.quality.peer_runs import Outcome
 from benchmarks.quality.settings import LINEARS, SHIPPED, Peer
+from kbitc.evaluation.intervals import Difference, paired
 
 PeerRun = Callable[[Peer], Outcome]
 

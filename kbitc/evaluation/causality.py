@@ -32,7 +32,7 @@ def check_causal(model: nn.Module, label: str) -> None:
     Raises:
         UsageError: it is no causal language model; says what it is.
     """
-    reason = _why_not(model)
+    reason = why_not_causal(model)
     if reason is not None:
         raise UsageError(
             f"{label}: is no causal language model: its class is {type(model).__name__}, which {reason}. "
@@ -41,7 +41,15 @@ def check_causal(model: nn.Module, label: str) -> None:
         )
 
 
-def _why_not(model: Any) -> str | None:
+def why_not_causal(model: Any) -> str | None:
+    """What a model does that no causal language model does, as the end of a sentence; None of one that is.
+
+    Args:
+        model: in eval mode, called without gradients.
+
+    Raises:
+        UsageError: an exported one that is none.
+    """
     if hasattr(model, "need_decoder"):  # an exported one says so itself
         model.need_decoder()
         return None

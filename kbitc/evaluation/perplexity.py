@@ -33,6 +33,8 @@ class Score:
         tokens: tokens that were predicted.
         divergence: mean KL divergence from the reference model to this one, nats per token.
         reference_loss: the reference model's own loss.
+        window_losses: of each window by itself, nats per token; windows are equally long.
+        reference_window_losses: the reference model's.
     """
 
     perplexity: float
@@ -40,6 +42,8 @@ class Score:
     tokens: int
     divergence: float | None = None
     reference_loss: float | None = None
+    window_losses: tuple[float, ...] = ()
+    reference_window_losses: tuple[float, ...] = ()
 
 
 def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: int | None) -> Tensor:
@@ -49,20 +53,37 @@ def windows(model: nn.Module, tokenizer: Any, text: str, context: int, limit: in
         UsageError: fewer tokens than one window, or a context that the model does not have.
         SourceError: the tokenizer fails, or is not the model's.
     """
+    check_context(model, context, least=2)
+    return cut(token_ids(tokenizer, text, model)[:limit], context, context)
+
+
+def check_context(model: nn.Module, context: int, least: int) -> None:
+    """Raises UsageError for windows shorter than ``least`` tokens, or longer than the model's positions."""
     longest = usable_positions(model)
-    if context < 2 or (longest is not None and context > longest):
+    if context < least or (longest is not None and context > longest):
         most = "tokens or more" if longest is None else f"to {longest} tokens"
-        raise UsageError(f"--context {context}: this model takes 2 {most}")
-    ids = token_ids(tokenizer, text, model)
-    ids = ids if limit is None else ids[:limit]
-    count = len(ids) // context
+        raise UsageError(f"--context {context}: this model takes {least} {most}")
+
+
+def cut(ids: Tensor, size: int, context: int) -> Tensor:
+    """Tokens ``(tokens,)`` in rows ``(count, size)``, the last partial one dropped.
+
+    Args:
+        ids: of a text.
+        size: of a row.
+        context: tokens a window, as the user gave it.
+
+    Raises:
+        UsageError: fewer than one row.
+    """
+    count = len(ids) // size
     if count == 0:
         raise UsageError(
             f"the text has {len(ids)} tokens, fewer than one window of --context {context}; give a "
             "longer text or a smaller --context"
         )
-    windowed: Tensor = ids[: count * context].view(count, context)
-    return windowed
+    rows: Tensor = ids[: count * size].view(count, size)
+    return rows
 
 
 @torch.inference_mode()
@@ -86,11 +107,12 @@ def perplexity(
     Raises:
         UsageError: the reference has another vocabulary.
     """
-    loss = divergence = wanted_loss = 0.0
+    divergence = 0.0
+    losses, wanted_losses = [], []
     for i, window in enumerate(ids):
         log_probs = _log_probs(model, window) if decoder is None else decoder.logits(window).log_softmax(-1)
         targets = window[1:, None]
-        loss -= float(log_probs.gather(-1, targets).double().sum())
+        losses.append(-float(log_probs.gather(-1, targets).double().sum()))
         if reference is not None:
             wanted = _log_probs(reference, window)
             if wanted.shape != log_probs.shape:
@@ -99,16 +121,19 @@ def perplexity(
                     "compare models of one vocabulary"
                 )
             divergence += float((wanted.exp() * (wanted - log_probs)).double().sum())
-            wanted_loss -= float(wanted.gather(-1, targets).double().sum())
+            wanted_losses.append(-float(wanted.gather(-1, targets).double().sum()))
         on_progress("scoring", i + 1, len(ids))
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    mean = loss / tokens
+    each = ids.shape[1] - 1
+    tokens = ids.shape[0] * each
+    mean = sum(losses) / tokens
     return Score(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         loss=mean,
         tokens=tokens,
         divergence=None if reference is None else divergence / tokens,
-        reference_loss=None if reference is None else wanted_loss / tokens,
+        reference_loss=None if reference is None else sum(wanted_losses) / tokens,
+        window_losses=tuple(loss / each for loss in losses),
+        reference_window_losses=tuple(loss / each for loss in wanted_losses),
     )
 
 
@@ -118,8 +143,12 @@ def _log_probs(model: nn.Module, window: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, option: str = "--text") -> str:
     """A UTF-8 text file.
+
+    Args:
+        path: of the file.
+        option: by which the user named it.
 
     Raises:
         UsageError: missing, empty, or not UTF-8.
@@ -127,9 +156,9 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--text {path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UsageError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text.strip():
-        raise UsageError(f"--text {path}: is empty")
+        raise UsageError(f"{option} {path}: is empty")
     return text
