@@ -22,6 +22,7 @@ COMMANDS = (
     "run",
     "evaluate",
     "bench",
+    "sweep",
     "export",
     "verify",
     "build_kernels",
