@@ -23,6 +23,8 @@ COMMANDS = (
     "evaluate",
     "bench",
     "sweep",
+    "scaling",
+    "advise",
     "export",
     "verify",
     "build_kernels",

@@ -52,6 +52,8 @@ class Row:
         context: tokens a window.
         text: name of the scored file.
         text_sha256: of its contents.
+        kept: names of the weights that stayed at 16 bits.
+        calibrate: the option that says on what quantizers that need it were calibrated; "" for none.
         calibration: what quantizers that need one were calibrated on; "" for none.
         seed: of whatever is drawn in calibrating.
         seconds: of quantizing and scoring.
@@ -85,6 +87,8 @@ class Row:
     context: int
     text: str
     text_sha256: str
+    kept: Sequence[str]
+    calibrate: str
     calibration: str
     seed: int
     seconds: float
@@ -236,8 +240,9 @@ def _checked(values: Mapping[str, Any]) -> Row:
 
 
 def _schema(arrow: Any) -> Any:
-    kinds = {"int": arrow.int64(), "float": arrow.float64(), "str": arrow.string(), "bool": arrow.bool_()}
-    kinds |= {"float | None": arrow.float64(), "Sequence[float]": arrow.list_(arrow.float64())}
+    text, real = arrow.string(), arrow.float64()
+    kinds = {"int": arrow.int64(), "float": real, "float | None": real, "str": text, "bool": arrow.bool_()}
+    kinds |= {"Sequence[float]": arrow.list_(real), "Sequence[str]": arrow.list_(text)}
     columns = [arrow.field(field.name, kinds[str(field.type)]) for field in fields(Row)]
     return arrow.schema(columns, metadata={FORMAT_KEY: str(TABLE_FORMAT)})
 

@@ -191,6 +191,8 @@ def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treat
         context=study.context,
         text=study.text_name,
         text_sha256=digest(study.text.encode()),
+        kept=[name for name in subject.program.weights if name not in subject.treated],
+        calibrate="" if treatment.quantizer == ABSMAX else study.calibrate,
         calibration="" if treatment.quantizer == ABSMAX else subject.calibration,
         seed=SEED,
         seconds=round(seconds, 3),
