@@ -12,7 +12,7 @@ from kbitc.cli import console
 from kbitc.cli.app import Json, app, examples
 
 if TYPE_CHECKING:
-    from kbitc.study.page import Study
+    from kbitc.study.page import Findings
 
 
 @app.command(
@@ -35,37 +35,37 @@ def scaling(
 ) -> None:
     """The best precision for any budget, scaling laws with intervals, and the k-bit paper's claims."""
     from kbitc.study.ledger import read_table
-    from kbitc.study.page import study_of, study_page
+    from kbitc.study.page import findings_of, study_page
 
     rows = read_table(results)
     with console.progress("fitting") as update:
         update("fits", 0, 0)
         if out is None:
-            study, beside = study_of(rows, family=family), []
+            found, beside = findings_of(rows, family=family), []
         else:
-            html, plots, study = study_page(rows, family)
+            html, plots, found = study_page(rows, family)
             beside = plots.write_beside(out)
             console.write_file(out, html)
     if as_json:
-        console.print_json(_to_json(study))
+        console.print_json(_to_json(found))
         return
-    console.out.print(_claims(study))
+    console.out.print(_claims(found))
     if out is not None:
         console.out.print(f"{out}, and {len(beside)} plots beside it", highlight=False)
 
 
-def _claims(study: Study) -> Table:
+def _claims(found: Findings) -> Table:
     table = Table(
-        title=f"{len(study.family.models)} models, curves of {study.reference}", title_justify="left"
+        title=f"{len(found.family.models)} models, curves of {found.reference}", title_justify="left"
     )
     for column in ("claim of the k-bit paper", "answer", "figures"):
         table.add_column(column)
-    for claim in study.claims:
+    for claim in found.claims:
         table.add_row(claim.text, claim.verdict, claim.evidence)
     return table
 
 
-def _to_json(study: Study) -> dict[str, Any]:
+def _to_json(found: Findings) -> dict[str, Any]:
     from dataclasses import asdict
 
     from kbitc.study.fits import Fitted
@@ -77,10 +77,10 @@ def _to_json(study: Study) -> dict[str, Any]:
         return {"parameters": parameters, "scale": fitted.scale, "warning": fitted.warning}
 
     return {
-        "family": f"{study.family.rows[0].family}, {study.reference.scope}",
-        "models": len(study.family.models),
-        "curves": str(study.reference),
-        "claims": [asdict(claim) for claim in study.claims],
-        "fits": {str(bits): told(fitted) for bits, fitted in study.powers.items()}
-        | {"joint": told(study.joint)},
+        "family": f"{found.family.rows[0].family}, {found.reference.scope}",
+        "models": len(found.family.models),
+        "curves": str(found.reference),
+        "claims": [asdict(claim) for claim in found.claims],
+        "fits": {str(bits): told(fitted) for bits, fitted in found.powers.items()}
+        | {"joint": told(found.joint)},
     }

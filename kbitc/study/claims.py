@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kbitc.study.curves import Family, Interval, Series, best_precision, between
+from kbitc.study.curves import Best, Family, Interval, Series, best_precision, between
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 FLOATS, QUANTILES, PLAINS = ("fp", "fp+paper"), ("quantile", "quantile+paper"), ("int", "dynamic")
+OURS = ("bof", "learned")
 FINE = (6, 7, 8)
 
 
@@ -64,15 +65,7 @@ def _four_is_best(family: Family, reference: Series) -> tuple[str, str]:
     if not found:
         return NOT_TESTABLE, "no two models at 4 bits and at another precision share a range of bits"
     shares = best_precision(curves)
-    best = (
-        ""
-        if shares is None
-        else "; shares of the axis won: "
-        + ", ".join(
-            f"{k} bits {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-            for k, share in shares.shares.items()
-        )
-    )
+    best = "" if shares is None else f"; shares of the axis won: {_told(shares)}"
     said = "; ".join(f"{k} bits minus 4: {gap}" for k, gap in found.items())
     return _above_zero(found.values(), is_all=len(found) == 4), f"{reference}: {said}{best}"
 
@@ -158,25 +151,28 @@ def _outliers(family: Family, _: Series) -> tuple[str, str]:
     return (NOT_TESTABLE if is_open and not four else NOT_REPRODUCED), text
 
 
-def _below_four(family: Family, _: Series) -> tuple[str, str]:
+def _below_four(family: Family, reference: Series) -> tuple[str, str]:
     said, wins = [], False
     for series in family.series:
-        if series.quantizer == "absmax" and series.type not in ("bof", "learned"):
+        if series.quantizer == "absmax" and series.type not in OURS:
             continue
         best = best_precision(family.curves(series))
         if best is None or min(best.shares) >= 4 or max(best.shares) < 4:
             continue
-        below = {k: share for k, share in best.shares.items() if k < 4}
-        wins |= any(share.low > 0.5 for share in below.values())
-        said.append(
-            f"{series}: " + ", ".join(
-                f"{k} bits {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-                for k, share in best.shares.items()
-            )
-        )  # fmt: skip
+        wins |= any(share.low > 0.5 for bits, share in best.shares.items() if bits < 4)
+        said.append(f"{series}: {_told(best)}")
     if not said:
         return NOT_TESTABLE, "no jobs of feedback, weighted, bof or learned at 4 bits and below"
-    return (REPRODUCED if wins else NOT_REPRODUCED), "shares of the axis won: " + "; ".join(said)
+    plain = best_precision(family.curves(reference))
+    compared = [] if plain is None else [f"for comparison {reference}: {_told(plain)}"]
+    return (REPRODUCED if wins else NOT_REPRODUCED), "shares of the axis won: " + "; ".join(said + compared)
+
+
+def _told(best: Best) -> str:
+    return ", ".join(
+        f"{bits} bits {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+        for bits, share in best.shares.items()
+    )
 
 
 def _zero_shot(_: Family, __: Series) -> tuple[str, str]:

@@ -28,7 +28,7 @@ BUDGETS = 12
 
 
 @dataclass(frozen=True)
-class Study:
+class Findings:
     """A family of models under one way to count bits, with all that is found out about it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Plots:
         return paths
 
 
-def study_of(rows: Sequence[Row], bits_count: str = TOTAL, family: str = "") -> Study:
+def findings_of(rows: Sequence[Row], bits_count: str = TOTAL, family: str = "") -> Findings:
     """The largest family of a table, or the one that is named, looked at.
 
     Args:
@@ -93,7 +93,7 @@ def study_of(rows: Sequence[Row], bits_count: str = TOTAL, family: str = "") -> 
     if reference is None:
         raise UsageError("the table has 16-bit models alone; 'kbitc sweep' with --bits adds quantized ones")
     powers = {bits: _power(chosen, reference, bits) for bits in chosen.precisions(reference)}
-    return Study(chosen, reference, powers, _joint(chosen, reference), judged(chosen, reference))
+    return Findings(chosen, reference, powers, _joint(chosen, reference), judged(chosen, reference))
 
 
 def _power(family: Family, series: Series, bits: int) -> Fitted | NoFit:
@@ -113,20 +113,20 @@ def _fit(form: Form, rows: Sequence[Row], x: Sequence[float]) -> Fitted | NoFit:
     return fit(form, [row.fingerprint for row in rows], x, [float(row.bits) for row in rows], losses, known)
 
 
-def study_page(rows: Sequence[Row], family: str = "") -> tuple[str, Plots, Study]:
+def study_page(rows: Sequence[Row], family: str = "") -> tuple[str, Plots, Findings]:
     """The page, its plots, and what it is of.
 
     Args:
         rows: of a table.
-        family: see :func:`study_of`.
+        family: see :func:`findings_of`.
 
     Raises:
-        UsageError: see :func:`study_of`.
+        UsageError: see :func:`findings_of`.
         BackendUnavailable: matplotlib is missing.
     """
     plots = Plots()
-    studies = [study_of(rows, bits_count, family) for bits_count in (TOTAL, PAPER)]
-    main = studies[0]
+    both = [findings_of(rows, bits_count, family) for bits_count in (TOTAL, PAPER)]
+    main = both[0]
     own = main.family
     facts = {
         "jobs of this family": f"{len(own.rows) + len(own.left_out)}",
@@ -135,11 +135,11 @@ def study_page(rows: Sequence[Row], family: str = "") -> tuple[str, Plots, Study
         "tokens scored by a job": f"{own.rows[0].tokens:,}",
     }
     sections = [
-        Section("The paper's claims", _claims(studies)),
-        *(_precisions(study, plots) for study in studies),
-        *(_fits(study, plots) for study in studies),
+        Section("The paper's claims", _claims(both)),
+        *(_precisions(found, plots) for found in both),
+        *(_fits(found, plots) for found in both),
         Section("Data types and block sizes", _kinds(own, plots)),
-        _checklist(studies[1]),
+        _checklist(both[1]),
         _others(rows, own),
         Section("Every job", _jobs(rows)),
     ]
@@ -151,12 +151,12 @@ def study_page(rows: Sequence[Row], family: str = "") -> tuple[str, Plots, Study
     return page("Scaling of k-bit models", subtitle, facts, sections), plots, main
 
 
-def _claims(studies: Sequence[Study]) -> Markup:
+def _claims(both: Sequence[Findings]) -> Markup:
     rows: list[list[Cell | str]] = []
-    for each in zip(*(study.claims for study in studies), strict=True):
+    for each in zip(*(found.claims for found in both), strict=True):
         alike = len({(claim.verdict, claim.evidence) for claim in each}) == 1
-        for study, claim in zip(studies[:1] if alike else studies, each, strict=False):
-            counted = "both" if alike else study.family.count
+        for found, claim in zip(both[:1] if alike else both, each, strict=False):
+            counted = "both" if alike else found.family.count
             rows.append([claim.text, Cell(claim.verdict), Cell(counted), Cell(claim.evidence, is_soft=True)])
     note = (
         "Intervals are of 95 %. Those at the same models and formats resample models and windows; those at "
@@ -166,13 +166,13 @@ def _claims(studies: Sequence[Study]) -> Markup:
     return render("noted", note=note, body=table(columns, rows))
 
 
-def _precisions(study: Study, plots: Plots) -> Section:
-    family = study.family
+def _precisions(found: Findings, plots: Plots) -> Section:
+    family = found.family
     title = f"Best precision by {family.count} bits"
-    curves = family.curves(study.reference)
+    curves = family.curves(found.reference)
     if not curves:
         return Section(title, render("noted", note="One model: there is no curve over sizes.", body=Markup()))
-    figure = precision_plot(family, study.reference, study.powers, is_fitted=False)
+    figure = precision_plot(family, found.reference, found.powers, is_fitted=False)
     drawn = plots.add(
         f"{family.count}-precision", figure, f"Loss against {COUNTS[family.count]}, a line a precision"
     )
@@ -204,19 +204,19 @@ def _precisions(study: Study, plots: Plots) -> Section:
     return Section(title, render("noted", note=note, body=body))
 
 
-def _fits(study: Study, plots: Plots) -> Section:
-    title = f"Fits over {study.family.count} bits"
-    every = {f"{bits} bits": fitted for bits, fitted in study.powers.items()}
-    if study.family.count == TOTAL:
-        every["all precisions"] = study.joint
+def _fits(found: Findings, plots: Plots) -> Section:
+    title = f"Fits over {found.family.count} bits"
+    every = {f"{bits} bits": fitted for bits, fitted in found.powers.items()}
+    if found.family.count == TOTAL:
+        every["all precisions"] = found.joint
     done = {name: fitted for name, fitted in every.items() if isinstance(fitted, Fitted)}
     none = {name: fitted.reason for name, fitted in every.items() if isinstance(fitted, NoFit)}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in none.items())
     if not done:
         note = f"No fit, of fewer than {FEWEST_SIZES} sizes above all. {reasons}."
         return Section(title, render("noted", note=note, body=Markup()))
-    figure = precision_plot(study.family, study.reference, study.powers, is_fitted=True)
-    drawn = plots.add(f"{study.family.count}-fits", figure, f"{POWER.equation}, a fit a precision")
+    figure = precision_plot(found.family, found.reference, found.powers, is_fitted=True)
+    drawn = plots.add(f"{found.family.count}-fits", figure, f"{POWER.equation}, a fit a precision")
     parts = [
         ("", drawn),
         ("parameters", _parameters(done)),
@@ -293,8 +293,8 @@ def _kinds(family: Family, plots: Plots) -> Markup:
     return render("noted", note=note, body=body)
 
 
-def _checklist(study: Study) -> Section:
-    answers = checklist(study.family, study.reference, study.powers, study.joint)
+def _checklist(found: Findings) -> Section:
+    answers = checklist(found.family, found.reference, found.powers, found.joint)
     rows: list[list[Cell | str]] = [
         [part, question, answer] for part, own in answers.items() for question, answer in own.items()
     ]

@@ -24,7 +24,6 @@ from kbitc.errors import SourceError
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.perplexity import window_losses, windows
 from kbitc.formats.layout import shared_bytes, stored_plain
-from kbitc.graph.context import Progress
 from kbitc.graph.program import Program, Weight
 from kbitc.graph.stored import rest_bytes
 from kbitc.passes.apply_plan import ApplyPlan
@@ -172,7 +171,6 @@ def open_subject(
     scope: str,
     treatments: list[Treatment],
     calibrate: str | Path,
-    on_progress: Progress,
 ) -> Subject:
     """Load a model, cut the text, and find out what the treatments need to know.
 
@@ -184,7 +182,6 @@ def open_subject(
         scope: see `kbitc.study.grid.SCOPES`.
         treatments: that will be asked for.
         calibrate: on what, for quantizers that need evidence; as ``kbitc compile --calibrate``.
-        on_progress: told of long work.
 
     Raises:
         UsageError: no causal language model, or too short a text.
@@ -210,7 +207,6 @@ def open_subject(
         PassManager(passes),
         calibrate if quantizers else "none",
         is_measured=bool(quantizers),
-        on_progress=on_progress,
         most=lambda _: ordered.FITTED + ordered.HELD_OUT if in_order else None,
     )
     program = run.program

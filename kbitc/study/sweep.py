@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kbitc.checkpoint import Checkpoint, open_checkpoint
 from kbitc.compiler.sampling import SEED
+from kbitc.errors import KbitcError
 from kbitc.evaluation.perplexity import BATCH_LOGITS, BATCH_TOKENS
 from kbitc.graph.context import Progress, silent
 from kbitc.study.grid import ABSMAX, LINEAR, Grid, Treatment
@@ -94,7 +96,7 @@ def sweep(
     on_progress: Progress = silent,
     on_row: Callable[[Row], object] = lambda _: None,
 ) -> Outcome:
-    """Run every job that is not done yet, and write the table.
+    """Run every job that is not done yet, and write the table, also of what was done before a stop.
 
     Args:
         models: folders, GGUF files, hub ids or "demo"; a model that is named twice counts once.
@@ -112,30 +114,20 @@ def sweep(
     with ledger.held():
         waiting, known = _waiting(models, study, treatments, ledger)
         total, done, saved = sum(map(len, waiting.values())), 0, time.monotonic()
-        for source, jobs in waiting.items():
-            if not jobs:
-                continue
-            with open_checkpoint(source) as checkpoint:
-                on_progress("jobs", done, total)
-                subject = open_subject(
-                    checkpoint,
-                    study.text,
-                    study.context,
-                    study.limit,
-                    study.scope,
-                    list(jobs.values()),
-                    study.calibrate,
-                    silent,
-                )
-                for key, treatment in jobs.items():
-                    row = _run(checkpoint, subject, study, key, treatment)
-                    ledger.add(row)
-                    done += 1
-                    on_row(row)
-                    on_progress(f"jobs {done}/{total}", done, total)
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        ledger.assemble()
-                        saved = time.monotonic()
+        on_progress("jobs", 0, total)
+        try:
+            for row in _run_all(waiting, study):
+                ledger.add(row)
+                done += 1
+                on_row(row)
+                on_progress(f"jobs {done}/{total}", done, total)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    ledger.assemble()
+                    saved = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(KbitcError):  # what went wrong first is what to tell
+                ledger.assemble()
+            raise
         return Outcome(ledger.assemble(), done, known)
 
 
@@ -152,6 +144,25 @@ def _waiting(
         waiting[source] = {key: job for key, job in jobs.items() if key not in seen and not ledger.has(key)}
         seen |= set(jobs)
     return waiting, len(seen) - sum(map(len, waiting.values()))
+
+
+def _run_all(waiting: Mapping[str, Mapping[str, Treatment]], study: Study) -> Iterator[Row]:
+    """Results of the jobs of each model, which is loaded once."""
+    for source, jobs in waiting.items():
+        if not jobs:
+            continue
+        with open_checkpoint(source) as checkpoint:
+            subject = open_subject(
+                checkpoint,
+                study.text,
+                study.context,
+                study.limit,
+                study.scope,
+                list(jobs.values()),
+                study.calibrate,
+            )
+            for key, treatment in jobs.items():
+                yield _run(checkpoint, subject, study, key, treatment)
 
 
 def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treatment: Treatment) -> Row:

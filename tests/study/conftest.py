@@ -27,7 +27,8 @@ def row(size, bits, *, type_="int", block=64, seed=0, loss=None, windows=16, **o
     losses = value + 0.05 * np.random.default_rng(seed).standard_normal(windows)
     losses += value - losses.mean()
     treated = size * 3 // 4
-    spec = "fp16" if bits == 16 else f"{type_}{bits}:{block}"
+    family, *flags = type_.split("+")
+    spec = "fp16" if bits == 16 else "+".join([f"{family}{bits}:{block}", *flags])
     made = {
         "model": f"models/{size}", "fingerprint": f"f{size}", "family": "llama-0", "parameters": size,
         "quantized_parameters": treated, "format": spec, "type": "fp16" if bits == 16 else type_, "bits": bits,

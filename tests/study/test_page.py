@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kbitc.errors import UsageError
-from kbitc.study.page import study_of, study_page
+from kbitc.study.page import findings_of, study_page
 
 REPORT = Path(__file__).parent.parent / "report" / "conftest.py"
 
@@ -55,23 +55,23 @@ def test_plots_lie_beside_as_png(made, tmp_path):
 
 
 def test_what_the_page_says(made):
-    html, _, study = made
+    html, _, found = made
     for text in ("The paper", "(Mis)Fitting checklist", "Every job", "best precision at a budget", "α", "δ"):
         assert text in html, text
     for question in ("Which objective?", "How are parameters counted?", "Does it extrapolate?"):
         assert question in html, question
-    assert study.joint.parameters["α"].value == pytest.approx(0.3, rel=0.1)
-    assert study.joint.parameters["γ"].value == pytest.approx(1.1, rel=0.1)
+    assert found.joint.parameters["α"].value == pytest.approx(0.3, rel=0.1)
+    assert found.joint.parameters["γ"].value == pytest.approx(1.1, rel=0.1)
 
 
 def test_fewer_than_four_sizes_are_no_fit_but_a_table(rows, check):
     few = [row for row in rows if row.parameters <= 400_000 and row.type in ("int", "fp16")]
-    html, plots, study = study_page(few)
+    html, plots, found = study_page(few)
     check(html)
     assert "3 models; a fit takes 4 sizes or more" in html
     assert "Every job" in html
     assert set(plots.drawn) == {"total-precision", "paper-precision", "types"}
-    assert study.joint.reason
+    assert found.joint.reason
 
 
 def test_one_model_is_a_table(rows, check):
@@ -90,8 +90,8 @@ def test_names_cannot_end_a_tag(rows, check):
 
 def test_tables_that_say_nothing(rows):
     with pytest.raises(UsageError, match="no job with a finite loss"):
-        study_of([replace(rows[0], loss=None)])
+        findings_of([replace(rows[0], loss=None)])
     with pytest.raises(UsageError, match="16-bit models alone"):
-        study_of(rows[:1])
+        findings_of(rows[:1])
     with pytest.raises(UsageError, match="--family"):
-        study_of(rows, family="gpt2")
+        findings_of(rows, family="gpt2")
