@@ -40,7 +40,7 @@ def precision_plot(
     best = best_precision(curves)
     if best is not None and not is_fitted:
         low = np.nanmin([curve.at(best.places)[0] for curve in curves.values()], 0)
-        axes.plot(best.places, low, color="#d55e00", linestyle=":", linewidth=2, label="frontier")
+        axes.plot(best.places, low, color="#d55e00", linestyle=":", linewidth=2.5, zorder=9, label="frontier")
     axes.set_xscale("log", base=2)
     axes.set_xlabel(COUNTS[family.count])
     axes.set_ylabel("loss, nats per token")
