@@ -72,7 +72,15 @@ def sweep_models(
     run again; the same command goes on where an interrupted one stopped. Each model is scored at 16 bits too.
     """
     from kbitc.evaluation.perplexity import read_text
-    from kbitc.study.grid import SCOPES, Grid, parse_bits, parse_numbers, parse_outliers, parse_types
+    from kbitc.study.grid import (
+        SCOPES,
+        Grid,
+        parse_bits,
+        parse_numbers,
+        parse_outliers,
+        parse_quantizers,
+        parse_types,
+    )
     from kbitc.study.ledger import need_arrow
     from kbitc.study.sweep import Study, sweep
 
@@ -83,7 +91,7 @@ def sweep_models(
         bits=parse_bits(bits),
         types=parse_types(types),
         blocks=parse_numbers("--blocks", blocks, 1, MOST_BLOCK),
-        quantizers=[name.strip() for name in quantizer.split(",")],
+        quantizers=parse_quantizers(quantizer),
         outliers=parse_outliers(outliers),
         with_mean=mean,
         is_flat=flat_blocks,

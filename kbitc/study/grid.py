@@ -130,6 +130,15 @@ def parse_types(text: str) -> list[str]:
     return names
 
 
+def parse_quantizers(text: str) -> list[str]:
+    """Of ``--quantizer``: names, with options in brackets or without.
+
+    >>> parse_quantizers("absmax, feedback(no-target, polish=1)")
+    ['absmax', 'feedback(no-target, polish=1)']
+    """
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text)]
+
+
 def parse_outliers(text: str) -> list[float]:
     """Of ``--outliers``: percentages of "proxy:2%".
 
