@@ -57,7 +57,7 @@ def test_formats_of_studies_have_no_command(make_row):
     assert best.command is not None
 
 
-@pytest.mark.parametrize("scope", ["linear", "all"])
+@pytest.mark.parametrize("scope", ["linear", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_command_makes_what_was_measured(kbitc_path, text, tmp_path, scope):
     table = tmp_path / "t.parquet"
     study = Study(Grid([3, 5], ["nf"], [32]), text.read_text("utf-8"), text.name, scope, 64, 512)

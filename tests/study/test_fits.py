@@ -57,8 +57,8 @@ def test_intervals_cover_each_parameter_in_90_of_100_draws(form, make):
 
 
 def test_intervals_of_a_few_draws():
-    hits, _ = covered(POWER, power_data, 20)
-    assert min(hits.values()) >= 16, hits
+    hits, _ = covered(POWER, power_data, 10)
+    assert min(hits.values()) >= 8, hits
 
 
 @pytest.mark.parametrize("form,make", LAWS, ids=["power", "joint"])
@@ -102,8 +102,8 @@ def unstable(random):
     ids=["step", "growing", "two slopes", "unstable"],
 )
 def test_data_of_another_law_are_flagged(form, make):
-    flagged = [bool(measured(form, make, seed).warning) for seed in range(5)]
-    assert sum(flagged) >= 5
+    flagged = [bool(measured(form, make, seed).warning) for seed in range(2)]
+    assert all(flagged)
 
 
 def test_too_few_sizes_are_no_fit():

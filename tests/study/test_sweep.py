@@ -68,7 +68,7 @@ def test_other_settings_are_other_jobs(swept, text, tmp_path):
     assert own.key("g", own.grid.treatments()[1]) != key
 
 
-@pytest.mark.parametrize("scope", ["linear", "all"])
+@pytest.mark.parametrize("scope", [pytest.param("linear", marks=pytest.mark.slow), "all"])
 def test_losses_and_bits_are_those_of_the_artifact(scope, text, tmp_path):
     """A job's loss is what evaluating the compiled model gives, and its bits are the bytes that lie there."""
     import kbitc
