@@ -131,7 +131,7 @@ def ngram_loss(train: np.ndarray, test: np.ndarray, vocab: int, order: int) -> f
 @torch.no_grad()
 def model_loss(model: LlamaForCausalLM, test: np.ndarray, context: int) -> float:
     """Return nats a token of test[1:], in windows that do not overlap (no help across them)."""
-    total, ids = 0.0, torch.from_numpy(test.astype(np.int64))
+    total, ids = 0.0, torch.from_numpy(test.astype(np.int64)).to(model.device)
     for i in range(0, len(ids) - 1, context):
         window = ids[i : i + context + 1]
         logits = model(input_ids=window[None, :-1]).logits[0].float()
@@ -157,7 +157,7 @@ def train_model(
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     first = 0
     if args.checkpoint.exists():
-        state = torch.load(args.checkpoint, weights_only=True)
+        state = torch.load(args.checkpoint, weights_only=True, map_location=model.device)
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         first = state["step"]
@@ -175,7 +175,7 @@ def train_model(
             shift, perm = rng.integers(args.context), rng.permutation(per_epoch)
             at = int(shift + perm[i % per_epoch] * args.context)
             rows.append(data[at : at + args.context + 1])
-        x = torch.stack(rows)
+        x = torch.stack(rows).to(model.device)
         logits = forward(input_ids=x[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
         opt.zero_grad()

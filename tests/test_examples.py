@@ -67,3 +67,31 @@ def test_train_demo_model(tmp_path):
     )  # fmt: skip
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+def test_train_family_goes_on_where_it_stopped(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    text = tmp_path / "text.txt"
+    words = "the quick brown fox jumps over a lazy dog while seven wizards mix potent brews".split()
+    lines = (" ".join(words[(i * j) % 14] for j in range(1, 12)) + "." for i in range(1, 6000))
+    text.write_text("\n".join(lines))
+    command = [
+        EXAMPLES / "train_family.py", text, "--out", tmp_path / "family", "--tokens-per-parameter", "0.2",
+        "--vocab", "300", "--batch", "2", "--context", "32", "--save-every", "20", "--threads", "1",
+    ]  # fmt: skip
+    run(*command, "--sizes", "20k")
+    printed = run(*command, "--sizes", "20k,40k")
+    assert "20k: " in printed
+    assert "step 50" not in printed.partition("40k: ")[0], "a size that is there is not trained again"
+    losses = {}
+    for size in ("20k", "40k"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "family" / size, trust_remote_code=False)
+        losses[size] = model.num_parameters()
+    assert 1.5 < losses["40k"] / losses["20k"] < 3
+    other = subprocess.run(
+        [sys.executable, *map(str, command), "--seed", "1"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1
+    assert "another seed" in other.stderr

@@ -33,6 +33,7 @@ ROOMS = [
     "kbitc.compiler",
     "kbitc.backends",
     "kbitc.evaluation",
+    "kbitc.study",
     "kbitc.training",
     "kbitc.cli",
 ]

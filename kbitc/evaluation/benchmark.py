@@ -6,9 +6,7 @@ loading on (Linux ``VmHWM``), so what loading needed for a moment does not count
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from kbitc.errors import SourceError
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.opening import open_model
 from kbitc.evaluation.speed import bytes_of_a_token, read_bandwidth, speed
+from kbitc.system.memory import forget_peak, peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +120,9 @@ def measure(
         bits = 8 * nbytes / sum(parameter.numel() for parameter in parameters)
     check_causal(model, source)
     decoder = make_decoder(model, backend, kv)
-    _forget_peak()
+    forget_peak()
     measured = speed(decoder, prompt_tokens, new_tokens, runs)
-    peak, bandwidth = _peak(), read_bandwidth()
+    peak, bandwidth = peak_bytes(), read_bandwidth()
     limit = bandwidth / bytes_of_a_token(model, nbytes)
     return {
         "decode": measured.decode,
@@ -138,21 +137,6 @@ def measure(
         "why_compiled": decoder.why_compiled,
         "is_compiled": float(decoder.name != "eager"),
     }
-
-
-def _forget_peak() -> None:
-    # Not Linux, or not allowed: the peak then includes loading.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from kbitc.checkpoint.dense import token_ids
+from kbitc.checkpoint.vocabulary import vocabulary_size
 from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.graph.positions import usable_positions
 
 if TYPE_CHECKING:
     from kbitc.backends import Decoder
+
+BATCH_TOKENS = 2**13
+"""Of windows that go through a model together: enough for the overhead of small models not to count."""
+BATCH_LOGITS = 2**26
+"""Values of their logits at most, 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,26 @@ def perplexity(
         window_losses=tuple(loss / each for loss in losses),
         reference_window_losses=tuple(loss / each for loss in wanted_losses),
     )
+
+
+@torch.inference_mode()
+def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean negative log-likelihood of each window: what :func:`perplexity` averages, several at a time.
+
+    Args:
+        model: causal language model.
+        ids: (windows, context) token ids.
+
+    Returns:
+        (windows,) float64, nats per token.
+    """
+    vocabulary = vocabulary_size(model) or 1
+    together = max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary) // ids.shape[1])
+    parts = []
+    for batch in ids.split(together):
+        log_probs = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        parts.append(-log_probs.gather(-1, batch[:, 1:, None]).double().mean((1, 2)))
+    return torch.cat(parts)
 
 
 def _log_probs(model: nn.Module, window: Tensor) -> Tensor:

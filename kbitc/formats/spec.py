@@ -18,6 +18,7 @@ SCALE_GROUP = 256  # scales that share one fp32 constant under double quantizati
 SUPER_BLOCK = 256  # weights whose scales are integers times one constant under +sb (llama.cpp's K-quants)
 INT8 = 8
 MAX_SCALE_BITS, MIN_SCALE_BITS = 8, 4
+OF_STUDIES = ("mean", "flat")  # flags of `kbitc.study.formats`, which no packed weight has
 EXAMPLES = "nf4:64, int3:128+zp, fp4e2:64+dq, nf3:64+out0.5%, fp16"
 
 _PATTERN = re.compile(r"(?P<family>[a-z_]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+))?(?::(?P<block>-?\d+))?")
@@ -256,6 +257,11 @@ def _parse_flag(text: str, flag: str) -> tuple[str, bool | float | str]:
         raise UsageError(
             f"'{text}': +out means the outlier features that are found in compiling a model; name a share "
             "here, for example +out1%"
+        )
+    if flag in OF_STUDIES:
+        raise UsageError(
+            f"'{text}': +{flag} is of studies alone ('kbitc sweep'), which store nothing: no packed weight "
+            "has it; +zp centres each block, and blocks that are packed lie within a row"
         )
     scales = _SCALES.fullmatch(flag)
     if scales is not None:

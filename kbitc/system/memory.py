@@ -1,4 +1,4 @@
-"""Memory that was freed, given back to the system.
+"""Memory that was freed, given back to the system, and the most that was held.
 
 The one thing to know: the C library keeps what a thread frees for that thread's next request. Between
 two kinds of work, of other sizes or in other threads, that is hundreds of megabytes that nobody uses.
@@ -6,9 +6,12 @@ two kinds of work, of other sizes or in other threads, that is hundreds of megab
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import resource
 from collections.abc import Callable
+from pathlib import Path
 
 
 def give_back() -> None:
@@ -26,3 +29,19 @@ def _trim() -> Callable[[int], int] | None:
     except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of that kind
         return None
     return trim
+
+
+def forget_peak() -> None:
+    """Let :func:`peak_bytes` count from now on; where that cannot be done, it counts from the start."""
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process held at a time."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,128 @@
+"""``kbitc sweep``: models by formats, a row of a table each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kbitc.cli import console
+from kbitc.cli.app import Json, app, examples
+from kbitc.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kbitc.study.sweep import Outcome
+
+MOST_BLOCK = 2**24
+
+
+@app.command(
+    "sweep",
+    epilog=examples(
+        "kbitc sweep demo --bits 3-8 --types int,fp,nf --blocks 64 --text heldout.txt -o results.parquet",
+        "kbitc sweep ~/family/* --bits 3-8 --types int,fp+paper,dynamic,quantile --blocks 64,1024 "
+        "--flat-blocks --mean --outliers proxy:2% --text ~/family/heldout.txt --context 128 -o r.parquet",
+        "kbitc sweep ~/family/* --bits 2-4 --types bof --quantizer feedback --text t.txt -o results.parquet",
+    ),
+)
+def sweep_models(
+    models: Annotated[list[str], typer.Argument(metavar="MODELS", help="Causal language models.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The table, a Parquet file; later sweeps add to it.")
+    ],
+    bits: Annotated[str, typer.Option("--bits", "-b", help="Of a code: numbers and ranges.")] = "3-8",
+    types: Annotated[
+        str, typer.Option(help="Data types; fp+paper, int+zp: with a variant or zero points; or all.")
+    ] = "int,fp,nf,dynamic,quantile",
+    blocks: Annotated[str, typer.Option(help="Weights a scale.")] = "64",
+    quantizer: Annotated[
+        str, typer.Option(help="What chooses codes and scales, see 'kbitc quantizers'.")
+    ] = "absmax",
+    outliers: Annotated[
+        str,
+        typer.Option(
+            metavar="proxy:P%",
+            help="Each format also with P % of the input features at 16 bits, by the proxy.",
+        ),
+    ] = "",
+    mean: Annotated[bool, typer.Option("--mean", help="Each format also centred: W - mean(W).")] = False,
+    flat_blocks: Annotated[
+        bool, typer.Option("--flat-blocks", help="Blocks run over the ends of rows, as the paper's do.")
+    ] = False,
+    scope: Annotated[
+        str,
+        typer.Option(
+            metavar="linear|all",
+            help="What is quantized: attention and feed-forward layers, or embeddings too.",
+        ),
+    ] = "linear",
+    context: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    limit_tokens: Annotated[int | None, typer.Option(min=2, help="Score the first N tokens only.")] = None,
+    calibrate: Annotated[
+        str, typer.Option(metavar="TEXT|self|random", help="For quantizers that need it, as 'kbitc compile'.")
+    ] = "self",
+    as_json: Json = False,
+) -> None:
+    """Score models at every bits, data type and block size; a row of a table each.
+
+    Weights are quantized in memory, and nothing but the table is written. A job that is in the table is not
+    run again; the same command goes on where an interrupted one stopped. Each model is scored at 16 bits too.
+    """
+    from kbitc.evaluation.perplexity import read_text
+    from kbitc.study.grid import (
+        SCOPES,
+        Grid,
+        parse_bits,
+        parse_numbers,
+        parse_outliers,
+        parse_quantizers,
+        parse_types,
+    )
+    from kbitc.study.ledger import need_arrow
+    from kbitc.study.sweep import Study, sweep
+
+    need_arrow()
+    if scope not in SCOPES:
+        raise UsageError(f"--scope: {did_you_mean('scope', scope, SCOPES)}")
+    grid = Grid(
+        bits=parse_bits(bits),
+        types=parse_types(types),
+        blocks=parse_numbers("--blocks", blocks, 1, MOST_BLOCK),
+        quantizers=parse_quantizers(quantizer),
+        outliers=parse_outliers(outliers),
+        with_mean=mean,
+        is_flat=flat_blocks,
+    )
+    grid.treatments()  # what is wrong with it is said before a model is opened
+    study = Study(grid, read_text(text), text.name, scope, context, limit_tokens, calibrate)
+    with console.progress("sweeping") as update:
+        outcome = sweep(models, study, out, update)
+    if as_json:
+        console.print_json(
+            {"table": str(out), "rows": len(outcome.rows), "ran": outcome.ran, "known": outcome.known}
+        )
+        return
+    console.out.print(_best(outcome))
+    console.out.print(
+        f"{outcome.ran} jobs ran, {outcome.known} were done before; {len(outcome.rows)} rows in {out}",
+        highlight=False,
+    )
+
+
+def _best(outcome: Outcome) -> Table:
+    """The lowest loss of each model at each precision."""
+    table = Table(title="lowest loss by bits of a code, nats per token", title_justify="left")
+    bits = sorted({row.bits for row in outcome.rows})
+    table.add_column("model")
+    for each in bits:
+        table.add_column(str(each), justify="right")
+    for model in dict.fromkeys(row.model for row in outcome.rows):
+        own = [row for row in outcome.rows if row.model == model and row.loss is not None]
+        best = [
+            min((row.loss for row in own if row.bits == each and row.loss), default=None) for each in bits
+        ]
+        table.add_row(model, *("" if loss is None else f"{loss:.4f}" for loss in best))
+    return table
