@@ -296,8 +296,8 @@ def train(name: str, seed: int, steps: int, learned: Tensor, held: Tensor) -> fl
         switchback(model)
     optimizer = make(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM))
-    generator = torch.Generator().manual_seed(seed)
-    for _ in track(range(steps), description=f"{name}, seed {seed}", console=Console(stderr=True)):
+    generator, console = torch.Generator().manual_seed(seed), Console(stderr=True)
+    for _ in track(range(steps), description=f"{name}, seed {seed}", console=console):
         batch = learned[torch.randint(len(learned), (BATCH,), generator=generator)]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -307,17 +307,17 @@ def train(name: str, seed: int, steps: int, learned: Tensor, held: Tensor) -> fl
     model.eval()
     with torch.inference_mode():
         losses = [model(input_ids=part, labels=part).loss.item() for part in held.split(BATCH)]
+    console.print(f"{name}, seed {seed}: {statistics.fmean(losses):.4f}", highlight=False)
     return statistics.fmean(losses)
 
 
 def training_section(args: argparse.Namespace) -> Section:
     """Held-out losses."""
-    console, (learned, held) = Console(stderr=True), windows_of(args.text)
+    learned, held = windows_of(args.text)
     rows: list[dict[str, Any]] = []
     for name in args.runs:
         losses = [train(name, seed, args.steps, learned, held) for seed in range(args.seeds)]
         row: dict[str, Any] = {"name": name, **{f"seed{i}": loss for i, loss in enumerate(losses)}}
-        console.print(f"{name}: {losses}", highlight=False)
         row["mean"] = statistics.fmean(losses)
         row["more"] = (row["mean"] / rows[0]["mean"] - 1) * 100 if rows else 0.0
         rows.append(row)
