@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -259,9 +259,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """Takes over a copy of what ``state_dict()`` gave, byte for byte, paged or not.
 
         Raises:
-            UsageError: states of other bits, blocks or sizes, or of another optimizer; names the first
-                parameter that does not fit, and nothing was changed.
-            ValueError: other groups of parameters.
+            UsageError: states of other bits, blocks or sizes, of another optimizer, or other groups of
+                parameters; names the first that does not fit, and nothing was changed.
         """
         check_groups(self.param_groups, state_dict["param_groups"])
         states = {}
@@ -298,11 +297,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             TypeError: states are paged.
         """
         if self._pages is not None:
-            self._refuse_pickling()
+            self._pages.__reduce__()
         return super().__getstate__()
-
-    def _refuse_pickling(self) -> NoReturn:
-        raise TypeError("an optimizer with paged states cannot be pickled or copied; save its state_dict()")
 
 
 def _pieces(move: _Move, param: Tensor, after: _Move | None) -> Iterator[_Piece]:

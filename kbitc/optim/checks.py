@@ -72,8 +72,11 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
 
 
 def check_groups(own: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
-    """Raises a UsageError where saved groups of parameters were kept in another layout than own ones."""
-    for index, (group, other) in enumerate(zip(own, saved, strict=False)):
+    """Raises a UsageError where saved groups are of other parameters, or were kept in another layout."""
+    sizes, others = ([len(group["params"]) for group in groups] for groups in (own, saved))
+    if sizes != others:
+        raise UsageError(f"the saved state has groups of {others} parameters, and this optimizer of {sizes}")
+    for index, (group, other) in enumerate(zip(own, saved, strict=True)):
         for option in LAID:
             if option not in other:
                 raise UsageError(

@@ -82,6 +82,8 @@ class PageFile:
 
     def prefetch(self, start: int, size_bytes: int) -> None:
         """Has the system read a part soon; does not wait for it."""
+        if size_bytes == 0:  # to the system, all that follows
+            return
         os.posix_fadvise(self._file.fileno(), start, size_bytes, os.POSIX_FADV_WILLNEED)
 
     def __reduce__(self) -> NoReturn:

@@ -224,6 +224,8 @@ def test_states_of_another_optimizer_or_size_are_an_error():
         fresh.load_state_dict(train(torch.optim.AdamW, 1)[1].state_dict())
     with pytest.raises(UsageError, match="parameter '0.weight': the saved state holds momentum_buffer"):
         fresh.load_state_dict(train(optim.SGD8bit, 1)[1].state_dict())
+    with pytest.raises(UsageError, match=r"groups of \[4\] parameters, and this optimizer of \[2\]"):
+        optim.AdamW8bit(nn.Linear(2, 2).parameters()).load_state_dict(optimizer.state_dict())
     broken = copy.deepcopy(optimizer.state_dict())
     broken["state"][2]["exp_avg_sq"] = torch.zeros(7, dtype=torch.uint8)
     with pytest.raises(UsageError, match="parameter '2.weight': exp_avg_sq is saved as torch.uint8"):
