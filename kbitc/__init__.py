@@ -66,7 +66,13 @@ _HOME = {
 }
 
 
+_ROOMS = ("nn", "optim", "training")
+"""Packages whose names users reach through this one."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"kbitc.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'kbitc' has no attribute '{name}'")
     module, attribute = _HOME[name]
@@ -76,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ROOMS})
 
 
 def compile(  # noqa: A001  # kbitc.compile, as torch.compile

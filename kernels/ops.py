@@ -78,7 +78,7 @@ def has_kernels(tensor: Tensor) -> bool:
     return native.load() if tensor.device.type == "cpu" else tensor.is_cuda and bool(_load_triton())
 
 
-def _op(
+def define_op(
     name: str, signature: str, fake: Callable[..., Any], *, is_native: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define ``kbit::name``, with the decorated function as its kernel wherever there is no better one.
@@ -127,14 +127,14 @@ def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.planes.shape[0])
 
 
-@_op("linear", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
+@define_op("linear", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     weight, bias = Operands.split(rest)
     _check_input("linear", x, weight.in_features)
     return reference.linear(x, weight, bias)
 
 
-@_op("linear_int8", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
+@define_op("linear_int8", f"(Tensor x, {WEIGHT}, Tensor? bias=None) -> Tensor", _fake_linear)
 def _linear_int8(x: Tensor, *rest: Any) -> Tensor:
     weight, bias = Operands.split(rest)
     _check_input("linear_int8", x, weight.in_features)
@@ -169,7 +169,9 @@ def _fake_linears(
     return x.new_empty(*x.shape[:-1], sum(weight.planes.shape[0] for weight in each))
 
 
-@_op("linears", "(Tensor x, Tensor?[] weights, int[] numbers, Tensor?[] biases) -> Tensor", _fake_linears)
+@define_op(
+    "linears", "(Tensor x, Tensor?[] weights, int[] numbers, Tensor?[] biases) -> Tensor", _fake_linears
+)
 def _linears(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -192,7 +194,7 @@ def _fake_input_grad(grad: Tensor, *operands: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], Operands(*operands).in_features)
 
 
-@_op("input_grad", f"(Tensor grad, {WEIGHT}) -> Tensor", _fake_input_grad)
+@define_op("input_grad", f"(Tensor grad, {WEIGHT}) -> Tensor", _fake_input_grad)
 def _input_grad(grad: Tensor, *operands: Any) -> Tensor:
     weight = Operands(*operands)
     _check_input("input_grad", grad, weight.planes.shape[0])
@@ -204,7 +206,7 @@ def _fake_embedding(ids: Tensor, *rest: Any) -> Tensor:
     return weight.planes.new_empty(*ids.shape, weight.in_features, dtype=dtype)
 
 
-@_op("embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor", _fake_embedding)
+@define_op("embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype) -> Tensor", _fake_embedding)
 def _embedding(ids: Tensor, *rest: Any) -> Tensor:
     return reference.embedding(ids, *Operands.split(rest))
 
@@ -214,7 +216,7 @@ def _fake_grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.planes.shape[1])
 
 
-@_op("grouped_linear", f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_linear)
+@define_op("grouped_linear", f"(Tensor x, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_linear)
 def _grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     weight, offsets = Operands.split(rest)
     _check_input("grouped_linear", x, weight.in_features)
@@ -226,7 +228,9 @@ def _fake_grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(grad.shape[0], weight.in_features)
 
 
-@_op("grouped_input_grad", f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_input_grad)
+@define_op(
+    "grouped_input_grad", f"(Tensor grad, {WEIGHT}, Tensor offsets) -> Tensor", _fake_grouped_input_grad
+)
 def _grouped_input_grad(grad: Tensor, *rest: Any) -> Tensor:
     return reference.grouped_input_grad(grad, *Operands.split(rest))
 
@@ -236,7 +240,7 @@ def _fake_dequantize(*given: Any) -> Tensor:
     return weight.planes.new_empty(*weight.planes.shape[:-1], weight.in_features, dtype=dtype)
 
 
-@_op("dequantize", f"({WEIGHT}, ScalarType dtype) -> Tensor", _fake_dequantize)
+@define_op("dequantize", f"({WEIGHT}, ScalarType dtype) -> Tensor", _fake_dequantize)
 def _dequantize(*given: Any) -> Tensor:
     return reference.dequantize(*Operands.split(given))
 
@@ -250,7 +254,7 @@ def _fake_select(experts: Tensor, *operands: Any) -> list[Tensor]:
     ]
 
 
-@_op("select", f"(Tensor experts, {WEIGHT}) -> Tensor[]", _fake_select, is_native=False)
+@define_op("select", f"(Tensor experts, {WEIGHT}) -> Tensor[]", _fake_select, is_native=False)
 def _select(experts: Tensor, *operands: Any) -> list[Tensor]:
     at, weight = experts.long(), Operands(*operands)
     if weight.scale_codebook is not None:
@@ -265,7 +269,7 @@ def _fake_encode(
     return rows.new_empty(rows.shape[0], row_bytes(rows.shape[1], bits), dtype=torch.uint8)
 
 
-@_op(
+@define_op(
     "encode",
     "(Tensor rows, Tensor scales, Tensor? zeros, Tensor codebook, Tensor? outlier_index, int bits, int block)"
     " -> Tensor",
@@ -281,7 +285,7 @@ def _fake_search(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor
     return new, new.new_empty(0) if zeros is None else torch.empty_like(new)
 
 
-@_op(
+@define_op(
     "search_scales",
     "(Tensor rows, Tensor importance, Tensor scales, Tensor? zeros, Tensor codebook, Tensor ratios, "
     "int block, int rounds) -> (Tensor, Tensor)",
@@ -308,7 +312,7 @@ def _fake_strip(given: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@_op(
+@define_op(
     "feed_back_strip",
     f"(Tensor wanted, Tensor factor, {LEVELS}) -> (Tensor codes, Tensor values, Tensor errors)",
     _fake_strip,
@@ -317,7 +321,7 @@ def _feed_back_strip(wanted: Tensor, factor: Tensor, *levels: Any) -> tuple[Tens
     return rounding.feed_back_strip(wanted, factor, rounding.Levels(*levels))
 
 
-@_op(
+@define_op(
     "descend_strip",
     f"(Tensor slope, Tensor start, Tensor moments, {LEVELS}) -> (Tensor codes, Tensor values, Tensor steps)",
     _fake_strip,

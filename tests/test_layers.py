@@ -20,6 +20,8 @@ ROOMS = [
     "kbitc.checkpoint",
     "kbitc.formats",
     "kbitc.kernels",
+    "kbitc.optim",
+    "kbitc.nn",
     "kbitc.tensor",
     "kbitc.graph",
     "kbitc.pipeline",

@@ -260,12 +260,17 @@ def dynamic_exponent(request: CodebookRequest) -> Floats:
     >>> dynamic_exponent(CodebookRequest(bits=2)).tolist()
     [-0.55, 0.0, 0.55, 1.0]
     """
-    decades = []
-    for i in range(request.bits - 1):
-        edges = np.linspace(0.1, 1.0, 2**i + 1)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - (request.bits - 2)))
-    positive = np.concatenate(decades)
+    positive = decades(request.bits - 1, 1)
     return np.sort(np.concatenate([-positive, [0.0], positive, [1.0]]))
+
+
+def decades(count: int, fewest: int) -> Floats:
+    """Midpoints of equal parts of [0.1, 1]: ``fewest`` in the lowest decade, twice as many in the next."""
+    found = []
+    for i in range(count):
+        edges = np.linspace(0.1, 1.0, fewest * 2**i + 1)
+        found.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - (count - 1)))
+    return np.concatenate(found)
 
 
 @family("quantile", is_fitted=True, variants={"paper": Variant()})

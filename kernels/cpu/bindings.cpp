@@ -12,6 +12,7 @@
 #include "bindings_rows.h"
 #include "bindings_sets.h"
 #include "bindings_step.h"
+#include "bindings_training.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kbit, m) {
   m.def("cpu_kernels() -> str");
@@ -48,4 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("search_scales", TORCH_BOX(&kbit::search_scales));
   m.impl("feed_back_strip", TORCH_BOX(&kbit::feed_back_strip));
   m.impl("descend_strip", TORCH_BOX(&kbit::descend_strip));
+  m.impl("optimizer_step", TORCH_BOX(&kbit::optimizer_step));
+  m.impl("update_squares", TORCH_BOX(&kbit::update_squares));
+  m.impl("round_tensor", TORCH_BOX(&kbit::round_tensor));
 }

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "row_ops.h"
 #include "tensors.h"
+#include "training.h"
 
 namespace kbit {
 namespace {
@@ -17,6 +18,7 @@ namespace {
 struct KernelSet {
   const Kernels* products;
   const RowKernels* rows;
+  const TrainingKernels* training;
 };
 
 // The kernel sets that this machine can run, best first. Nothing else of the others may be called.
@@ -29,14 +31,14 @@ const std::vector<KernelSet>& runnable() {
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      sets.push_back({avx512_kernels(), avx512_row_kernels()});
+      sets.push_back({avx512_kernels(), avx512_row_kernels(), avx512_training_kernels()});
     }
 #endif
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      sets.push_back({avx2_kernels(), avx2_row_kernels()});
+      sets.push_back({avx2_kernels(), avx2_row_kernels(), avx2_training_kernels()});
     }
 #endif
-    sets.push_back({portable_kernels(), portable_row_kernels()});
+    sets.push_back({portable_kernels(), portable_row_kernels(), portable_training_kernels()});
     return sets;
   }();
   return all;
@@ -61,6 +63,7 @@ std::atomic<const KernelSet*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->products; }
 const RowKernels& row_kernels() { return *chosen().load(std::memory_order_relaxed)->rows; }
+const TrainingKernels& training_kernels() { return *chosen().load(std::memory_order_relaxed)->training; }
 
 std::string cpu_kernels() { return kernels().name; }
 

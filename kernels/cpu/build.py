@@ -34,6 +34,7 @@ FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 PREBUILT = FOLDER / "kbit_cpu.so"  # in a wheel
 COMMON = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
+TRAINING = ("-fno-math-errno",)  # roots become vectors; every operation still rounds once
 ROWS = ("-ffp-contract=fast", "-fno-math-errno")  # sums of these have no order to keep
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
@@ -79,7 +80,11 @@ def kernel_recipe(*, for_any: bool = False) -> BuildRecipe:
     bindings: tuple[str, ...] = (f"-isystem{root / 'include'}", STABLE, "-O2")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     plain = ("-O2",) if is_x86 else ()  # few run it there
-    sets = [(FOLDER / "portable.cpp", plain), (FOLDER / "rows_portable.cpp", (*ROWS, *plain))]
+    sets = [
+        (FOLDER / "portable.cpp", plain),
+        (FOLDER / "rows_portable.cpp", (*ROWS, *plain)),
+        (FOLDER / "training_portable.cpp", (*TRAINING, *plain)),
+    ]
     if is_x86:
         sets = [*_vector_set("avx2", AVX2), *sets]
         if for_any or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -104,6 +109,7 @@ def _vector_set(name: str, flags: tuple[str, ...]) -> list[tuple[Path, tuple[str
         (FOLDER / f"{name}_gemv.cpp", (*flags, "-O2")),
         (FOLDER / f"{name}_rounding.cpp", flags),
         (FOLDER / f"rows_{name}.cpp", (*flags, *ROWS)),
+        (FOLDER / f"training_{name}.cpp", (*flags, *TRAINING)),
     ]
 
 
