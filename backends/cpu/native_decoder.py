@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kbitc.backends._decoding.cache import CacheFormat, GrowingCache, PackedCache, PlainCache
 from kbitc.backends._decoding.decoder import layer_count
 from kbitc.backends.cpu.generating import StepDecoder
+from kbitc.backends.cpu.native_keeping import kept_step
 from kbitc.backends.cpu.native_lowering import lower
 from kbitc.backends.cpu.native_program import NativeProgram
 from kbitc.backends.cpu.native_trace import export_tokens
@@ -30,7 +31,7 @@ AT_ONCE = 512  # tokens of a prompt that go through the model together
 
 
 class NativeDecoder(StepDecoder):
-    """Decodes with a native step, which it makes in a second or a few.
+    """Decodes with a native step, which is made in a second or a few, and kept.
 
     Attributes:
         model: as given.
@@ -51,7 +52,7 @@ class NativeDecoder(StepDecoder):
         if not load():
             raise Unknown("the native kernels are not there")
         self.passes = tuple(lowering_pipeline() if passes is None else passes)
-        self.program, self.fusions = native_step(model, self.passes)
+        self.program, self.fusions = kept_step(model, self.passes, lambda: native_step(model, self.passes))
         self._native = self.program.build()
         weakref.finalize(self, torch.ops.kbit.free_step, self._native)
 

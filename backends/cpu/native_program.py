@@ -98,6 +98,7 @@ class Assembler:
         numbers: floats that operations name by index.
         weights: packed ones.
         slots: heads and their size of each part of the key-value cache.
+        sources: what each constant was made of, alive, so that no other tensor gets a known one's address.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -106,8 +107,8 @@ class Assembler:
     numbers: list[float] = field(default_factory=list)
     weights: list[Operands] = field(default_factory=list)
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    sources: list[Tensor] = field(default_factory=list)
     _known: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    _alive: list[Tensor] = field(default_factory=list)  # so that no other tensor gets a known one's address
 
     def buffer(self, width: int) -> int:
         """A new buffer."""
@@ -127,7 +128,7 @@ class Assembler:
             own = tensor.detach()
             is_kept = is_dense and own.dtype in (torch.float16, torch.bfloat16)
             self.constants.append((own if is_kept else own.float()).contiguous())
-            self._alive.append(tensor)
+            self.sources.append(tensor)
         return self._known[key]
 
     def number(self, value: float) -> int:
@@ -193,7 +194,12 @@ class Assembler:
             code += [int(operation.code), *operation.words]
         slots = tuple(self.slots[i] for i in sorted(self.slots))
         return NativeProgram(
-            tuple(self.weights), tuple(self.constants), tuple(code), tuple(self.numbers), slots
+            tuple(self.weights),
+            tuple(self.constants),
+            tuple(code),
+            tuple(self.numbers),
+            slots,
+            tuple(self.sources),
         )
 
 
@@ -203,6 +209,7 @@ class NativeProgram:
 
     Attributes:
         slots: heads and their size of each part of a key-value cache: keys, then values, layer by layer.
+        sources: what each constant was made of.
     """
 
     weights: tuple[Operands, ...]
@@ -210,6 +217,7 @@ class NativeProgram:
     code: tuple[int, ...]
     numbers: tuple[float, ...]
     slots: tuple[tuple[int, int], ...] = ()
+    sources: tuple[Tensor, ...] = ()
 
     def build(self) -> int:
         """The kernels' number of the step, which is good until ``kbit::free_step``."""

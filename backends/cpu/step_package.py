@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,11 @@ from kbitc import cache
 from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding import decode_step, decoder
 from kbitc.backends._decoding.decode_step import TracedStep, export_step
+from kbitc.backends.cpu.step_key import step_key
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, first_line
-from kbitc.graph import matching, rewriting, weight_reads
 from kbitc.pipeline import Pass
-from kbitc.system.checksums import digest, digest_of_file, digests_in
+from kbitc.system.checksums import digests_in
 from kbitc.system.json_file import read_json
-from kbitc.version import VERSION
 
 PACKAGE = "step.pt2"
 CONSTANTS = "constants.safetensors"
@@ -52,45 +50,10 @@ def kept_packages() -> list[Path]:
 
 def package_key(model: Any, step: TracedStep, state: dict[str, Tensor], passes: Sequence[Pass]) -> str:
     """A name for everything that a package depends on."""
-    import transformers
-
-    config = model.config.to_dict()
-    # What says where a model came from; its tensors' dtypes and formats are listed below.
-    for name in ("quantization_config", "_name_or_path", "architectures", "dtype", "transformers_version"):
-        config.pop(name, None)
-    paths = {id(module): path for path, module in model.named_modules()}
-    places = [
-        (
-            *(
-                paths[id(module)],
-                leaf,
-                names,
-                str(weight.dtype),
-                weight.is_transposed,
-                weight.activations,
-                weight.geometry,
-            ),
-            weight.operands().numbers,
-        )
-        for module, leaf, weight, names in step.places
-    ]
-    modules = [decode_step, decoder, matching, weight_reads, rewriting]
-    modules += [sys.modules[type(pass_).__module__] for pass_ in passes]
-    # A pass that was typed in has no file.
-    sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
-    facts = {
-        "versions": [VERSION, torch.__version__, transformers.__version__, sys.version],
-        "sources": [digest_of_file(path) for path in (*sources, Path(__file__))],
-        "ops": [str(torch.ops.kbit.linears.default._schema), str(torch.ops.kbit.linear.default._schema)],
-        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()],
-        "options": OPTIONS,
-        "passes": [repr(pass_) for pass_ in passes],
-        "model": [type(model).__name__, config, model.config._attn_implementation],
-        "tensors": [(name, str(t.dtype), tuple(t.shape)) for name, t in state.items()],
-        "places": places,
-    }
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return f"{model.config.model_type}-{digest(text.encode())[:24]}"
+    ops = [str(torch.ops.kbit.linears.default._schema), str(torch.ops.kbit.linear.default._schema)]
+    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
+    files = [decode_step.__file__, decoder.__file__, __file__]
+    return step_key(model, step, state, passes, files, ops=ops, machine=machine, options=OPTIONS)
 
 
 def _cpu_flags() -> str:

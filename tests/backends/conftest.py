@@ -17,3 +17,10 @@ def fresh_dynamo(monkeypatch):
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def no_kept_steps(tmp_path_factory, monkeypatch):
+    """Every test traces its models itself, whatever earlier runs left."""
+    folder = tmp_path_factory.mktemp("cache") / "decode"
+    monkeypatch.setattr("kbitc.backends.cpu.native_keeping.kept_folder", lambda: folder)
