@@ -78,31 +78,38 @@ class PackedCache:
     """Numbers of k bits (`PackedRows`).
 
     Attributes:
-        spec: of each row of a token and a head; blocks run along the head.
+        keys: format of each row of a token and a head; blocks run along the head.
+        values: likewise.
     """
 
-    spec: Spec
+    keys: Spec
+    values: Spec
 
     def rows(self, room: int, heads: int, size: int, dtype: torch.dtype, *, is_keys: bool) -> PackedRows:
         """See `CacheFormat`."""
         del dtype
-        return PackedRows(self.spec, room, heads, size, is_keys=is_keys)
+        return PackedRows(self.keys if is_keys else self.values, room, heads, size, is_keys=is_keys)
 
 
 def cache_format(text: str) -> PlainCache | PackedCache:
-    """What ``--kv`` names: "fp16", or the spec of a k-bit cache.
+    """What ``--kv`` names: "fp16", the spec of a k-bit cache, or those of keys and of values with a comma.
 
-    >>> cache_format("int8:64").spec.bits
+    >>> cache_format("int8:64").values.bits
     8
+    >>> cache_format("int6:64,nf4:64").values.bits
+    4
 
     Raises:
         UsageError: no spec, or one whose scales or codebook need more than a row.
     """
-    spec = parse(text)
-    if spec.is_left_alone:
+    specs = [parse(part) for part in text.split(",")]
+    if len(specs) > 2:
+        raise UsageError(f"--kv {text}: name one format, or one of keys and one of values")
+    if all(spec.is_left_alone for spec in specs):
         return PlainCache(torch.float16)
-    check_spec(spec)
-    return PackedCache(spec)
+    for spec in specs:
+        check_spec(spec)
+    return PackedCache(specs[0], specs[-1])
 
 
 class PlainRows:

@@ -68,7 +68,8 @@ class Decoder:
         """Keep keys and values of new caches in a format.
 
         Args:
-            kv: "fp16", or the spec of a k-bit cache, for example "int8:64".
+            kv: "fp16", the spec of a k-bit cache, for example "int8:64", or those of keys and of values:
+                "int6:64,nf4:64".
 
         Raises:
             UsageError: no such format, or one that this decoder does not take.

@@ -34,6 +34,10 @@ def check_spec(spec: Spec) -> None:
     Raises:
         UsageError: scales or a codebook that need more than a row, or other ways to store.
     """
+    if spec.is_left_alone:
+        raise UsageError(
+            f"--kv: {spec} of keys or values does not go with k bits of the other; name two specs"
+        )
     strange = {
         "has a codebook fitted to all of a weight": spec.is_fitted,
         "divides by signed scales": spec.is_signed,

@@ -106,10 +106,10 @@ class NativeDecoder(StepDecoder):
         start, count = cache.growing[0].length, len(ids)
         slots = cache.addresses(count)
         positions = torch.arange(start, start + count)
-        codebook, numbers = _kept_as(cache)
+        codebooks, numbers = _kept_as(cache)
         try:
             logits: Tensor = torch.ops.kbit.run_step(
-                self._native, ids, positions, slots, [start], [count], list(wanted), codebook, numbers
+                self._native, ids, positions, slots, [start], [count], list(wanted), codebooks, numbers
             )
         except BaseException:
             cache.crop(-count)
@@ -117,15 +117,20 @@ class NativeDecoder(StepDecoder):
         return logits
 
 
-def _kept_as(cache: GrowingCache) -> tuple[Tensor | None, list[int]]:
-    """A cache as ``kbit::run_step`` takes it: its codebook; bits, block size, whether there are zeros."""
+def _kept_as(cache: GrowingCache) -> tuple[list[Tensor], list[int]]:
+    """A cache as ``kbit::run_step`` takes it.
+
+    Codebooks, bits, block sizes and whether there are zero points of keys and of values; or plain bits.
+    """
     kv = cache.format
     if isinstance(kv, PackedCache):
-        return shared_codebook(kv.spec), [kv.spec.bits, kv.spec.block, int(kv.spec.has_zero_point)]
+        both = (kv.keys, kv.values)
+        numbers = [(spec.bits, spec.block, int(spec.has_zero_point)) for spec in both]
+        return [shared_codebook(spec) for spec in both], [*numbers[0], *numbers[1]]
     dtype = (kv.dtype if isinstance(kv, PlainCache) else None) or cache.growing[0].dtype
     if dtype not in PLAIN:
         raise UsageError(f"the native step takes caches of float16, float32 or k bits, not of {dtype}")
-    return None, [8 * dtype.itemsize]
+    return [], [8 * dtype.itemsize]
 
 
 def native_step(model: nn.Module, passes: Sequence[Pass]) -> tuple[NativeProgram, dict[str, Fired]]:

@@ -46,9 +46,10 @@ Kv = Annotated[
     str | None,
     typer.Option(
         "--kv",
-        metavar="fp16|SPEC",
-        help="How keys and values are cached: fp16, or a spec such as int8:64 (half the memory) or nf4:64+zp "
-        "(a quarter). [default: fp16 on the backend cpu, else as the model computes]",
+        metavar="fp16|SPEC[,SPEC]",
+        help="How keys and values are cached: fp16, a spec such as int8:64 (half the memory), or one of keys "
+        "and one of values, such as int6:64,nf4:64 (a third). [default: fp16 on the backend cpu, else as the "
+        "model computes]",
     ),
 ]
 Dtype = Annotated[

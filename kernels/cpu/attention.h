@@ -212,7 +212,7 @@ inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t 
     for (int64_t j = 0; j < from.size; ++j) memory[i * from.size + j] = half_to_float(row[j]);
   }
   const int64_t row = (token + early) * a.key_heads + key_head;
-  unpack(*a.format, from, row, a.key_heads, count - early, memory + early * from.size);
+  unpack(from, row, a.key_heads, count - early, memory + early * from.size);
   return {memory, from.size};
 }
 

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kbit, m) {
   m.def("free_step(int step) -> ()");
   m.def(
       "run_step(int step, Tensor ids, Tensor positions, Tensor slots, int[] starts, int[] counts, int[] wanted, "
-      "Tensor? cache_codebook, int[] cache_numbers) -> Tensor");
+      "Tensor[] cache_codebooks, int[] cache_numbers) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kbit, CompositeExplicitAutograd, m) {

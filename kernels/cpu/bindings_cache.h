@@ -1,4 +1,4 @@
-// Keys and values of a k-bit cache, packed as they come: each row of a token and a key head for itself, keys centred,
+// Keys, or values, of a k-bit cache, packed as they come: each row of a token and a key head for itself, keys centred,
 // balanced and turned, the first tokens at float16. kbitc/backends/_decoding/packed_rows.py says why, and the same in
 // torch.
 #pragma once
@@ -42,8 +42,6 @@ class PackedCache {
   PackedCache(const PackedCache&) = delete;
   PackedCache& operator=(const PackedCache&) = delete;
 
-  const RowFormat& format() const { return format_; }
-
   // A sequence's keys, or values, of one layer: addresses of planes, scales, first, ways and zeros, 0 for what is not
   // there.
   static constexpr int64_t PARTS = 5;
@@ -52,9 +50,9 @@ class PackedCache {
     float* ways;  // of keys: (3, key_heads, size); null of values
     int64_t heads;
 
-    Place(const int64_t* addresses, int64_t key_heads, int64_t size)
+    Place(const PackedCache& own, const int64_t* addresses, int64_t key_heads, int64_t size)
         : rows{reinterpret_cast<const void*>(addresses[0]), pointer<const uint16_t>(addresses[1]),
-               pointer<const uint16_t>(addresses[4]), pointer<const uint16_t>(addresses[2]), size},
+               pointer<const uint16_t>(addresses[4]), pointer<const uint16_t>(addresses[2]), &own.format_, size},
           ways(pointer<float>(addresses[3])), heads(key_heads) {}
 
     float* squares() const { return ways; }

@@ -64,7 +64,7 @@ struct Operation {
 // How keys and values of a run are kept.
 struct Cache {
   CacheKind kind;
-  std::shared_ptr<const PackedCache> packed;  // of k bits
+  std::shared_ptr<const PackedCache> keys, values;  // of k bits
 };
 
 struct Sequence {
@@ -305,7 +305,7 @@ class Step {
     }
 
     CachedRows plain(const Sequence& sequence, int64_t slot, int64_t size) const {
-      return {reinterpret_cast<const void*>(sequence.slots[slot]), nullptr, nullptr, nullptr, size};
+      return {reinterpret_cast<const void*>(sequence.slots[slot]), nullptr, nullptr, nullptr, nullptr, size};
     }
 
     // New keys, or values, to the end of the cache.
@@ -328,21 +328,20 @@ class Step {
     // Both to the end of a k-bit cache, and where they lie.
     void store_packed(const Operation& o, const Sequence& sequence, Attention& all) const {
       const auto at = [&](int64_t slot) { return sequence.slots + slot * PackedCache::PARTS; };
-      const PackedCache::Place keys(at(o.key_slot), o.key_heads, o.width);
-      const PackedCache::Place values(at(o.value_slot), o.key_heads, o.value_size);
+      const PackedCache::Place keys(*cache.keys, at(o.key_slot), o.key_heads, o.width);
+      const PackedCache::Place values(*cache.values, at(o.value_slot), o.key_heads, o.value_size);
       const int64_t group = o.heads / o.key_heads;
       over_items(o.key_heads, sequence.count * o.key_heads * (o.width + o.value_size) * 16, 0, [&](int64_t head, float*) {
         for (int64_t i = 0; i < sequence.count; ++i) {
           const int64_t token = sequence.start + i;
           const float* queries = of(o.a, sequence.first + i) + head * group * o.a.stride[0];
           const auto row = [&](const Operand& x) { return of(x, sequence.first + i) + head * x.stride[0]; };
-          cache.packed->write(keys, token, head, row(o.key), queries, group, o.a.stride[0]);
-          cache.packed->write(values, token, head, row(o.value), nullptr, 0, 0);
+          cache.keys->write(keys, token, head, row(o.key), queries, group, o.a.stride[0]);
+          cache.values->write(values, token, head, row(o.value), nullptr, 0, 0);
         }
       });
       all.keys = keys.rows;
       all.values = values.rows;
-      all.format = &cache.packed->format();
       all.factors = keys.factors();
     }
 
@@ -620,27 +619,35 @@ std::shared_ptr<Step> find_step(int64_t step) {
 
 std::vector<double> step_spent(int64_t step) { return find_step(step)->spent(); }
 
-// A cache by what it was said to be: its codebook and three numbers (`PackedCache`), or its bits alone.
-Cache find_cache(const OptTensor& codebook, const std::vector<int64_t>& numbers) {
-  if (!codebook.has_value()) {
-    KBIT_CHECK(numbers.size() == 1 && (numbers[0] == 16 || numbers[0] == 32),
-               "kbit: a cache of plain numbers has 16 or 32 bits");
-    return {numbers[0] == 16 ? CacheKind::f16 : CacheKind::f32, nullptr};
-  }
+// A k-bit format of keys, or of values, by its codebook and three numbers (`PackedCache`).
+std::shared_ptr<const PackedCache> find_packed(const Tensor& codebook, const std::vector<int64_t>& numbers) {
   static std::mutex lock;
   // They hold on to their codebooks, so that no other gets the same address.
   static auto* known = new std::map<std::pair<const void*, std::vector<int64_t>>, std::shared_ptr<const PackedCache>>;
   const std::lock_guard<std::mutex> guard(lock);
-  auto& own = (*known)[{codebook->const_data_ptr(), numbers}];
-  if (own == nullptr) own = std::make_shared<PackedCache>(*codebook, numbers);
-  return {CacheKind::packed, own};
+  auto& own = (*known)[{codebook.const_data_ptr(), numbers}];
+  if (own == nullptr) own = std::make_shared<PackedCache>(codebook, numbers);
+  return own;
+}
+
+// A cache: of numbers by their bits; of k bits by the codebooks of keys and of values, and three numbers of each.
+Cache find_cache(const std::vector<Tensor>& codebooks, const std::vector<int64_t>& numbers) {
+  if (codebooks.empty()) {
+    KBIT_CHECK(numbers.size() == 1 && (numbers[0] == 16 || numbers[0] == 32),
+               "kbit: a cache of plain numbers has 16 or 32 bits");
+    return {numbers[0] == 16 ? CacheKind::f16 : CacheKind::f32, nullptr, nullptr};
+  }
+  KBIT_CHECK(codebooks.size() == 2 && numbers.size() == 6,
+             "kbit: a k-bit cache has a codebook and three numbers of keys, and of values");
+  return {CacheKind::packed, find_packed(codebooks[0], {numbers.begin(), numbers.begin() + 3}),
+          find_packed(codebooks[1], {numbers.begin() + 3, numbers.end()})};
 }
 
 // ids, positions: (tokens) int64. slots: (sequences, slots) int64 addresses; starts, counts: of each sequence.
 // The cache: see `find_cache`. Logits (wanted, vocabulary) float32.
 Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const Tensor& slots,
                 const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
-                const std::vector<int64_t>& wanted, const OptTensor& codebook,
+                const std::vector<int64_t>& wanted, const std::vector<Tensor>& codebooks,
                 const std::vector<int64_t>& numbers) {
   const std::shared_ptr<Step> own = find_step(step);
   const int64_t tokens = ids.numel();
@@ -658,7 +665,7 @@ Tensor run_step(int64_t step, const Tensor& ids, const Tensor& positions, const 
     first += counts[i];
   }
   KBIT_CHECK(first == tokens, "kbit: the sequences have ", first, " tokens, not ", tokens);
-  const Cache cache = find_cache(codebook, numbers);
+  const Cache cache = find_cache(codebooks, numbers);
   KBIT_CHECK(slots.size(1) == own->addresses(cache.kind), "kbit: the step has a cache of ",
              own->addresses(cache.kind), " parts, not ", slots.size(1));
   int64_t before = -1;

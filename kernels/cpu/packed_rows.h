@@ -113,7 +113,8 @@ void unpack_bits(const RowFormat& f, const CachedRows& from, int64_t row, int64_
 }
 
 // `count` rows from `row` on, `apart` of them from one another, to (count, size) floats.
-inline void unpack(const RowFormat& f, const CachedRows& from, int64_t row, int64_t apart, int64_t count, float* out) {
+inline void unpack(const CachedRows& from, int64_t row, int64_t apart, int64_t count, float* out) {
+  const RowFormat& f = *from.format;
   constexpr int64_t WHOLE = 8 * W;  // columns of a chunk whose groups are vectors
   if (from.size % WHOLE == 0 && f.block_shift >= 3) {
     KBIT_BY_BITS(f.bits, unpack_bits<K>(f, from, row, apart, count, out));

@@ -41,6 +41,7 @@ struct CachedRows {
   const uint16_t* scales;  // packed: float16, one for each block of a row
   const uint16_t* zeros;  // packed: likewise, or null
   const uint16_t* first;  // packed: the first FIRST_TOKENS, float16
+  const RowFormat* format;  // packed
   int64_t size;
 };
 
@@ -50,7 +51,6 @@ struct Attention {
   int64_t query_token, query_head;
   CachedRows keys, values;
   CacheKind kind;
-  const RowFormat* format;  // of packed ones
   const float* factors;  // (key_heads, size): of keys that lie turned; null of others
   float* out;  // token t, head h: out[t * out_token + h * values.size]
   int64_t out_token;

@@ -178,7 +178,7 @@ def test_several_sequences_at_once(tiny_model):
     ids = torch.cat([text[-2:] for text in texts])
     positions = torch.cat([torch.arange(start, start + 2) for start in starts])
     got = torch.ops.kbit.run_step(
-        decoder._native, ids, positions, torch.cat(slots), starts, [2, 2, 2], [1, 3, 5], None, [32]
+        decoder._native, ids, positions, torch.cat(slots), starts, [2, 2, 2], [1, 3, 5], [], [32]
     )
     assert relative(got, torch.cat(apart)) < 2e-4  # six rows may take other kernels than two
 
@@ -311,15 +311,15 @@ def test_what_a_step_refuses(tiny_model):
     slots = decoder.new_cache().addresses(4)
     run, step = torch.ops.kbit.run_step, decoder._native
     with pytest.raises(RuntimeError, match="no step 0"):
-        run(0, ids, ids, slots, [0], [4], [3], None, [16])
+        run(0, ids, ids, slots, [0], [4], [3], [], [16])
     with pytest.raises(RuntimeError, match="int64 tokens"):
-        run(step, ids.int(), ids, slots, [0], [4], [3], None, [16])
+        run(step, ids.int(), ids, slots, [0], [4], [3], [], [16])
     with pytest.raises(RuntimeError, match="have 3 tokens, not 4"):
-        run(step, ids, ids, slots, [0], [3], [3], None, [16])
+        run(step, ids, ids, slots, [0], [3], [3], [], [16])
     with pytest.raises(RuntimeError, match="a cache of 4 parts, not 2"):
-        run(step, ids, ids, slots[:, :2].contiguous(), [0], [4], [3], None, [16])
+        run(step, ids, ids, slots[:, :2].contiguous(), [0], [4], [3], [], [16])
     for wanted in ([4], [-1], [2, 2], [3, 1]):
         with pytest.raises(IndexError, match="rise within"):
-            run(step, ids, ids, slots, [0], [4], wanted, None, [16])
+            run(step, ids, ids, slots, [0], [4], wanted, [], [16])
     with pytest.raises(RuntimeError, match="ends too early"):
         torch.ops.kbit.build_step([], [], [], [1, 16], [])
