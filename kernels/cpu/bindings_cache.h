@@ -55,12 +55,14 @@ class PackedCache {
                pointer<const uint16_t>(addresses[4]), pointer<const uint16_t>(addresses[2]), &own.format_, size},
           ways(pointer<float>(addresses[3])), heads(key_heads) {}
 
-    float* squares() const { return ways; }
-    float* centre() const { return ways + heads * rows.size; }
-    // Null while keys lie as they are.
-    const float* factors() const {
-      const float* own = ways == nullptr ? nullptr : ways + 2 * heads * rows.size;
-      return own != nullptr && *own != 0.0f ? own : nullptr;
+    bool are_keys() const { return ways != nullptr; }
+    float* squares(int64_t head) const { return ways + head * rows.size; }
+    float* centre(int64_t head) const { return ways + (heads + head) * rows.size; }
+    float* factors(int64_t head) const { return ways + (2 * heads + head) * rows.size; }
+    // Whether they are known; until then keys lie as they are.
+    bool is_turned(int64_t head) const { return are_keys() && *factors(head) != 0.0f; }
+    uint16_t* early(int64_t token, int64_t head) const {
+      return const_cast<uint16_t*>(rows.first) + (token * heads + head) * rows.size;
     }
 
    private:
@@ -75,20 +77,21 @@ class PackedCache {
              int64_t apart) const {
     const int64_t size = to.rows.size;
     const bool is_early = token < FIRST_TOKENS;
-    if (to.ways != nullptr) {
-      if (token == 0) {
-        for (int64_t part = 0; part < 3; ++part) std::fill_n(to.ways + (part * to.heads + head) * size, size, 0.0f);
+    if (to.are_keys() && token == 0) {
+      for (float* part : {to.squares(head), to.centre(head), to.factors(head)}) std::fill_n(part, size, 0.0f);
+    }
+    if (to.are_keys() && !to.is_turned(head)) {
+      if (is_early) {
+        add_squares(queries, group, apart, size, to.squares(head));
+      } else {
+        settle(to, head);
       }
-      if (is_early && to.ways[(2 * to.heads + head) * size] == 0.0f) {
-        add_squares(queries, group, apart, size, to.squares() + head * size);
-      }
-      if (!is_early && to.ways[(2 * to.heads + head) * size] == 0.0f) settle(to, head);
     }
     thread_local std::vector<float> memory;
     memory.assign(x, x + size);
     turn(to, head, memory.data());
     if (is_early) {
-      row_kernels().to_half(memory.data(), size, const_cast<uint16_t*>(to.rows.first) + (token * to.heads + head) * size);
+      row_kernels().to_half(memory.data(), size, to.early(token, head));
     } else {
       pack(memory.data(), to.rows, token * to.heads + head);
     }
@@ -105,14 +108,13 @@ class PackedCache {
   static void settle(const Place& to, int64_t head) {
     constexpr float LEAST = 1e-4f;  // of the mean square of a head's channels: what a channel counts at least
     const int64_t size = to.rows.size;
-    float* queries = to.squares() + head * size;
-    float* centre = to.centre() + head * size;
-    float* factors = centre + to.heads * size;
-    const auto at = [&](int64_t token) { return const_cast<uint16_t*>(to.rows.first) + (token * to.heads + head) * size; };
+    const float* queries = to.squares(head);
+    float* centre = to.centre(head);
+    float* factors = to.factors(head);
     std::vector<float> keys(static_cast<size_t>(size), 0.0f), rows(static_cast<size_t>(FIRST_TOKENS * size));
     for (int64_t t = 0; t < FIRST_TOKENS; ++t) {
       for (int64_t i = 0; i < size; ++i) {
-        rows[t * size + i] = from_half(at(t)[i]);
+        rows[t * size + i] = from_half(to.early(t, head)[i]);
         centre[i] += rows[t * size + i] / FIRST_TOKENS;
       }
     }
@@ -135,16 +137,16 @@ class PackedCache {
     for (int64_t i = 0; i < size; ++i) factors[i] /= largest;
     for (int64_t t = 0; t < FIRST_TOKENS; ++t) {
       turn(to, head, rows.data() + t * size);
-      row_kernels().to_half(rows.data() + t * size, size, at(t));
+      row_kernels().to_half(rows.data() + t * size, size, to.early(t, head));
     }
   }
 
   // H ((x - centre) * factors), where they are known.
   static void turn(const Place& to, int64_t head, float* x) {
     const int64_t size = to.rows.size;
-    if (to.ways == nullptr || to.ways[(2 * to.heads + head) * size] == 0.0f) return;
-    const float* centre = to.centre() + head * size;
-    const float* factors = centre + to.heads * size;
+    if (!to.is_turned(head)) return;
+    const float* centre = to.centre(head);
+    const float* factors = to.factors(head);
     for (int64_t i = 0; i < size; ++i) x[i] = (x[i] - centre[i]) * factors[i];
     row_kernels().turn(x, size);
   }

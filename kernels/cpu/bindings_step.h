@@ -342,7 +342,7 @@ class Step {
       });
       all.keys = keys.rows;
       all.values = values.rows;
-      all.factors = keys.factors();
+      all.factors = keys.is_turned(0) ? keys.factors(0) : nullptr;  // all heads are, or none
     }
 
     // Key heads, and of each the segments of the cache, as they come.
