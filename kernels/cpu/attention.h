@@ -209,7 +209,7 @@ inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t 
   const int64_t early = std::max(int64_t{0}, std::min(FIRST_TOKENS - token, count));
   for (int64_t i = 0; i < early; ++i) {
     const uint16_t* row = from.first + ((token + i) * a.key_heads + key_head) * from.size;
-    for (int64_t j = 0; j < from.size; ++j) memory[i * from.size + j] = half_to_float(row[j]);
+    halves_to_floats(row, from.size, memory + i * from.size);
   }
   const int64_t row = (token + early) * a.key_heads + key_head;
   unpack(from, row, a.key_heads, count - early, memory + early * from.size);

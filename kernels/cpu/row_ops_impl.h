@@ -177,9 +177,7 @@ void to_floats(const Dense& from, int64_t row, int64_t width, float* out) {
     }
     return;
   }
-  int64_t i = 0;
-  for (; i + W <= width; i += W) store(out + i, load(data + i));
-  for (; i < width; ++i) out[i] = one(data + i);
+  halves_to_floats(data, width, out);
 }
 
 void dense(const float* a, int64_t m, int64_t a_apart, const Dense& b, int64_t first, int64_t n, int64_t k, float* row,

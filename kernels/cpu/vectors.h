@@ -50,6 +50,11 @@ inline V load(const uint16_t* p) {
   return v;
 #endif
 }
+inline void halves_to_floats(const uint16_t* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(out + i, load(x + i));
+  for (; i < count; ++i) out[i] = half_to_float(x[i]);
+}
 inline float one(const float* p) { return *p; }
 inline float one(const uint16_t* p) { return half_to_float(*p); }
 
