@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from kbitc.tensor.kbit_tensor import KbitTensor
 
 
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors share that are the same numbers in the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class LiftedModel(nn.Module):
     """A model without its packed weights, and their tensors as buffers.
 
@@ -35,7 +40,7 @@ class LiftedModel(nn.Module):
                     continue
                 names = {}
                 for field, tensor in weight.packed.tensors().items():
-                    key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                    key = place_of(tensor)
                     if key not in known:
                         known[key] = f"packed_{len(known)}"
                         self.register_buffer(known[key], tensor, persistent=False)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from kbitc.backends._decoding.cache import GrowingCache
 from kbitc.backends._decoding.decode_step import TracedStep
 from kbitc.backends.cpu.generating import StepDecoder
+from kbitc.backends.cpu.step_key import kept_folder
 from kbitc.backends.cpu.step_package import (
     FUSIONS,
     compile_package,
     is_whole,
     load_package,
-    package_folder,
     package_key,
 )
 from kbitc.pipeline import Pass
@@ -50,7 +50,7 @@ class CompiledDecoder(StepDecoder):
         self.passes = tuple(lowering_pipeline() if passes is None else passes)
         step = TracedStep(model)
         state = step.state()
-        root = package_folder()
+        root = kept_folder()
         key = package_key(model, step, state, self.passes)
         self.package = root / key
         self.was_compiled = not is_whole(self.package)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from kbitc import cache
 from kbitc.backends._decoding import lifted as lifted_model
 from kbitc.backends._decoding.decoder import layer_count
+from kbitc.backends._decoding.lifted import place_of
 from kbitc.backends.cpu import native_lowering, native_nodes, native_program, native_trace, native_values
 from kbitc.backends.cpu.native_program import NativeProgram
 from kbitc.backends.cpu.native_trace import TracedTokens
-from kbitc.backends.cpu.step_key import step_key
+from kbitc.backends.cpu.step_key import kept_folder, step_key
 from kbitc.errors import BackendUnavailable, SourceError
 from kbitc.formats.packed import Operands
 from kbitc.graph import tracing
@@ -33,11 +34,6 @@ from kbitc.system.json_file import read_json, well_formed
 
 MOST_NUMBERS = 1 << 16  # of constants that are written down
 Made = tuple[NativeProgram, dict[str, Fired]]
-
-
-def kept_folder() -> Path:
-    """Where steps are kept."""
-    return cache.cache_folder() / "decode"
 
 
 def kept_step(model: nn.Module, passes: Sequence[Pass], make: Callable[[], Made]) -> Made:
@@ -83,23 +79,19 @@ def _key(model: nn.Module, lifted: TracedTokens, state: dict[str, Tensor], passe
     return step_key(model, lifted, state, passes, [*sources, __file__], contents=plain)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
 def _written(
     program: NativeProgram, fusions: Mapping[str, Fired], state: Mapping[str, Tensor]
 ) -> dict[str, Any] | None:
     """A program as plain data; None if it has weights that are not the model's, or large constants."""
-    names = {_place(tensor): name for name, tensor in state.items()}
+    names = {place_of(tensor): name for name, tensor in state.items()}
     weights, constants, left = [], [], MOST_NUMBERS
     for weight in program.weights:
-        own = [None if tensor is None else names.get(_place(tensor), "") for tensor in weight.tensors]
+        own = [None if tensor is None else names.get(place_of(tensor), "") for tensor in weight.tensors]
         if "" in own:
             return None
         weights.append([own, list(weight.numbers)])
     for source, constant in zip(program.sources, program.constants, strict=True):
-        name = names.get(_place(source))
+        name = names.get(place_of(source))
         if name is not None:
             constants.append({"name": name, "is_dense": constant.dtype != torch.float32})
             continue

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kbitc.backends._decoding.lifted import place_of
 from kbitc.formats.packed import Operands
 
 DIMS = 4  # of an elementwise operation
@@ -122,7 +123,7 @@ class Assembler:
             tensor: of floats.
             is_dense: a matrix, which stays in its 16 bits; all else is float32.
         """
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), is_dense)
+        key = (*place_of(tensor), is_dense)
         if key not in self._known:
             self._known[key] = len(self.constants)
             own = tensor.detach()

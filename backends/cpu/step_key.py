@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from kbitc.backends._decoding.lifted import LiftedModel
+from kbitc.cache import cache_folder
 from kbitc.graph import matching, rewriting, weight_reads
 from kbitc.pipeline import Pass
 from kbitc.system.checksums import digest, digest_of_file
 from kbitc.version import VERSION
+
+
+def kept_folder() -> Path:
+    """Where decode steps are kept, native and compiled ones."""
+    return cache_folder() / "decode"
 
 
 def step_key(

@@ -19,7 +19,7 @@ from kbitc import cache
 from kbitc.backends._compiler import missing_compiler
 from kbitc.backends._decoding import decode_step, decoder
 from kbitc.backends._decoding.decode_step import TracedStep, export_step
-from kbitc.backends.cpu.step_key import step_key
+from kbitc.backends.cpu.step_key import kept_folder, step_key
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, first_line
 from kbitc.pipeline import Pass
 from kbitc.system.checksums import digests_in
@@ -37,14 +37,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def package_folder() -> Path:
-    """Where packages are kept."""
-    return cache.cache_folder() / "decode"
-
-
 def kept_packages() -> list[Path]:
     """The packages that are there, of any model."""
-    folders = (file.parent for file in package_folder().glob(f"*/{PACKAGE}"))
+    folders = (file.parent for file in kept_folder().glob(f"*/{PACKAGE}"))
     return sorted(folder for folder in folders if not folder.name.startswith("."))  # those are not complete
 
 

@@ -31,13 +31,10 @@ class PackedCache {
     format_.bits = static_cast<int>(bits);
     format_.block = block;
     format_.block_shift = (block & (block - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(block)) : -1;
-    format_.first = levels_[0];
-    format_.step = levels > 1 ? (levels_[levels - 1] - levels_[0]) / static_cast<float>(levels - 1) : 0.0f;
-    format_.is_even = true;
-    for (int64_t i = 0; i < levels; ++i) {
-      const float even = format_.first + format_.step * static_cast<float>(i);
-      format_.is_even &= std::abs(levels_[i] - even) <= 1e-6f;  // levels reach from -1 to 1
-    }
+    const Line line = line_through(levels_, levels, 1.0f);  // the largest level
+    format_.first = line.first;
+    format_.step = line.step;
+    format_.is_even = line.fits;
   }
   PackedCache(const PackedCache&) = delete;
   PackedCache& operator=(const PackedCache&) = delete;

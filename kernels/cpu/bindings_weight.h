@@ -143,6 +143,21 @@ int most_of(const float* levels, int count, float largest, float step, int64_t g
   return known[key] = fit_most(levels, count, largest, granule);
 }
 
+// Levels as numbers a step apart: levels[i] = first + step * i, up to rounding.
+struct Line {
+  float step, first;
+  bool fits;
+};
+
+Line line_through(const float* levels, int64_t count, float largest) {
+  const float step = count > 1 ? (levels[count - 1] - levels[0]) / static_cast<float>(count - 1) : 0.0f;
+  Line out{step, levels[0], step > 0.0f};
+  for (int64_t i = 0; i < count; ++i) {
+    out.fits &= std::abs(levels[i] - (out.first + step * static_cast<float>(i))) <= 1e-6f * largest;
+  }
+  return out;
+}
+
 template <class Index>
 void check_features(const Index* outliers, int64_t count, int64_t cols) {
   for (int64_t i = 0; i < count; ++i) {
@@ -250,12 +265,10 @@ class Packed {
     }
     base_.codebook = levels_;
     Table& t = table_;
-    t.first = levels[0];
-    t.step = base_.levels > 1 ? (levels[base_.levels - 1] - levels[0]) / static_cast<float>(base_.levels - 1) : 0.0f;
-    t.is_affine = t.step > 0.0f;
-    for (int i = 0; i < base_.levels; ++i) {
-      t.is_affine &= std::abs(levels[i] - (t.first + t.step * static_cast<float>(i))) <= 1e-6f * largest;
-    }
+    const Line line = line_through(levels, base_.levels, largest);
+    t.first = line.first;
+    t.step = line.step;
+    t.is_affine = line.fits;
     base_.most = most_of(levels_, base_.levels, largest, t.is_affine ? t.step : 0.0f, granule_of(base_));
     t.unit = largest / static_cast<float>(base_.most);
     t.has_bytes = t.is_affine;
