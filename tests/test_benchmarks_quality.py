@@ -21,7 +21,7 @@ from benchmarks.quality.comparison import ablation, pairs, to_json
 from benchmarks.quality.counting import bits_per_param, embeddings, stored_bytes
 from benchmarks.quality.evaluator import Evaluator, Scores, put_weights
 from benchmarks.quality.kbitc_runs import dense_artifact, linears_outcome, pinned_plan, shipped_outcome
-from benchmarks.quality.peer_runs import Outcome, peer_outcome
+from benchmarks.quality.peer_runs import Outcome, peer_outcome, remembered
 from benchmarks.quality.report import sections, summary
 from benchmarks.quality.settings import LINEARS, PEERS, SHIPPED, TOOLS, Peer
 from benchmarks.quality.workers.common import linears
@@ -259,6 +259,26 @@ def test_a_peer_runs_once_and_is_counted(campaign, monkeypatch, demo):
     assert first.bits == bits_per_param(demo, {QUERY: 10})
     assert first.scores["a"].mean_divergence > 1e-3
     assert first.notes == ("n", "t 1")
+
+
+def test_a_ledger_goes_on_in_another_folder(tmp_path):
+    def opened(text):
+        sizes = Sizes(calibration=2, test=2, context=16)
+        work = tmp_path / f"work-{len(made)}"
+        return open_campaign(DEMO, work, TEXT, {"a": text}, sizes, 1, tmp_path / "ledger.json")
+
+    def make(label, *losses, reason=""):
+        made.append(label)
+        return Outcome(label, reason=reason) if reason else outcome(label, *losses)
+
+    made = []
+    row = remembered(opened(TEXT), ["x"], lambda: make("x", 1.0, 2.0))
+    assert remembered(opened(TEXT), ["x"], lambda: make("again", 3.0)) == row
+    assert remembered(opened(Path(__file__)), ["x"], lambda: make("text", 4.0)).label == "text"
+    for _ in range(2):  # what failed is not kept
+        assert remembered(opened(TEXT), ["y"], lambda: make("y", reason="no compiler")).reason
+    assert made == ["x", "text", "y", "y"]
+    assert [file.name for file in tmp_path.glob("*.json")] == ["ledger.json"]
 
 
 def test_kbitc_runs_once_with_a_budget_rounded_down_and_a_pinned_plan(campaign, monkeypatch, demo):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality MODEL --calibrate VALID --text TEST [--second OTHER] [--work FOLDER]
         [--peers FOLDER] [--only GLOB ...] [--kbitc "ARGUMENTS"] [--no-kbitc]
-        [--ablation [QUANTIZER ...]] [--json FILE] [--markdown FILE]
+        [--ablation [QUANTIZER ...]] [--ledger FILE]
+        [--json FILE] [--markdown FILE]
 
 Every tool quantizes the same 16-bit model, calibrated on the same text where it takes any; its dequantized
 weights go into one float32 model, and every stored byte is counted: codes, scales, zeros, codebooks, and
@@ -12,8 +13,9 @@ window by window, with bootstrap intervals. Each tool runs in an environment of 
 use); one that cannot be had gets a row that says why. `benchmarks/quality/settings.py` has the settings.
 
 Results lie in the work folder by what they depend on (the model, the texts, the setting; for kbitc also
-its source), so the same command goes on where an interrupted one stopped. Minutes of kbitc's rows leave
-out what it had measured for an earlier row.
+its source), so the same command goes on where an interrupted one stopped; with `--ledger` each row's
+figures lie in one small file too, which is enough to go on with on another machine. Minutes of kbitc's
+rows leave out what it had measured for an earlier row.
 
 `--ablation "feedback" "feedback(no-target)" ...` holds quantizers, and the steps that their options switch
 off, against the first one, at several budgets, in place of the peers.
@@ -70,6 +72,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=10, help="of each text, to score")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--ledger", type=Path, metavar="FILE", help="rows measured before; new ones are added"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
@@ -104,7 +109,9 @@ def run(options: argparse.Namespace) -> list[Pair]:
         texts[options.second.stem] = options.second
     sizes = Sizes(options.calibration_windows, options.windows, options.context)
     work = options.work or cache_folder() / "benchmark-quality" / "results"
-    campaign = open_campaign(options.model, work, options.calibrate, texts, sizes, options.threads)
+    campaign = open_campaign(
+        options.model, work, options.calibrate, texts, sizes, options.threads, options.ledger
+    )
     found = []
     for pair in found_pairs(options, campaign):
         print(f"{pair.view}: {described(pair.base)}", file=sys.stderr)

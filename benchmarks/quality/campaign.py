@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.quality.evaluator import Evaluator, Scores
+from benchmarks.quality.ledger import Ledger
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import read_text, windows
 from kbitc.system.json_file import read_json
@@ -58,6 +59,7 @@ class Campaign:
         tokens: the same as ids, a safetensors file.
         evaluator: of the texts.
         threads: of the processor.
+        ledger: rows that were measured before, here or elsewhere.
     """
 
     model: Path
@@ -67,6 +69,7 @@ class Campaign:
     tokens: Path
     evaluator: Evaluator
     threads: int
+    ledger: Ledger
 
     def kept(self, kind: str, what: Any) -> Path:
         """The folder of a result, whether it is there or not.
@@ -93,7 +96,13 @@ class Campaign:
 
 
 def open_campaign(
-    model: Path, work: Path, calibration: Path, texts: Mapping[str, Path], sizes: Sizes, threads: int
+    model: Path,
+    work: Path,
+    calibration: Path,
+    texts: Mapping[str, Path],
+    sizes: Sizes,
+    threads: int,
+    ledger: Path | None = None,
 ) -> Campaign:
     """Tokens of every text, and a work folder.
 
@@ -121,7 +130,7 @@ def open_campaign(
     }
     keys = {label: digest(source, _hash(own)) for label, own in scored.items()}
     evaluator = Evaluator(str(model), scored, work, keys)
-    return Campaign(model.resolve(), work, key, text, tokens, evaluator, threads)
+    return Campaign(model.resolve(), work, key, text, tokens, evaluator, threads, Ledger(ledger))
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:

@@ -22,7 +22,8 @@ import kbitc
 from benchmarks.peers import last_line
 from benchmarks.quality.campaign import Campaign, digest, digest_of_files, run, whole, write_json
 from benchmarks.quality.counting import embeddings
-from benchmarks.quality.peer_runs import Outcome
+from benchmarks.quality.peer_runs import Outcome, remembered
+from benchmarks.quality.settings import LINEARS, SHIPPED
 from kbitc.artifact.loading import load
 from kbitc.errors import KbitcError, UsageError
 from kbitc.evaluation.opening import open_model
@@ -41,11 +42,17 @@ Setting = tuple[str, Sequence[str]]
 def shipped_outcome(campaign: Campaign, setting: Setting, bits: float) -> Outcome:
     """Of kbitc at a budget, free to choose every weight's format."""
     budget = f"{math.floor(bits * 10**DIGITS) / 10**DIGITS:.{DIGITS}f}"
-    return _outcome(campaign, setting, ["--bits", budget])
+    what = [SHIPPED, list(setting[1]), budget, code_digest()]
+    return remembered(campaign, what, lambda: _outcome(campaign, setting, ["--bits", budget]))
 
 
 def linears_outcome(campaign: Campaign, setting: Setting, bits: float) -> Outcome:
     """Of kbitc at a total budget with the embedding at 16 bits."""
+    what = [LINEARS, list(setting[1]), bits, code_digest()]
+    return remembered(campaign, what, lambda: _linears_outcome(campaign, setting, bits))
+
+
+def _linears_outcome(campaign: Campaign, setting: Setting, bits: float) -> Outcome:
     try:
         table = _compiled(campaign, setting, ["--bits", str(TABLE_BITS)])
         names = embeddings(open_model(str(campaign.model), torch.float32).model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.peer_environment import environment
 from benchmarks.peers import last_line
-from benchmarks.quality.campaign import Campaign, dense_weights, run, whole, write_json
+from benchmarks.quality.campaign import Campaign, dense_weights, digest, run, whole, write_json
 from benchmarks.quality.counting import bits_per_param
 from benchmarks.quality.evaluator import Scores
 from benchmarks.quality.settings import TOOLS, Peer
@@ -48,6 +48,25 @@ class Outcome:
         return asdict(self)
 
 
+def remembered(campaign: Campaign, what: Any, make: Callable[[], Outcome]) -> Outcome:
+    """The ledger's row, or one that is made now and, if it has figures, kept there.
+
+    Args:
+        campaign: with the ledger.
+        what: all that the row depends on beside model, calibration and texts, as JSON.
+        make: it.
+    """
+    key = digest(campaign.key, campaign.evaluator.keys, what)
+    row = campaign.ledger.get(key)
+    if row is not None:
+        scores = {label: Scores(**own) for label, own in row["scores"].items()}
+        return Outcome(**{**row, "scores": scores, "notes": tuple(row["notes"])})
+    outcome = make()
+    if outcome.scores is not None:
+        campaign.ledger.put(key, outcome.to_json())
+    return outcome
+
+
 def peer_outcome(
     campaign: Campaign, peer: Peer, environments: Path | None, *, is_retried: bool = False
 ) -> Outcome:
@@ -59,8 +78,16 @@ def peer_outcome(
         environments: folder with an environment a tool; by default in the cache folder.
         is_retried: try again what failed before.
     """
-    tool = TOOLS[peer.tool]
-    folder = campaign.kept(peer.tool, [peer.tool, dict(peer.options), list(tool.pins)])
+    what = [peer.tool, dict(peer.options), list(TOOLS[peer.tool].pins)]
+    return remembered(
+        campaign, what, lambda: _peer_outcome(campaign, peer, environments, what, is_retried=is_retried)
+    )
+
+
+def _peer_outcome(
+    campaign: Campaign, peer: Peer, environments: Path | None, what: Any, *, is_retried: bool
+) -> Outcome:
+    folder = campaign.kept(peer.tool, what)
     failure = folder.with_name(f"{folder.name}.failed.json")
     if is_retried:
         failure.unlink(missing_ok=True)
