@@ -124,18 +124,9 @@ inline float soften(const Attention& a, float* scores, int64_t first, int64_t co
   return sum(sums) + rest;
 }
 
-constexpr int64_t KEYS_AHEAD = 32;
-
-// What will be read soon, on its way into the caches.
-template <class T>
-inline void fetch(const T* p, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
-}
-
 // R rows of x times four rows of y; the width is a multiple of W.
-template <int R, class T>
-inline void four_dots(const float* x, int64_t x_apart, const T* y, int64_t y_apart, int64_t width, float* out,
+template <int R>
+inline void four_dots(const float* x, int64_t x_apart, const float* y, int64_t y_apart, int64_t width, float* out,
                       int64_t out_apart) {
   V acc[R][4];
   for (int r = 0; r < R; ++r) {
@@ -203,7 +194,7 @@ inline Rows<T> rows_of(const Attention& a, const CachedRows& from, int64_t key_h
   return {static_cast<const T*>(from.rows) + token * apart + key_head * from.size, apart};
 }
 
-// Those of a cache of k bits, as floats in `memory`.
+// Those of a cache of k bits, of one head, as floats in `memory`.
 inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t key_head, int64_t token, int64_t count,
                             float* memory) {
   const int64_t early = std::max(int64_t{0}, std::min(FIRST_TOKENS - token, count));
@@ -216,59 +207,96 @@ inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t 
   return {memory, from.size};
 }
 
-template <class T>
-void few(const Attention& a, const AttentionPart& part, Rows<T> keys, Rows<T> values, float* partial, float* scratch) {
-  const int64_t group = a.heads / a.key_heads, rows = a.tokens * group, count = part.last - part.first;
-  const int64_t size = a.keys.size, value_size = a.values.size;
-  float* query = scratch;  // (rows, size), scaled
-  float* scores = query + rows * size;  // (rows, count)
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = a.query + r / group * a.query_token + (part.key_head * group + r % group) * a.query_head;
-    take_query(a, from, part.key_head, query + r * size);
-  }
+// Those of all heads, (count, key_heads, size).
+inline void unpack_heads(const Attention& a, const CachedRows& from, int64_t token, int64_t count, float* memory) {
+  const int64_t early = std::max(int64_t{0}, std::min(FIRST_TOKENS - token, count));
+  const int64_t apart = a.key_heads * from.size;
+  halves_to_floats(from.first + token * apart, early * apart, memory);
+  unpack(from, (token + early) * a.key_heads, 1, (count - early) * a.key_heads, memory + early * apart);
+}
+
+// scores (rows, count), `scores_apart` floats apart, of queries (rows, size).
+inline void score(const float* query, int64_t rows, const float* keys, int64_t apart, int64_t count, int64_t size,
+                  float* scores, int64_t scores_apart) {
   int64_t k = 0;
-  if (size % W == 0) {
-    for (; k + 4 <= count; k += 4) {
-      for (int64_t ahead = k; ahead < k + 4; ++ahead) {
-        fetch(keys.at + (ahead + KEYS_AHEAD) * keys.apart, size);  // also of the next segment, or of nothing
-        fetch(values.at + ahead * values.apart, value_size);
-      }
-      over_some(rows, [&](auto some, int64_t r) {
-        four_dots<some>(query + r * size, size, keys.at + k * keys.apart, keys.apart, size, scores + r * count + k,
-                        count);
-      });
-    }
+  for (; size % W == 0 && k + 4 <= count; k += 4) {
+    over_some(rows, [&](auto some, int64_t r) {
+      four_dots<some>(query + r * size, size, keys + k * apart, apart, size, scores + r * scores_apart + k,
+                      scores_apart);
+    });
   }
   for (; k < count; ++k) {
     for (int64_t r = 0; r < rows; ++r) {
-      scores[r * count + k] = dot(query + r * size, keys.at + k * keys.apart, size);
+      scores[r * scores_apart + k] = dot(query + r * size, keys + k * apart, size);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* own = partial + r * (value_size + 2);
-    own[0] = -std::numeric_limits<float>::infinity();
-    own[1] = soften(a, scores + r * count, part.first, count, a.start + r / group, own);
-  }
-  over_some(rows, [&](auto some, int64_t r) {
-    micro_rows<some>(scores + r * count, count, values.at, values.apart, count, value_size,
-                     partial + r * (value_size + 2) + 2, value_size + 2, false);
-  });
 }
 
-void attend_few(const Attention& a, const AttentionPart& part, float* partial, float* scratch) {
-  const auto plain = [&](auto number) {
-    using T = decltype(number);
-    few<T>(a, part, rows_of<T>(a, a.keys, part.key_head, part.first),
-           rows_of<T>(a, a.values, part.key_head, part.first), partial, scratch);
-  };
-  if (a.kind == CacheKind::f16) return plain(uint16_t{});
-  if (a.kind == CacheKind::f32) return plain(float{});
-  const int64_t count = part.last - part.first;
-  float* memory = scratch + a.tokens * (a.heads / a.key_heads) * (a.keys.size + count);
-  const Rows<float> keys = unpacked(a, a.keys, part.key_head, part.first, count, memory);
-  memory += count * a.keys.size;
-  const Rows<float> values = unpacked(a, a.values, part.key_head, part.first, count, memory);
-  few<float>(a, part, keys, values, partial, scratch);
+// Keys, or values, of a cache as a few tokens meet them: those of all heads of some tokens at a time, for what lies
+// side by side comes fast; and while these are used, those of a later tile are on their way into the L2 cache.
+struct Tiles {
+  const Attention& a;
+  const CachedRows& from;
+  const int64_t row_bytes = a.kind == CacheKind::packed ? from.format->bits * ((from.size + 7) / 8)
+                                                        : from.size * (a.kind == CacheKind::f16 ? 2 : 4);
+
+  Rows<float> read(int64_t token, int64_t count, float* memory) const {
+    const int64_t apart = a.key_heads * from.size;
+    if (a.kind == CacheKind::f32) return rows_of<float>(a, from, 0, token);
+    if (a.kind == CacheKind::f16) {
+      halves_to_floats(rows_of<uint16_t>(a, from, 0, token).at, count * apart, memory);
+    } else {
+      unpack_heads(a, from, token, count, memory);
+    }
+    return {memory, apart};
+  }
+  // A head's share of the tile that begins at a token; it may lie behind the last.
+  void fetch(int64_t token, int64_t head) const {
+    const char* at = static_cast<const char*>(from.rows) + (token * a.key_heads + head * TOKENS_OF_TILE) * row_bytes;
+    for (int64_t i = 0; i < TOKENS_OF_TILE * row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+};
+
+// `body(tile, first key, keys, head)` for each head of the keys [first, last), a tile at a time.
+template <class F>
+inline void over_tiles(const Tiles& tiles, int64_t first, int64_t last, float* memory, const F& body) {
+  for (int64_t token = first; token < last; token += TOKENS_OF_TILE) {
+    const int64_t own = std::min(TOKENS_OF_TILE, last - token);
+    const Rows<float> tile = tiles.read(token, own, memory);
+    for (int64_t head = 0; head < tiles.a.key_heads; ++head) {
+      body(tile, token - first, own, head);
+      tiles.fetch(token + 2 * TOKENS_OF_TILE, head);
+    }
+  }
+}
+
+void attend_few(const Attention& a, int64_t first, int64_t last, float* partial, float* scratch) {
+  const int64_t group = a.heads / a.key_heads, rows = a.tokens * group, count = last - first;
+  const int64_t size = a.keys.size, value_size = a.values.size;
+  float* query = scratch;  // (key_heads, rows, size), scaled
+  float* scores = query + a.key_heads * rows * size;  // (key_heads, rows, count)
+  float* memory = scores + a.key_heads * rows * count;  // (TOKENS_OF_TILE, key_heads, size or value_size)
+  for (int64_t i = 0; i < a.key_heads * rows; ++i) {
+    const int64_t head = i / rows, r = i % rows;
+    const float* from = a.query + r / group * a.query_token + (head * group + r % group) * a.query_head;
+    take_query(a, from, head, query + i * size);
+  }
+  over_tiles({a, a.keys}, first, last, memory, [&](Rows<float> tile, int64_t k, int64_t own, int64_t head) {
+    score(query + head * rows * size, rows, tile.at + head * size, tile.apart, own, size,
+          scores + head * rows * count + k, count);
+  });
+  for (int64_t i = 0; i < a.key_heads * rows; ++i) {
+    float* own = partial + i * (value_size + 2);
+    own[0] = -std::numeric_limits<float>::infinity();
+    own[1] = soften(a, scores + i * count, first, count, a.start + i % rows / group, own);
+  }
+  over_tiles({a, a.values}, first, last, memory, [&](Rows<float> tile, int64_t k, int64_t own, int64_t head) {
+    over_some(rows, [&](auto some, int64_t r) {
+      const int64_t i = head * rows + r;
+      micro_rows<some>(scores + i * count + k, count, tile.at + head * value_size, tile.apart, own, value_size,
+                       partial + i * (value_size + 2) + 2, value_size + 2, k > 0);
+    });
+  });
 }
 
 void join(const Attention& a, int64_t key_head, const float* partial, int64_t segments, int64_t apart) {

@@ -345,22 +345,21 @@ class Step {
       all.factors = keys.is_turned(0) ? keys.factors(0) : nullptr;  // all heads are, or none
     }
 
-    // Key heads, and of each the segments of the cache, as they come.
+    // Segments of the cache, as they come.
     void few(const Attention& all) const {
-      const int64_t length = all.start + all.tokens;
-      const int64_t first = all.window > 0 ? std::max(int64_t{0}, all.start + 1 - all.window) / SEGMENT : 0;
-      const int64_t segments = (length + SEGMENT - 1) / SEGMENT - first;
-      const int64_t rows = all.tokens * (all.heads / all.key_heads) * (all.values.size + 2);
-      std::vector<float> partial(static_cast<size_t>(all.key_heads * segments * rows));
+      const int64_t length = all.start + all.tokens, segment = segment_of(length);
+      const int64_t first = all.window > 0 ? std::max(int64_t{0}, all.start + 1 - all.window) / segment : 0;
+      const int64_t segments = (length + segment - 1) / segment - first;
+      const int64_t of_head = all.tokens * (all.heads / all.key_heads) * (all.values.size + 2);
+      const int64_t apart = all.key_heads * of_head;
+      std::vector<float> partial(static_cast<size_t>(segments * apart));
       const auto one = [&](int64_t item, float* scratch) {
-        const int64_t head = item / segments, segment = item % segments;
-        const int64_t begin = (first + segment) * SEGMENT;
-        row_kernels().attend_few(all, {head, begin, std::min(length, begin + SEGMENT)},
-                                 partial.data() + (head * segments + segment) * rows, scratch);
+        const int64_t begin = (first + item) * segment;
+        row_kernels().attend_few(all, begin, std::min(length, begin + segment), partial.data() + item * apart, scratch);
       };
-      over_items(all.key_heads * segments, all.tokens * length * all.heads * all.keys.size, attend_scratch(all), one);
+      over_items(segments, all.tokens * length * all.heads * all.keys.size, attend_scratch(all), one);
       for (int64_t head = 0; head < all.key_heads; ++head) {
-        row_kernels().join(all, head, partial.data() + head * segments * rows, segments, rows);
+        row_kernels().join(all, head, partial.data() + head * of_head, segments, apart);
       }
     }
 

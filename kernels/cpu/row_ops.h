@@ -61,7 +61,7 @@ struct Attention {
   float scale, cap;
 };
 
-// A share of it: key head, and either a block of new tokens or, where these are few, a segment of the cache.
+// A share of it where the new tokens are many: a key head, and a block of them.
 struct AttentionPart {
   int64_t key_head, first, last;
 };
@@ -86,9 +86,9 @@ struct RowKernels {
   void (*turn)(float* x, int64_t size);
   // Tokens [first, last) of the new ones see all that they may: `scratch` floats as `attend_scratch` says.
   void (*attend_many)(const Attention& all, const AttentionPart& part, float* scratch);
-  // Keys [first, last) for every new token and every head of the group: (tokens * group) rows of
-  // (maximum, sum, sums of values) in `partial`.
-  void (*attend_few)(const Attention& all, const AttentionPart& part, float* partial, float* scratch);
+  // Keys [first, last), at most `segment_of` them, for every new token: of each key head and token and head of its
+  // group a row of (maximum, sum, sums of values) in `partial`.
+  void (*attend_few)(const Attention& all, int64_t first, int64_t last, float* partial, float* scratch);
   // Partial sums of all segments to the output of one key head; `apart` floats between segments.
   void (*join)(const Attention& all, int64_t key_head, const float* partial, int64_t segments, int64_t apart);
   // out (m, n) = a (m, k) b (n, k)^T, rows of a and out `*_apart` floats apart; `row`: k floats of scratch memory.
@@ -101,14 +101,22 @@ struct RowKernels {
 constexpr int64_t FIRST_TOKENS = 64;  // of a k-bit cache, that stay float16
 constexpr int64_t KEYS_AT_ONCE = 64;  // keys of a tile
 constexpr int64_t TOKENS_AT_ONCE = 16;  // new tokens of a part of `attend_many`
-constexpr int64_t SEGMENT = 128;  // keys of a part of `attend_few`; the number of threads does not count
+constexpr int64_t SEGMENT = 128;  // keys of a part of `attend_few`, at most
+constexpr int64_t TOKENS_OF_TILE = 16;  // that are read for all heads at once
 constexpr int64_t FEW_TOKENS = 4;  // new tokens up to which it is taken
+
+// Keys of a part of `attend_few`: some parts for threads to share where the cache is short; their number does not count.
+inline int64_t segment_of(int64_t length) {
+  constexpr int64_t PARTS = 16;
+  const int64_t own = (length + PARTS * TOKENS_OF_TILE - 1) / (PARTS * TOKENS_OF_TILE) * TOKENS_OF_TILE;
+  return std::min(own, SEGMENT);
+}
 
 // Floats of scratch memory for a part.
 inline int64_t attend_scratch(const Attention& a) {
   const int64_t rows = TOKENS_AT_ONCE * (a.heads / a.key_heads);
   const int64_t both = a.keys.size + a.values.size;
-  const int64_t few = FEW_TOKENS * (a.heads / a.key_heads) * (SEGMENT + a.keys.size) + SEGMENT * both;
+  const int64_t few = FEW_TOKENS * a.heads * (SEGMENT + a.keys.size) + TOKENS_OF_TILE * a.key_heads * both;
   const int64_t many = rows * (both + KEYS_AT_ONCE + 2) + KEYS_AT_ONCE * (both + a.keys.size);
   return std::max(few, many) + 64;
 }

@@ -161,6 +161,21 @@ def test_results_do_not_depend_on_threads_or_on_how_tokens_come(tiny_model):
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (5, 5)])
+@torch.inference_mode()
+def test_segments_of_a_long_cache(heads):
+    config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 12 * heads[0]}
+    model = packed(other_model("Llama", **config, max_position_embeddings=4096))
+    decoder = native(model)
+    ids = torch.randint(3, 99, (2200,), generator=torch.Generator().manual_seed(2))
+    wanted = model(input_ids=ids[None]).logits[0]
+    cache = exact_cache(decoder)
+    for first, last, counts in ((0, 300, [1, 3]), (304, 2190, [4, 1, 1, 2])):
+        decoder.run(ids[first:last], cache, [])
+        own = slice(last, last + sum(counts))
+        assert relative(logits_of(decoder, ids[own], counts, cache), wanted[own]) < 1e-3
+
+
 @torch.inference_mode()
 def test_several_sequences_at_once(tiny_model):
     decoder = native(packed(tiny_model("llama")))
