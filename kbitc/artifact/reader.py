@@ -28,6 +28,7 @@ from kbitc.formats.spec import Spec
 from kbitc.system import files as file_system
 from kbitc.system.checksums import SEAL, check_seal, digest, digest_of_file, digest_of_part
 from kbitc.system.json_file import read_json, well_formed
+from kbitc.system.large_pages import LargePages
 
 ADVICE = "copy it again or compile the model again"
 THREADS = 4
@@ -162,6 +163,7 @@ class Artifact:
         shared = self.shared()
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.specs}
         state: dict[str, Tensor] = {}
+        pages = LargePages()
         for key, tensor in self.tensors():
             owner, _, leaf = key.rpartition(".")
             if owner in parts and leaf in TENSOR_FIELDS:
@@ -177,7 +179,9 @@ class Artifact:
                 (dtypes or {}).get(name, entry.dtype),
                 is_transposed=entry.is_transposed,
                 view_of=entry.view_of,
+                pages=pages,
             )
+            parts[name].clear()
         return state
 
 

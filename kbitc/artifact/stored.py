@@ -10,6 +10,7 @@ from torch import Tensor
 from kbitc.formats.layout import SCALE_MAP, SHARED
 from kbitc.formats.packed import TENSOR_FIELDS, Packed
 from kbitc.formats.spec import Spec
+from kbitc.system.large_pages import LargePages
 from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
 
@@ -31,10 +32,16 @@ def assemble(
     *,
     is_transposed: bool,
     view_of: tuple[int, ...] | None = None,
+    pages: LargePages | None = None,
 ) -> KbitTensor:
-    """Inverse of :func:`stored_tensors`: of the logical ``shape``, a view of ``view_of``, and ``dtype``."""
+    """Inverse of :func:`stored_tensors`: of the logical ``shape``, a view of ``view_of``, and ``dtype``.
+
+    Its own tensors are copied to ``pages``, if there are any.
+    """
     matrix = view_of or shape
     in_features = matrix[-2] if is_transposed else matrix[-1]
+    if pages is not None:
+        parts = {name: pages.place(part) for name, part in parts.items()}
     packed = packed_of(parts, spec, in_features, shared)
     return packed_as(packed, dtype, shape, is_transposed=is_transposed)
 

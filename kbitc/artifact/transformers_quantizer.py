@@ -61,6 +61,7 @@ def quantizer_classes() -> tuple[type, type]:
     from kbitc.formats.packed import TENSOR_FIELDS
     from kbitc.formats.spec import parse
     from kbitc.system.json_file import mapping, sizes, strings, well_formed
+    from kbitc.system.large_pages import LargePages
     from kbitc.tensor.unpacking import dequantized
 
     class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -108,6 +109,7 @@ def quantizer_classes() -> tuple[type, type]:
 
         quantization_config: KbitConfig
         dtype = torch.get_default_dtype()
+        pages: LargePages | None = None
         requires_calibration = True  # transformers: only pre-quantized checkpoints
 
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -130,6 +132,7 @@ def quantizer_classes() -> tuple[type, type]:
             if self.pre_quantized and files and verifying.is_wanted():
                 verifying.verify_files(files, model.config)
             self.shared = read_shared(files)
+            self.pages = LargePages()
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + re.escape(SHARED)}
             hide_packed(model)
@@ -142,6 +145,11 @@ def quantizer_classes() -> tuple[type, type]:
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             show_packed(model)
+            pages = self.pages or LargePages()
+            self.pages = None  # they can be neither copied nor pickled, and the model keeps this object
+            for tensor in (*model.parameters(), *model.buffers()):
+                if type(tensor.data) is torch.Tensor and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    tensor.data = pages.place(tensor.data)  # of the mapped file, which can now go
             run_in_one_dtype(model, self.dtype)
             return model
 
@@ -157,6 +165,7 @@ def quantizer_classes() -> tuple[type, type]:
                 torch.float32 if name in self.wide else self.dtype,
                 is_transposed=name in config.transposed,
                 view_of=getattr(config, "view_of", {}).get(name),
+                pages=self.pages,
             )
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
