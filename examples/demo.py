@@ -48,7 +48,7 @@ def main() -> None:
         print(describe("16-bit", dense, text))
         print(describe("compiled", packed, text))
         print(f"\nThe compiled model continues {PROMPT!r}:\n")
-        decoder = make_decoder(packed.model, "eager")  # "cpu" compiles the decode step first
+        decoder = make_decoder(packed.model)
         print("  " + PROMPT + "".join(generate(decoder, packed.tokenizer, PROMPT, 48)))
 
 
