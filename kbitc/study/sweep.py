@@ -17,6 +17,7 @@ from kbitc.graph.context import Progress, silent
 from kbitc.study.grid import ABSMAX, LINEAR, Grid, Treatment
 from kbitc.study.ledger import Ledger, Row
 from kbitc.study.subject import Subject, open_subject
+from kbitc.study.zero_shot import Tasks, mean_accuracy
 from kbitc.system.checksums import digest
 from kbitc.system.memory import forget_peak, peak_bytes
 from kbitc.version import VERSION
@@ -36,6 +37,7 @@ class Study:
         context: tokens a window.
         limit: tokens of the text that count; None for all.
         calibrate: on what, for quantizers that need it; as ``kbitc compile --calibrate``.
+        tasks: that are scored beside the text; None for none.
     """
 
     grid: Grid
@@ -45,6 +47,7 @@ class Study:
     context: int = 512
     limit: int | None = None
     calibrate: str = "self"
+    tasks: Tasks | None = None
 
     def calibration(self, treatment: Treatment) -> str:
         """What decides the evidence of a treatment: a mode, or a file's contents; "" for none."""
@@ -58,7 +61,7 @@ class Study:
         import torch
         import transformers
 
-        parts = {
+        parts: dict[str, object] = {
             "model": fingerprint,
             "format": str(treatment.form),
             "quantizer": treatment.quantizer,
@@ -71,6 +74,8 @@ class Study:
             "seed": SEED,
             "versions": [VERSION, torch.__version__, transformers.__version__],
         }
+        if self.tasks is not None:
+            parts["tasks"] = self.tasks.identity()
         return digest(json.dumps(parts, sort_keys=True).encode())[:32]
 
 
@@ -106,10 +111,13 @@ def sweep(
         on_row: told of each result.
 
     Raises:
-        UsageError: a model that is no causal language model, too short a text, or another sweep at work.
+        UsageError: a model that is no causal language model, too short a text, tasks that cannot be scored,
+            or another sweep at work.
         SourceError: a model or an earlier result cannot be read.
     """
     treatments = study.grid.treatments()
+    if study.tasks is not None:
+        study.tasks.check()
     ledger = Ledger(table)
     with ledger.held():
         waiting, known = _waiting(models, study, treatments, ledger)
@@ -174,8 +182,12 @@ def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treat
     started = time.monotonic()
     subject.treat(treatment)
     scored = subject.score()
+    # A model whose loss is no number gives figures to compare choices by that are none either.
+    tasks = study.tasks if scored.loss is not None else None
+    hits = {} if tasks is None else subject.solve(tasks)
     seconds = time.monotonic() - started
     spec = form.spec
+    accuracy, accuracy_error = mean_accuracy(hits)
     zero, variant = "+zp" if spec.has_zero_point else "", f"+{spec.variant}" if spec.variant else ""
     return Row(
         key=key,
@@ -211,4 +223,9 @@ def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treat
         kbitc=VERSION,
         torch=torch.__version__,
         transformers=transformers.__version__,
+        tasks="" if tasks is None else tasks.label,
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        hits=hits,
+        lm_eval="" if tasks is None else tasks.version,
     )
