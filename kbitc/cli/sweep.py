@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kbitc.cli import console
-from kbitc.cli.app import Json, app, examples
+from kbitc.cli.app import Address, EngineName, Json, app, examples
 from kbitc.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def sweep_models(
     ] = Path(),
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each one of a task.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="The first N examples of each task only.")] = None,
+    engine: EngineName = "process",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Score models at every bits, data type and block size; a row of a table each.
@@ -102,6 +104,7 @@ def sweep_models(
     from kbitc.study.ledger import need_arrow
     from kbitc.study.sweep import Study, sweep
     from kbitc.study.zero_shot import parse_tasks
+    from kbitc.system.engine import engine_of
 
     need_arrow()
     if scope not in SCOPES:
@@ -118,8 +121,10 @@ def sweep_models(
     grid.treatments()  # what is wrong with it is said before a model is opened
     zero_shot = parse_tasks(tasks, data, shots, limit)
     study = Study(grid, read_text(text), text.name, scope, context, limit_tokens, calibrate, zero_shot)
-    with console.progress("sweeping") as update:
-        outcome = sweep(models, study, out, update)
+    if zero_shot is not None:
+        zero_shot.check()
+    with engine_of(engine, address) as runs, console.progress("sweeping") as update:
+        outcome = sweep(models, study, out, update, engine=runs)
     if as_json:
         console.print_json(
             {"table": str(out), "rows": len(outcome.rows), "ran": outcome.ran, "known": outcome.known}

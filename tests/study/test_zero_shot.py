@@ -216,7 +216,7 @@ def test_rows_that_another_sweep_made_again_count_once(rows):
 
 
 def test_the_page_draws_accuracies(rows):
-    few = [row for row in rows if row.block in (0, 64)]
+    few = [row for row in rows if row.block in (0, 64) and row.parameters <= 400_000]  # too few to be fitted
     html, plots, _ = study_page(with_hits(few, lambda row: 1.2 - row.loss / 6))
     assert "total-accuracy" in plots.drawn
     assert "Best precision by accuracy and total bits" in html
