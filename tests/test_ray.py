@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kbitc[ray]'")
 
-from kbitc.checkpoint import demo
+from kbitc.checkpoint import demo, open_checkpoint
+from kbitc.checkpoint.reading import Reading
+from kbitc.compiler.driver import compile_to
+from kbitc.compiler.request import Request
 from kbitc.errors import SourceError, UsageError
 from kbitc.evaluation.perplexity import read_text
 from kbitc.study.grid import Grid
@@ -22,6 +27,7 @@ from kbitc.study.ledger import Ledger
 from kbitc.study.sweep import Study, sweep
 from kbitc.system.engine import engine_of
 from kbitc.system.stopping import descendants
+from kbitc.system.work import IN_PROCESS
 
 BUSY = {"seconds", "peak_bytes", "kbitc", "torch", "transformers"}
 
@@ -86,7 +92,7 @@ def test_what_goes_wrong_in_a_worker_is_told_as_in_a_process(ray, text, tmp_path
         sweep([str(tmp_path / "nowhere")], study(text), tmp_path / "t.parquet", engine=ray)
 
 
-STOPPED = """
+COMMAND = """
 import os, sys
 from pathlib import Path
 from kbitc.cli import main
@@ -102,7 +108,7 @@ def test_stopped_and_gone_on_with(whole, text, tmp_path):
     command = ["sweep", "demo", "--text", text, "--bits", "3-5", "--types", "int,nf", "--blocks", "64"]
     command += ["--context", "64", "--limit-tokens", "512", "-o", table, "--engine", "ray"]
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, *map(str, command)],
+        [sys.executable, "-c", COMMAND, *map(str, command)],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     done = Ledger(table).folder
@@ -130,3 +136,90 @@ def is_running(number):
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model("llama").half().save_pretrained(folder)
+    return folder
+
+
+def compiled(source, out, engine=IN_PROCESS, on_progress=lambda *_: None, **options):
+    request = Request.of(options.pop("bits", None), options.pop("spec", None), None, **options)
+    return compile_to(source, out, request, engine=engine, on_progress=on_progress)
+
+
+def test_a_compile_has_the_same_bytes_when_a_worker_is_killed(ray, tmp_path):
+    """Scored and packed by workers, one of which is lost while scoring, and one while packing."""
+    options = {"bits": 4.0, "quantizer": "weighted", "calibrate": "random", "types": ("int",)}
+    compiled("demo", tmp_path / "one", **options)
+    killed, told = {}, []
+
+    def kill(what, done, total):
+        phase = what.partition(" ")[0]
+        told.append((phase, done, total))
+        if phase in ("pricing", "packing") and phase not in killed and done < total and working(os.getpid()):
+            killed[phase] = working(os.getpid())
+            os.kill(killed[phase][0], signal.SIGKILL)
+
+    result = compiled("demo", tmp_path / "ray", ray, kill, **options)
+    assert set(killed) == {"pricing", "packing"}
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    assert result.in_order == ()
+    for phase in killed:
+        steps = [(done, total) for name, done, total in told if name == phase]
+        assert len(steps) > 10, "a step a tensor"
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1]
+
+
+@pytest.mark.parametrize("options", [
+    {"spec": "nf4:64", "calibrate": "none"},
+    {"bits": 4.0, "calibrate": "random", "equalize": "on"},
+])  # fmt: skip
+def test_what_is_compiled_on_a_cluster(ray, source, tmp_path, options):
+    """What passes change goes along; feedback's weights are packed here, in order, and told of."""
+    compiled(source, tmp_path / "one", **options)
+    result = compiled(source, tmp_path / "ray", ray, **options)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    assert bool(result.in_order) == ("bits" in options)
+    assert result.to_json()["in_order"] == list(result.in_order)
+
+
+def test_a_cluster_that_runs_already(ray, source, tmp_path):
+    """The command line joins it, and leaves it running."""
+    address = ray.ray.get_runtime_context().gcs_address
+    command = ["compile", source, "--spec", "nf4:64", "--calibrate", "none"]
+    joined = [*command, "-o", tmp_path / "ray", "--engine", "ray", "--address", address]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, joined)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "packed by this process" not in done.stdout
+    compiled(source, tmp_path / "one", spec="nf4:64", calibrate="none")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    assert ray.nodes()
+
+
+def test_modules_in_memory_are_refused(ray, tiny_model, tmp_path):
+    with pytest.raises(UsageError, match="is a module in memory"):
+        compiled(tiny_model("llama"), tmp_path / "out", ray, spec="nf4:64", calibrate="none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_another_one_there(source, tiny_model, tmp_path):
+    """Workers compare what they open with what the process that asks has opened."""
+    reading = pickle.loads(pickle.dumps(Reading(open_checkpoint(source))))
+    (name, *_) = open_checkpoint(source).tensors()
+    assert torch.equal(reading(name), open_checkpoint(source).read(name))
+    folder = tmp_path / "model"
+    tiny_model("llama").half().save_pretrained(folder)
+    stale = pickle.dumps(Reading(open_checkpoint(folder)))
+    tiny_model("gpt2").half().save_pretrained(folder)
+    with pytest.raises(SourceError, match="is another model here"):
+        pickle.loads(stale)(name)
