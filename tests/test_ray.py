@@ -206,6 +206,18 @@ def test_a_cluster_that_runs_already(ray, source, tmp_path):
     assert ray.nodes()
 
 
+def test_no_cluster_is_there():
+    """Said at once, in a paragraph; in another process, since this one has a cluster."""
+    command = ["compile", "demo", "--spec", "nf4:64", "--engine", "ray", "--address", "127.0.0.1:1"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *command], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert "--address 127.0.0.1:1: " in done.stderr
+    assert "'ray start --head'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_modules_in_memory_are_refused(ray, tiny_model, tmp_path):
     with pytest.raises(UsageError, match="is a module in memory"):
         compiled(tiny_model("llama"), tmp_path / "out", ray, spec="nf4:64", calibrate="none")

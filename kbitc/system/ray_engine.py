@@ -33,6 +33,7 @@ R = TypeVar("R")
 RAY = "ray"
 RETRIES = 5  # of one item, whose worker is lost each time
 AHEAD = 2  # tasks for each place where one can run, so that none waits for this process
+ANSWER = 10.0  # seconds that a cluster has to take a connection
 PATIENCE = 1.0  # seconds between two looks at the size of the cluster
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -85,12 +86,24 @@ def _start(ray: Any, address: str | None, folder: str | None) -> None:
             cores = max(os.cpu_count() or 1, _threads())
             ray.init("local", num_cpus=cores, include_dashboard=False, _temp_dir=folder, **quiet)
         else:
+            _check_listens(address)
             ray.init(address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         where = "a local Ray cluster cannot be started" if address is None else f"--address {address}"
         raise UsageError(
             f"{where}: {first_line(error)}; 'ray start --head' starts a cluster, and tells its address"
         ) from error
+
+
+def _check_listens(address: str) -> None:
+    """See that somebody does: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), ANSWER).close()
 
 
 @contextmanager

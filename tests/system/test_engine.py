@@ -55,6 +55,6 @@ def test_engines_that_are_not_there(monkeypatch):
         pass
     with pytest.raises(UsageError, match="add --engine ray"), engine_of("process", "auto"):
         pass
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)  # whether it is installed or not
     with pytest.raises(BackendUnavailable, match=r"kbitc\[ray\]"), engine_of("ray"):
         pass
