@@ -13,6 +13,7 @@ head, whose error nothing damps; beside weights that have moments, scaled to the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -133,19 +134,21 @@ class ScoreSensitivity:
         check_packable(program)
         if program.read is None:
             raise UsageError("scoring needs the weights; this program has no source")
-        read = program.read
         moments, outliers = program.get(MOMENTS) or {}, program.get(OUTLIERS) or {}
-        options: dict[str, tuple[Option, ...]] = {}
+        items = [
+            Unpriced(weight, moments.get(name), outliers.get(name, OutlierFeatures()))
+            for name, weight in program.weights.items()
+        ]
+        made: dict[str, tuple[Option, ...]] = {}
         done, total = 0, sum(weight.numel for weight in program.weights.values())
-        for name, weight in program.weights.items():
-            own = partial(
-                self._options, weight, read(name), moments.get(name), outliers.get(name, OutlierFeatures())
-            )
-            # One after another: of small samples it is Python that takes the time, and two threads take more.
-            options[name] = alone(own)
-            done += weight.numel
-            program.context.on_progress(f"pricing {name}", done, total)
-        options = self._repriced(program, options)
+        work = _Scoring(self, replace(program.apart(), facts={}))
+        with closing(program.context.engine.run(work, items)) as results:
+            for place, own in results:
+                weight = items[place].weight
+                made[weight.name] = own
+                done += weight.numel
+                program.context.on_progress(f"pricing {weight.name}", done, total)
+        options = self._repriced(program, {name: made[name] for name in program.weights})
         scores = ScoreTable(
             _in_nats(program, options, moments),
             {name: weight.numel for name, weight in program.weights.items()},
@@ -159,9 +162,10 @@ class ScoreSensitivity:
         )
         return program.with_fact(SCORES, scores)
 
-    def _options(
+    def options(
         self, weight: Weight, data: Tensor, moments: Moments | None, outlying: OutlierFeatures
     ) -> tuple[Option, ...]:
+        """The options of a weight, from its data as it is to be stored and what is known of it."""
         sample = Sample.of(weight.oriented(data), moments)
         importance = self.head_importance if weight.is_head else 1.0
 
@@ -220,6 +224,47 @@ class ScoreSensitivity:
 
     def _quantize(self, values: Tensor, spec: Spec, evidence: Evidence) -> Packed:
         return settled_quantizer(self.quantizer, evidence)[1].quantize(values, spec, evidence)
+
+
+@dataclass(frozen=True)
+class Unpriced:
+    """A weight, and what its prices are made of.
+
+    Attributes:
+        weight: to be priced.
+        moments: of it; None where nothing was measured.
+        outliers: the input features that formats may keep at 16 bits.
+    """
+
+    weight: Weight
+    moments: Moments | None
+    outliers: OutlierFeatures
+
+    def __str__(self) -> str:
+        return self.weight.name
+
+
+class _Scoring:
+    """`kbitc.system.work.Work`: reading a weight, and pricing its options.
+
+    Args:
+        scorer: says which options, and what they cost.
+        program: apart, see `Program.apart`.
+    """
+
+    def __init__(self, scorer: ScoreSensitivity, program: Program) -> None:
+        self.scorer, self.program = scorer, program
+
+    def load(self, item: Unpriced) -> Tensor:
+        """The weight as it is to be stored."""
+        read = self.program.read
+        assert read is not None
+        return read(item.weight.name)
+
+    def finish(self, item: Unpriced, loaded: Tensor) -> tuple[Option, ...]:
+        """Its options, priced."""
+        # One after another: of small samples it is Python that takes the time, and two threads take more.
+        return alone(partial(self.scorer.options, item.weight, loaded, item.moments, item.outliers))
 
 
 def _in_nats(

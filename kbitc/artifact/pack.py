@@ -1,14 +1,16 @@
 """Pack: the source's tensors, one at a time, through the plan into an artifact.
 
 The one thing to know: three things overlap (reading the next tensor, quantizing this one, hashing and
-writing the last), so memory holds about three tensors, and the order of work never changes the bytes.
+writing the last), so memory holds about three tensors, and the order of work never changes the bytes. Reading
+and quantizing are an engine's, which may be a cluster's workers; writing is this process's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,13 +32,17 @@ from kbitc.system.checksums import digest
 from kbitc.tensor.kbit_tensor import KbitTensor, packed_as
 
 
-def pack_to(program: Program, writer: Writer) -> None:
+def pack_to(program: Program, writer: Writer) -> list[str]:
     """Quantize and write every tensor that the writer has not done yet.
 
     Args:
         program: planned, with a source; its context hears of each tensor, also of those done by an earlier,
             interrupted run, in bytes of the source.
         writer: opened with ``stored_slots(program)``.
+
+    Returns:
+        The weights that were packed in the order of the graph, by this process whatever the engine: each of
+        them needs those before it.
 
     Raises:
         UsageError: a weight that is not finite.
@@ -47,31 +53,31 @@ def pack_to(program: Program, writer: Writer) -> None:
         assert program.plan is not None
         shared = shared_codebooks(choice.spec for choice in program.plan.weights.values())
         writer.put(CODEBOOKS, shared, {})
-    _pack_in_order(program, writer, read)
+    in_order = _pack_in_order(program, writer, read)
     tensors: dict[str, Weight | Rest] = {**program.weights, **program.rest}
-    waiting = [name for name in tensors if name not in writer.done]
+    waiting = [
+        Piece(entry, program.packed.get(name)) for name, entry in tensors.items() if name not in writer.done
+    ]
     progress = _Counted(program.context.on_progress, {name: _source_bytes(t) for name, t in tensors.items()})
     for name in tensors:
         if name in writer.done:
             progress.add(name)
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead = _submit_read(program, reading, read, waiting, 0)
+    results = program.context.engine.run(_Packing(program), waiting)
+    with ThreadPoolExecutor(1) as writing, closing(results):
         written: Future[None] | None = None
-        for i, name in enumerate(waiting):
-            source, digest = ahead.result()
-            ahead = _submit_read(program, reading, read, waiting, i + 1)
-            stored, note = _convert(program, tensors[name], source)
-            del source
+        for place, (stored, note) in results:
+            name = waiting[place].entry.name
             if written is not None:
                 written.result()
-            written = writing.submit(writer.put, name, stored, {**note, "source": digest})
+            written = writing.submit(writer.put, name, stored, note)
             progress.add(name)
         if written is not None:
             written.result()
+    return in_order
 
 
-def _pack_in_order(program: Program, writer: Writer, read: ReadTensor) -> None:
-    """The weights of the plan as the graph reads them, if a quantizer wants them so."""
+def _pack_in_order(program: Program, writer: Writer, read: ReadTensor) -> list[str]:
+    """The weights of the plan as the graph reads them, if a quantizer wants them so; their names."""
     assert program.plan is not None
     choices = program.plan.weights
     shared = shared_codebooks(choice.spec for choice in choices.values())
@@ -86,19 +92,22 @@ def _pack_in_order(program: Program, writer: Writer, read: ReadTensor) -> None:
 
     way = in_order(program, known)
     if way is None:
-        return
+        return []
     sizes = {
         name: _source_bytes(program.weights[name]) for name, c in choices.items() if not c.spec.is_left_alone
     }
     progress = _Counted(program.context.on_progress, sizes)
     for name in [name for name in sizes if name in writer.done]:
         progress.add(name)
+    names = []
     for name, used, packed in way.run():
+        names.append(name)
         source = read(name)
         oriented = program.weights[name].oriented(program.as_stored(read)(name))
         stored, note = _stored_weight(name, oriented, packed)
         writer.put(name, stored, {**note, "quantizer": used, "source": digest_of_tensor(source)})
         progress.add(name)
+    return names
 
 
 class _Counted:
@@ -112,24 +121,52 @@ class _Counted:
         self.tell(f"packing {name}", self.done, sum(self.sizes.values()))
 
 
-def _submit_read(
-    program: Program, pool: ThreadPoolExecutor, read: ReadTensor, names: list[str], i: int
-) -> Future[tuple[Tensor, str]]:
-    """The next tensor as it is to be stored, and the checksum of what the source holds."""
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be stored.
 
-    def job() -> tuple[Tensor, str]:
-        tensor = read(names[i])
+    Attributes:
+        entry: what it is.
+        packed: what a pass has packed it to; None where that is to be done.
+    """
+
+    entry: Weight | Rest
+    packed: Packed | None = None
+
+    def __str__(self) -> str:
+        return self.entry.name
+
+
+class _Packing:
+    """`kbitc.system.work.Work`: reading a tensor, and making of it what is stored.
+
+    Args:
+        program: planned.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program.apart()
+
+    def load(self, piece: Piece) -> tuple[Tensor, str]:
+        """The tensor as it is to be stored, and the checksum of what the source holds."""
+        program, name = self.program, piece.entry.name
+        read = program.context.read
+        assert read is not None
+        tensor = read(name)
         source = digest_of_tensor(tensor)
-        return program.as_stored(read)(names[i]) if program.is_changed(names[i]) else tensor, source
+        return program.as_stored(read)(name) if program.is_changed(name) else tensor, source
 
-    return pool.submit(job) if i < len(names) else Future()
+    def finish(self, piece: Piece, loaded: tuple[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """It as it is stored, and what to note about it."""
+        source, checksum = loaded
+        stored, note = _convert(self.program, piece, source)
+        return stored, {**note, "source": checksum}
 
 
-def _convert(
-    program: Program, entry: Weight | Rest, source: Tensor
-) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _convert(program: Program, piece: Piece, source: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
     """One source tensor as it is stored, and what to note about it."""
     assert program.plan is not None
+    entry = piece.entry
     if isinstance(entry, Rest):
         # Whole numbers take the model's width: a source may hold its index buffers in another.
         dtype = entry.stored if source.is_floating_point() else entry.dtype
@@ -138,7 +175,10 @@ def _convert(
         kept = checked_plain(entry.name, source, must_be_finite=True)
         return {entry.name: kept}, {"error": relative_error(source, kept), "quantizer": ""}
     oriented = entry.oriented(source)
-    quantizer, packed = packed_weight(program, entry.name, oriented)
+    if piece.packed is not None:
+        quantizer, packed = program.plan.weights[entry.name].quantizer, piece.packed
+    else:
+        quantizer, packed = packed_weight(program, entry.name, oriented)
     stored, note = _stored_weight(entry.name, oriented, packed)
     return stored, {**note, "quantizer": quantizer}
 

@@ -62,6 +62,23 @@ Dtype = Annotated[
     ),
 ]
 
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="process|ray",
+        help="Who does the work: this process, or workers of a Ray cluster.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        help="Of a Ray cluster that runs already, e.g. auto or HOST:6379. [default: one is started here]",
+    ),
+]
+
 
 def examples(*lines: str) -> str:
     """The end of a command's help: what to type."""

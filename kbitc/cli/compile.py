@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kbitc.cli import console
-from kbitc.cli.app import Agree, Json, Model, app, examples
+from kbitc.cli.app import Address, Agree, EngineName, Json, Model, app, examples
 from kbitc.cli.tune import print_tuning
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         "kbitc compile ./SmolLM2-135M --bits 3 --quantizer 'feedback(no-target)'",
         "kbitc compile ./SmolLM2-135M --bits 3 --equalize on",
         "kbitc compile ./SmolLM2-135M --plan smol-3.5bit/kbit_plan.json -o again",
+        "kbitc compile ./SmolLM2-135M --bits 4 --quantizer weighted --engine ray",
         "kbitc compile ./whisper-tiny --bits 4 --example-inputs sound.safetensors",
         "kbitc compile demo --dry-run --disable measure_moments --passes-html passes.html",
     )
@@ -136,6 +137,8 @@ def compile(  # noqa: A001  # the command's name, and its options
     passes_html: Annotated[
         Path | None, typer.Option(help="Write a page with each pass's time and changes, and the graph.")
     ] = None,
+    engine: EngineName = "process",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a folder of k-bit weights."""
@@ -146,6 +149,7 @@ def compile(  # noqa: A001  # the command's name, and its options
     from kbitc.compiler.request import Request
     from kbitc.graph.given_inputs import read_inputs
     from kbitc.pipeline.manager import PassManager
+    from kbitc.system.engine import engine_of
 
     chosen = None if passes is None else [name.strip() for name in passes.split(",") if name.strip()]
     request = Request.of(
@@ -177,13 +181,14 @@ def compile(  # noqa: A001  # the command's name, and its options
         write=partial(console.err.print, markup=False, highlight=False, soft_wrap=True),
     )
     folder, tuned = out or Path(_default_out(model, request)), None
-    with console.progress("compiling") as update:
+    with engine_of(engine, address) as runs, console.progress("compiling") as update:
         options: dict[str, Any] = {
             "is_forced": force,
             "is_resumed": resume,
             "example_inputs": None if example_inputs is None else read_inputs(example_inputs),
             "on_progress": update,
             "manage": manage,
+            "engine": runs,
         }
         if tune and not dry_run:
             from kbitc.training.compiling import compile_tuned_to
@@ -197,6 +202,11 @@ def compile(  # noqa: A001  # the command's name, and its options
         console.print_json(result.to_json() | ({"tuning": tuned.to_json()} if tuned else {}))
     else:
         _print_result(result)
+        if engine != "process" and result.in_order:
+            console.out.print(
+                f"[yellow]packed by this process[/]: {len(result.in_order)} weights, in the order of the "
+                "graph; feedback needs those before each. --quantizer weighted packs all on the cluster"
+            )
         if tuned is not None:
             print_tuning(tuned)
 

@@ -46,6 +46,7 @@ from kbitc.sensitivity.moments import CALIBRATION
 from kbitc.sensitivity.outliers import OUTLIERS
 from kbitc.sensitivity.score_table import SCORES
 from kbitc.system.json_file import read_json
+from kbitc.system.work import IN_PROCESS, Engine
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.version import VERSION
 
@@ -65,6 +66,7 @@ class Result:
         seconds: wall time by phase.
         skipped: names of the passes that were left out, since the model could not be traced.
         trials: of passes that were made as far as held-out inputs gain by them.
+        in_order: weights that this run packed in the order of the graph, in this process whatever the engine.
     """
 
     source: str
@@ -77,6 +79,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    in_order: tuple[str, ...] = ()
 
     @property
     def exported_bytes(self) -> int | None:
@@ -108,6 +111,7 @@ class Result:
             "skipped": list(self.skipped),
             "fusions": {name: record.to_json() for name, record in self.fusions.items()},
             "trials": [asdict(trial) for trial in self.trials],
+            "in_order": list(self.in_order),
         }
 
     def _exported_json(self) -> dict[str, Any]:
@@ -129,6 +133,7 @@ def compile_to(
     example_inputs: Inputs = None,
     on_progress: Progress = silent,
     manage: Manage = PassManager,
+    engine: Engine = IN_PROCESS,
 ) -> Result:
     """Compile a model into an artifact folder.
 
@@ -142,6 +147,7 @@ def compile_to(
         example_inputs: to trace and measure the model on; made from its config where transformers knows it.
         on_progress: told of long work.
         manage: makes the manager that runs the passes.
+        engine: reads, prices and packs what needs no other tensor; the bytes are the same whichever it is.
 
     Raises:
         UsageError: bad arguments, target, passes, plan or weight; another process writes ``out``.
@@ -178,6 +184,7 @@ def compile_to(
             without=lambda: unmeasured(request),
             example_inputs=example_inputs,
             on_progress=on_progress,
+            engine=engine,
         )
         program = run.program
         check_request(program, request)
@@ -203,7 +210,7 @@ def compile_to(
         started = perf_counter()
         with _writer(checkpoint, program, out, claim, is_resumed) as writer:
             with out_of_memory("packing", "packing needs a few of the largest tensors; give it more memory"):
-                pack_to(program, writer)
+                in_order = pack_to(program, writer)
             checkpoint.save_companions(writer.partial)
             config = writer.partial / "config.json"
             data = read_json(config) if config.exists() else None
@@ -211,7 +218,7 @@ def compile_to(
             plan, scores = _plan_file(result, writer), program.get(SCORES)
             writer.commit(documents(plan, data, scores, sections, writer.digests()))
         seconds["pack"] = perf_counter() - started
-    return result
+    return replace(result, in_order=tuple(in_order))
 
 
 def _writer(

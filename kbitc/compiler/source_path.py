@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 from kbitc.checkpoint import Checkpoint
+from kbitc.checkpoint.reading import Reading
 from kbitc.compiler.calibrator import SPARING, Calibrate, make_calibrator
 from kbitc.errors import out_of_memory
 from kbitc.graph.capture import capture
@@ -20,6 +21,7 @@ from kbitc.graph.context import Context, Progress, silent
 from kbitc.graph.program import Program
 from kbitc.pipeline.manager import PassManager
 from kbitc.pipeline.registry import Pass
+from kbitc.system.work import IN_PROCESS, Engine
 
 Manage: TypeAlias = Callable[[Sequence[Pass]], PassManager]
 """Makes the manager of a list of passes: ``PassManager``, or one that also prints or observes."""
@@ -62,6 +64,7 @@ def run_passes(
     example_inputs: Inputs = None,
     on_progress: Progress = silent,
     most: Callable[[int], int | None] = lambda _: None,
+    engine: Engine = IN_PROCESS,
 ) -> Run:
     """Capture an open source and run passes on it.
 
@@ -76,6 +79,7 @@ def run_passes(
         on_progress: told of long work.
         most: how many inputs the calibration is asked for at most, of a model of so many stored values; None
             for no more than measuring takes.
+        engine: see `kbitc.graph.context.Context`.
 
     Raises:
         UsageError: a calibration that the model cannot have, or what a pass says.
@@ -94,7 +98,7 @@ def run_passes(
     on_progress("capture", 0, 0)
     started = perf_counter()
     dtypes = {name: info.dtype for name, info in checkpoint.tensors().items()}
-    context = Context(checkpoint.read, calibrator, on_progress, dtypes)
+    context = Context(Reading(checkpoint), calibrator, on_progress, dtypes, engine)
     first = (captured or from_inputs(example_inputs))(checkpoint, context)
     middle = perf_counter()
     on_progress("plan", 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitc.errors import BackendUnavailable, UsageError
-from kbitc.evaluation.intervals import Difference, paired, paired_mean, standard_error
+from kbitc.evaluation.intervals import Difference, mean_of_tasks, paired, paired_mean, standard_error
 from kbitc.evaluation.opening import Loaded
 from kbitc.evaluation.task_files import FOLDER, TASKS, task_path, task_rows
 from kbitc.graph.context import Progress, silent
@@ -73,11 +73,7 @@ class TaskScore:
 
 def mean_accuracy(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
     """The mean over tasks, each counted once, and its standard error (examples of tasks are independent)."""
-    mean = sum(score.accuracy for score in scores) / len(scores)
-    errors = [score.standard_error for score in scores]
-    known = [error for error in errors if error is not None]
-    total = sum(error**2 for error in known) ** 0.5 / len(scores)
-    return mean, total if len(known) == len(scores) else None
+    return mean_of_tasks([score.hits for score in scores])
 
 
 def differences(ours: Sequence[TaskScore], theirs: Sequence[TaskScore]) -> dict[str, Difference]:

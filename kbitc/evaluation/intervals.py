@@ -132,3 +132,22 @@ def standard_error(values: Sequence[float], weights: Sequence[float] | None = No
     data = np.asarray(values, np.float64)
     residuals = (data - (data * shares).sum() / shares.sum()) * shares / shares.mean()
     return float(math.sqrt((residuals**2).sum() / (count - 1) / count))
+
+
+def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """The mean over tasks of each one's mean over items, and its standard error, tasks being independent.
+
+    Args:
+        tasks: at least one, each of at least one figure an item.
+
+    Returns:
+        Mean and standard error; None for the error where a task has one item.
+
+    >>> mean_of_tasks([[1.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
+    (0.75, 0.14433756729740643)
+    """
+    mean = sum(sum(items) / len(items) for items in tasks) / len(tasks)
+    errors = [standard_error(items) for items in tasks]
+    known = [error for error in errors if error is not None]
+    total = sum(error**2 for error in known) ** 0.5 / len(tasks)
+    return mean, total if len(known) == len(tasks) else None

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kbitc.system.work import IN_PROCESS, Engine
+
 T = TypeVar("T")
 
 ReadTensor: TypeAlias = Callable[[str], Tensor]
@@ -79,9 +81,11 @@ class Context:
         calibration: inputs to measure on; None where there are none.
         on_progress: told of long work.
         dtypes: of the source's tensors, by name, where they are known without reading.
+        engine: does what each tensor asks for by itself.
     """
 
     read: ReadTensor | None = None
     calibration: Calibration | None = None
     on_progress: Progress = silent
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    engine: Engine = IN_PROCESS

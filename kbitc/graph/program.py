@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from kbitc.formats.layout import Slot, plain_dtype, plain_slot
 from kbitc.formats.packed import Packed
@@ -312,6 +312,19 @@ class Program:
         # At 32 bits in a source of 16: somebody wanted them.
         is_wide = rest.is_wide or source.itemsize > rest.dtype.itemsize
         return replace(rest, stored=plain_dtype(read(rest.name), is_wide=is_wide, is_summed=rest.is_summed))
+
+    def apart(self) -> Program:
+        """What is needed to read, price and pack single weights, here or in another process.
+
+        The facts that say something of each weight, the plan, and the reader with all changes; no graph, no
+        calibration, and nothing that is packed already.
+        """
+        facts = {fact: known for fact, known in self.facts.items() if isinstance(known, Mapping)}
+        context = Context(read=self.context.read, dtypes=self.context.dtypes)
+        empty = fx.Graph()
+        empty.output(())
+        graph = fx.GraphModule(nn.Module(), empty)
+        return replace(self, graph=graph, parameters={}, facts=facts, context=context, packed={}, by_class={})
 
     def as_stored(self, read: ReadTensor) -> ReadTensor:
         """Another reader of the same source, with all changes applied."""

@@ -1,7 +1,8 @@
 """Which model at which spec fits a memory, by what a sweep measured, and the command that makes it.
 
 The one thing to know: what was measured comes first. A model that was scored at one scope and format is
-advised with that loss and its interval; nothing is extrapolated to models or formats that were not run.
+advised with that loss or accuracy and its interval; nothing is extrapolated to models or formats that were
+not run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kbitc.errors import UsageError
+from kbitc.errors import UsageError, did_you_mean
+from kbitc.study.curves import ACCURACY, LOSS, MEASURES
 from kbitc.study.formats import parse_format
 from kbitc.study.ledger import Row
 
@@ -30,11 +32,13 @@ class Advice:
         row: of it.
         command: that makes an artifact of it; None where none does.
         reason: why there is no command.
+        by: what was chosen by, see `kbitc.study.curves.MEASURES`.
     """
 
     row: Row
     command: str | None
     reason: str = ""
+    by: str = LOSS
 
     @property
     def nbytes(self) -> int:
@@ -42,12 +46,19 @@ class Advice:
         return self.row.total_bits // 8
 
     @property
+    def value(self) -> float:
+        """The loss, nats per token, or the mean accuracy."""
+        value = self.row.loss if self.by == LOSS else self.row.accuracy
+        assert value is not None
+        return value
+
+    @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the loss, 95 %, over windows; None of one window."""
-        if self.row.loss is None or self.row.loss_error is None:
+        """Of the value, 95 %, over windows or examples; None of one of them."""
+        error = self.row.loss_error if self.by == LOSS else self.row.accuracy_error
+        if error is None:
             return None
-        half = NORMAL * self.row.loss_error
-        return self.row.loss - half, self.row.loss + half
+        return self.value - NORMAL * error, self.value + NORMAL * error
 
 
 def parse_size(text: str) -> int:
@@ -65,29 +76,34 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (UNITS | BINARY)[(match[2] or "").lower()])
 
 
-def advise(rows: Sequence[Row], memory: int, family: str = "", *, most: int = 5) -> list[Advice]:
-    """The jobs of lowest loss that fit, one a model, the best first.
+def advise(
+    rows: Sequence[Row], memory: int, family: str = "", *, by: str = LOSS, tasks: str = "", most: int = 5
+) -> list[Advice]:
+    """The jobs of lowest loss, or of highest mean accuracy, that fit, one a model, the best first.
 
     Args:
         rows: of a table.
         memory: bytes that all stored tensors may take; activations and caches are not among them.
-        family: part of the name of the family to choose from; "" for the only one.
+        family: part of the name of the family to choose from; "" for the only one. By accuracy models of
+            several families are compared: they answered the same examples.
+        by: see `kbitc.study.curves.MEASURES`.
+        tasks: by accuracy, part of the `Row.tasks` to choose from; "" for the only ones.
         most: how many.
 
     Raises:
-        UsageError: nothing fits, no such family, or several, whose losses cannot be compared.
+        UsageError: nothing fits; no such family, tasks or measure; or several, whose figures cannot be
+            compared.
     """
+    if by not in MEASURES:
+        raise UsageError(f"--by: {did_you_mean('measure', by, MEASURES)}")
+    if tasks and by == LOSS:
+        raise UsageError("--tasks: chooses among accuracies; add --by accuracy")
     own = [row for row in rows if row.loss is not None and family in row.family]
-    names = sorted({row.family for row in own})
-    if not names:
+    if not own:
         known = ", ".join(sorted({row.family for row in rows})) or "none"
         raise UsageError(f"the table has no job with a finite loss of the family '{family}' (known: {known})")
-    if len(names) > 1:
-        raise UsageError(
-            f"the table has models of {len(names)} families ({', '.join(names)}), whose losses per token "
-            "cannot be compared: they cut the text differently; choose one with --family"
-        )
-    fitting = sorted((row for row in own if row.total_bits <= 8 * memory), key=_by_loss)
+    own = _of_one_family(own) if by == LOSS else _of_one_set(own, tasks)
+    fitting = sorted((row for row in own if row.total_bits <= 8 * memory), key=_ORDERS[by])
     if not fitting:
         least = min(own, key=lambda row: row.total_bits)
         raise UsageError(
@@ -97,13 +113,51 @@ def advise(rows: Sequence[Row], memory: int, family: str = "", *, most: int = 5)
     best: dict[str, Row] = {}
     for row in sorted(fitting, key=lambda row: not can_compile(row)):  # those first that can be made
         best.setdefault(row.fingerprint, row)
-    chosen = sorted(best.values(), key=_by_loss)[:most]
-    return [Advice(row, command_of(row), "" if can_compile(row) else _why_not(row)) for row in chosen]
+    chosen = sorted(best.values(), key=_ORDERS[by])[:most]
+    return [Advice(row, command_of(row), "" if can_compile(row) else _why_not(row), by) for row in chosen]
+
+
+def _of_one_family(rows: list[Row]) -> list[Row]:
+    names = sorted({row.family for row in rows})
+    if len(names) > 1:
+        raise UsageError(
+            f"the table has models of {len(names)} families ({', '.join(names)}), whose losses per token "
+            "cannot be compared: they cut the text differently; choose one with --family"
+        )
+    return rows
+
+
+def _of_one_set(rows: list[Row], tasks: str) -> list[Row]:
+    """The rows with accuracies on the same examples."""
+    scored = [row for row in rows if row.accuracy is not None]
+    own = [row for row in scored if tasks in row.tasks]
+    names = sorted({row.tasks for row in own})
+    if not scored:
+        raise UsageError(
+            "--by accuracy: the table has no zero-shot accuracies; 'kbitc sweep' with --tasks adds them"
+        )
+    if not names:
+        known = "; ".join(sorted({row.tasks for row in scored}))
+        raise UsageError(f"--tasks {tasks}: no job was scored on such examples (known: {known})")
+    if len(names) > 1:
+        raise UsageError(
+            f"the table has accuracies on {len(names)} sets of examples ({'; '.join(names)}), which cannot "
+            "be compared; choose one with --tasks"
+        )
+    return own
 
 
 def _by_loss(row: Row) -> tuple[float, int, str]:
     assert row.loss is not None
     return row.loss, row.total_bits, row.key
+
+
+def _by_accuracy(row: Row) -> tuple[float, int, str]:
+    assert row.accuracy is not None
+    return -row.accuracy, row.total_bits, row.key
+
+
+_ORDERS = {LOSS: _by_loss, ACCURACY: _by_accuracy}
 
 
 def can_compile(row: Row) -> bool:

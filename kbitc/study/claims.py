@@ -7,14 +7,18 @@ interval holds both, or the jobs were not run, the claim is not testable with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kbitc.study.curves import Best, Family, Interval, Series, best_precision, between
+import numpy as np
+
+from kbitc.study.curves import LOSS, Best, Family, Interval, Series, best_precision, between
+from kbitc.study.laws import Floats
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 FLOATS, QUANTILES, PLAINS = ("fp", "fp+paper"), ("quantile", "quantile+paper"), ("int", "dynamic")
 OURS = ("bof", "learned")
 FINE = (6, 7, 8)
+FEWEST_PAIRS = 5  # jobs that a correlation is told of
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,46 @@ def _told(best: Best) -> str:
     )
 
 
-def _zero_shot(_: Family, __: Series) -> tuple[str, str]:
-    return NOT_TESTABLE, "the table has no zero-shot accuracies"
+def _zero_shot(family: Family, reference: Series) -> tuple[str, str]:
+    scored = family.by_accuracy()
+    if scored is None:
+        return NOT_TESTABLE, "the table has no zero-shot accuracies (kbitc sweep --tasks)"
+    own = correlation(scored)
+    if own is None:
+        return NOT_TESTABLE, f"fewer than {FEWEST_PAIRS} jobs have accuracies, or all have the same one"
+    best = best_precision(scored.curves(reference))
+    told = "" if best is None else f"; shares of the axis won by accuracy: {_told(best)}"
+    said = f"Pearson's r of loss and mean accuracy over {len(scored.rows)} jobs: {own}{told}"
+    said += f"; on {scored.rows[0].tasks}"
+    if own.high < 0:
+        return REPRODUCED, said
+    return (NOT_REPRODUCED if own.low > 0 else NOT_TESTABLE), said
+
+
+def correlation(scored: Family) -> Interval | None:
+    """Pearson's r of loss and mean accuracy, over resampled models, windows and examples.
+
+    Args:
+        scored: a family of accuracies.
+
+    Returns:
+        None of too few jobs, or where all have one loss or one accuracy.
+    """
+    losses, wrong = replace(scored, measure=LOSS).samples, scored.samples
+    if len(scored.rows) < FEWEST_PAIRS or np.ptp(losses[0]) == 0 or np.ptp(wrong[0]) == 0:
+        return None
+    places = [np.flatnonzero([row.fingerprint == m for row in scored.rows]) for m in scored.models]
+    chosen = np.random.default_rng(0).integers(0, len(places), (len(losses) - 1, len(places)))
+    taken = [np.arange(len(scored.rows)), *(np.concatenate([places[i] for i in draw]) for draw in chosen)]
+    found = [_pearson(a[own], 1 - b[own]) for a, b, own in zip(losses, wrong, taken, strict=True)]
+    return Interval.of(np.array(found))
+
+
+def _pearson(first: Floats, second: Floats) -> float:
+    """0 where one does not vary, which a resample may come to: it says nothing of the other then."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 CLAIMS: dict[str, Judge] = {

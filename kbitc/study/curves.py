@@ -3,6 +3,7 @@
 The one thing to know: between two models a curve is a straight line over the logarithm of the bits, which is
 what the k-bit paper uses (section 4), and beyond them there is none. All jobs of a family score the same
 windows, so a resample of windows (and of models, where each is a pair with itself) is one for all of them.
+Accuracies go the same way: as the share of examples that were wrong, so that less is better there too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ COUNTS = {
     TOTAL: "stored bits of the whole model",
     PAPER: "bits of the quantized weights alone, as the paper counts: n (k + 16/B + p (16 - k))",
 }
+LOSS, ACCURACY = "loss", "accuracy"
+MEASURES = {LOSS: "loss, nats per token", ACCURACY: "mean zero-shot accuracy"}
 DRAWS = 500
 PLACES = 65  # of the axis at which curves are compared
 SEED = 0
@@ -109,11 +112,13 @@ class Family:
         rows: with a finite loss.
         left_out: those without.
         count: how bits are counted, see `COUNTS`.
+        measure: what samples are of, see `MEASURES`; of accuracies, all rows have the same examples.
     """
 
     rows: Sequence[Row]
     left_out: Sequence[Row] = ()
     count: str = TOTAL
+    measure: str = LOSS
 
     def bits(self, row: Row) -> float:
         """Of a row."""
@@ -132,11 +137,22 @@ class Family:
 
     @cached_property
     def samples(self) -> Floats:
-        """``(1 + draws, rows)`` losses: as measured, then of resampled windows."""
-        losses = np.array([row.losses for row in self.rows], float)
-        windows = losses.shape[1]
-        weights = np.random.default_rng(SEED).multinomial(windows, [1 / windows] * windows, DRAWS) / windows
-        return np.concatenate([losses.mean(1)[None], weights @ losses.T])
+        """``(1 + draws, rows)`` losses, or shares of wrong examples: as measured, then of resampled items."""
+        if self.measure == LOSS:
+            return _resampled(np.array([row.losses for row in self.rows], float))
+        hits = [np.array([row.hits[task] for row in self.rows], float) for task in self.rows[0].hits]
+        right = [_resampled(own, seed) for seed, own in enumerate(hits, SEED + 1)]
+        return np.asarray(1 - np.mean(right, axis=0), float)
+
+    def shown(self, samples: Floats) -> Floats:
+        """Samples as they are drawn and told: of accuracies, the share that was right."""
+        return samples if self.measure == LOSS else 1 - samples
+
+    def by_accuracy(self) -> Family | None:
+        """The rows that were scored on the examples that most were; None without."""
+        tasks = usual_tasks(self.rows)
+        own = [row for row in self.rows if row.tasks == tasks]
+        return Family(own, (), self.count, ACCURACY) if tasks else None
 
     @cached_property
     def series(self) -> list[Series]:
@@ -194,10 +210,37 @@ def families(rows: Iterable[Row], count: str = TOTAL) -> dict[str, Family]:
         groups.setdefault(f"{row.family}, {row.scope}", []).append(row)
     made = {}
     for name, own in groups.items():
-        fine = [row for row in own if row.loss is not None]
+        fine = _once([row for row in own if row.loss is not None])
         if fine:
             made[name] = Family(fine, [row for row in own if row.loss is None], count)
     return dict(sorted(made.items(), key=lambda item: (-len(item[1].models), -len(item[1].rows), item[0])))
+
+
+def usual_tasks(rows: Iterable[Row]) -> str:
+    """The `Row.tasks` of most models, then of most rows; "" where none has any."""
+    sets: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.accuracy is not None:
+            sets.setdefault(row.tasks, []).append(row)
+    order = sorted(sets, key=lambda name: (-len({r.fingerprint for r in sets[name]}), -len(sets[name]), name))
+    return order[0] if order else ""
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Without the rows that a sweep with other tasks made again: of those, the one with the usual tasks."""
+    tasks, made = usual_tasks(rows), {}
+    for row in sorted(rows, key=lambda row: row.tasks == tasks):
+        versions = row.kbitc, row.torch, row.transformers
+        made[(row.fingerprint, Series.of(row), row.treatment, row.calibration, versions)] = row
+    kept = {id(row) for row in made.values()}
+    return [row for row in rows if id(row) in kept]
+
+
+def _resampled(items: Floats, seed: int = SEED) -> Floats:
+    """``(1 + draws, rows)`` means of ``(rows, items)``: of all items, then of as many drawn ones."""
+    count = items.shape[1]
+    weights = np.random.default_rng(seed).multinomial(count, [1 / count] * count, DRAWS) / count
+    return np.concatenate([items.mean(1)[None], weights @ items.T])
 
 
 def between(first: Curve, second: Curve) -> Interval | None:

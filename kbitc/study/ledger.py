@@ -2,6 +2,7 @@
 
 The one thing to know: a job's file is written whole or not at all, under the hash of all that decides its
 result, and the table is made of these files. So a sweep that is killed at any moment loses the job it was in.
+In the table each task has columns of its own; jobs and tables from before there were tasks have none.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from kbitc.errors import BackendUnavailable, SourceError, UsageError, first_line
+from kbitc.evaluation.intervals import standard_error
+from kbitc.study.zero_shot import Hits, accuracy_of
 from kbitc.system.files import Lock, LockHeld, scratch_beside, write_whole
 from kbitc.system.json_file import MALFORMED, read_json
 
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
+READ_FORMATS = ("1", "2")
+"""1 has no tasks, whose columns read as not measured."""
+ACCURACY, ERROR, HITS = "accuracy_", "_error", "hits_"
+"""Around a task's name in its columns."""
 FORMAT_KEY = b"kbitc_sweep_format"
 PARTIAL = "*.partial"
 
@@ -61,6 +68,11 @@ class Row:
         kbitc: version.
         torch: version.
         transformers: version.
+        tasks: which examples accuracies are of; rows whose text here differs are not compared. "" for none.
+        accuracy: mean of the tasks, each counted once; None where none was scored, or the loss is not finite.
+        accuracy_error: its standard error, over examples; None of one example, or without an accuracy.
+        hits: by task, 1 for each example that was right.
+        lm_eval: version; "" without tasks.
     """
 
     key: str
@@ -96,6 +108,11 @@ class Row:
     kbitc: str
     torch: str
     transformers: str
+    tasks: str = ""
+    accuracy: float | None = None
+    accuracy_error: float | None = None
+    hits: Hits = field(default_factory=dict)
+    lm_eval: str = ""
 
     @property
     def treatment(self) -> str:
@@ -103,7 +120,7 @@ class Row:
         return f"{self.format} by {self.quantizer}, {self.scope}"
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = tuple(column.name for column in fields(Row) if column.name != "hits")
 
 
 class Ledger:
@@ -194,7 +211,10 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
         UsageError: it cannot be written.
     """
     arrow, parquet = need_arrow()
-    table = arrow.Table.from_pylist([asdict(row) for row in rows], schema=_schema(arrow))
+    every = list(rows)
+    tasks = list(dict.fromkeys(task for row in every for task in row.hits))
+    flat = [_columns(row) for row in every]
+    table = arrow.Table.from_pylist(flat, schema=_schema(arrow, tasks))
     try:
         with scratch_beside(path) as scratch:
             parquet.write_table(table, scratch)
@@ -221,7 +241,7 @@ def read_table(path: Path) -> list[Row]:
     except (arrow.ArrowException, OSError) as error:
         raise SourceError(f"{path}: is no Parquet file that can be read: {first_line(error)}") from error
     version = (table.schema.metadata or {}).get(FORMAT_KEY, b"").decode("ascii", "replace")
-    if version != str(TABLE_FORMAT):
+    if version not in READ_FORMATS:
         said = f"of format {version}, and this kbitc reads {TABLE_FORMAT}" if version else "of no sweep"
         raise SourceError(
             f"{path}: its table is {said}; run the sweep again with this version: it makes a new one"
@@ -232,18 +252,40 @@ def read_table(path: Path) -> list[Row]:
         raise SourceError(f"{path}: its rows are not those of a sweep: {first_line(error)}") from error
 
 
+def _columns(row: Row) -> dict[str, Any]:
+    """A row as its table has it: a task's accuracy, standard error and outcomes are columns of their own."""
+    flat = asdict(row)
+    for task, own in flat.pop("hits").items():
+        flat |= {ACCURACY + task: accuracy_of(own), ACCURACY + task + ERROR: standard_error(own)}
+        flat[HITS + task] = own
+    return flat
+
+
 def _checked(values: Mapping[str, Any]) -> Row:
-    row = Row(**values)
+    own = {name: values[name] for name in COLUMNS if name in values}
+    hits = {
+        name.removeprefix(HITS): found
+        for name, found in values.items()
+        if name.startswith(HITS) and found is not None
+    }
+    row = Row(**own, hits=hits)
     if row.parameters < 1 or row.total_bits < 1 or (row.loss is not None and not math.isfinite(row.loss)):
         raise ValueError(f"the row {row.key} has figures that cannot be")
+    if (row.accuracy is None) == bool(hits) or not all(hits.values()):
+        raise ValueError(f"the row {row.key} has an accuracy that is not that of its examples")
     return row
 
 
-def _schema(arrow: Any) -> Any:
+def _schema(arrow: Any, tasks: Sequence[str]) -> Any:
     text, real = arrow.string(), arrow.float64()
     kinds = {"int": arrow.int64(), "float": real, "float | None": real, "str": text, "bool": arrow.bool_()}
     kinds |= {"Sequence[float]": arrow.list_(real), "Sequence[str]": arrow.list_(text)}
-    columns = [arrow.field(field.name, kinds[str(field.type)]) for field in fields(Row)]
+    columns = [
+        arrow.field(column.name, kinds[str(column.type)]) for column in fields(Row) if column.name in COLUMNS
+    ]
+    for task in tasks:
+        columns += [arrow.field(ACCURACY + task + end, real) for end in ("", ERROR)]
+        columns.append(arrow.field(HITS + task, arrow.list_(arrow.int8())))
     return arrow.schema(columns, metadata={FORMAT_KEY: str(TABLE_FORMAT)})
 
 

@@ -17,7 +17,18 @@ from kbitc.report.figures import inline, write_png
 from kbitc.report.page import Cell, Section, code, count, number, page, render, table
 from kbitc.study.checklist import checklist
 from kbitc.study.claims import Claim, judged, reference_of
-from kbitc.study.curves import COUNTS, PAPER, TOTAL, Family, Interval, Series, best_precision, families
+from kbitc.study.curves import (
+    COUNTS,
+    LOSS,
+    MEASURES,
+    PAPER,
+    TOTAL,
+    Family,
+    Interval,
+    Series,
+    best_precision,
+    families,
+)
 from kbitc.study.fits import FEWEST_SIZES, Fitted, NoFit, fit
 from kbitc.study.laws import JOINT, POWER, Form
 from kbitc.study.ledger import Row
@@ -136,7 +147,8 @@ def study_page(rows: Sequence[Row], family: str = "") -> tuple[str, Plots, Findi
     }
     sections = [
         Section("The paper's claims", _claims(both)),
-        *(_precisions(found, plots) for found in both),
+        *(_precisions(found.family, found.reference, found.powers, plots) for found in both),
+        _accuracies(main, plots),
         *(_fits(found, plots) for found in both),
         Section("Data types and block sizes", _kinds(own, plots)),
         _checklist(both[1]),
@@ -166,15 +178,27 @@ def _claims(both: Sequence[Findings]) -> Markup:
     return render("noted", note=note, body=table(columns, rows))
 
 
-def _precisions(found: Findings, plots: Plots) -> Section:
-    family = found.family
-    title = f"Best precision by {family.count} bits"
-    curves = family.curves(found.reference)
+def _accuracies(found: Findings, plots: Plots) -> Section:
+    family = found.family.by_accuracy()
+    reference = None if family is None else reference_of(family)
+    if family is None or reference is None:
+        note = "No quantized job was scored on zero-shot tasks; kbitc sweep --tasks does that."
+        return Section("Best precision by accuracy", render("noted", note=note, body=Markup()))
+    return _precisions(family, reference, {}, plots)
+
+
+def _precisions(
+    family: Family, reference: Series, powers: Mapping[int, Fitted | NoFit], plots: Plots
+) -> Section:
+    is_loss = family.measure == LOSS
+    title = f"Best precision by {'' if is_loss else 'accuracy and '}{family.count} bits"
+    curves = family.curves(reference)
     if not curves:
         return Section(title, render("noted", note="One model: there is no curve over sizes.", body=Markup()))
-    figure = precision_plot(family, found.reference, found.powers, is_fitted=False)
+    figure = precision_plot(family, reference, powers, is_fitted=False)
+    name = f"{family.count}-{'precision' if is_loss else 'accuracy'}"
     drawn = plots.add(
-        f"{family.count}-precision", figure, f"Loss against {COUNTS[family.count]}, a line a precision"
+        name, figure, f"{MEASURES[family.measure]} against {COUNTS[family.count]}, a line a precision"
     )
     best = best_precision(curves)
     if best is None:
@@ -191,7 +215,7 @@ def _precisions(found: Findings, plots: Plots) -> Section:
     note = (
         "Straight lines between models over the logarithm of the bits, as the paper has them. The share of "
         "the axis that a precision wins is counted where all precisions have a curve; its interval is over "
-        "windows."
+        f"{'windows' if is_loss else f'examples: {family.rows[0].tasks}; curves of {reference}'}."
     )
     body = render(
         "tables",
@@ -331,9 +355,11 @@ def _jobs(rows: Sequence[Row]) -> Markup:
             number(row.paper_bits, ",.0f"),
             number(row.loss, ".4f"),
             number(row.loss_error, ".4f"),
+            number(row.accuracy, ".4f"),
+            number(row.accuracy_error, ".4f"),
             number(row.seconds, ".2f"),
         ]
         for row in rows
     ]
     columns = ("model", "parameters", "format", "quantizer", "scope", "total bits", "paper's bits", "loss")
-    return table((*columns, "± standard error", "seconds"), cells, name="jobs")
+    return table((*columns, "± standard error", "accuracy", "± its", "seconds"), cells, name="jobs")

@@ -9,7 +9,7 @@ import numpy as np
 
 from kbitc.report.charts import viridis, written
 from kbitc.report.figures import new_figure
-from kbitc.study.curves import COUNTS, Curve, Family, Interval, Series, best_precision
+from kbitc.study.curves import COUNTS, MEASURES, Curve, Family, Interval, Series, best_precision
 from kbitc.study.fits import Fitted, NoFit
 
 BITS = tuple(range(2, 9))
@@ -23,7 +23,7 @@ def colour_of(bits: int) -> str:
 def precision_plot(
     family: Family, series: Series, fits: Mapping[int, Fitted | NoFit], *, is_fitted: bool
 ) -> Any:
-    """Loss against bits, a line a precision, with the frontier; 95 % intervals over windows.
+    """Loss or accuracy against bits, a line a precision, with the frontier; 95 % intervals over items.
 
     Args:
         family: the rows.
@@ -36,14 +36,15 @@ def precision_plot(
     baseline = Series("fp16", 0, "absmax", series.scope)
     whole = family.curve(baseline, 16)
     for bits, curve in [*curves.items(), *([(16, whole)] if whole is not None else [])]:
-        _curve(axes, bits, curve, fits.get(bits) if is_fitted else None)
+        shown = Curve(curve.bits, family.shown(curve.samples))
+        _curve(axes, bits, shown, fits.get(bits) if is_fitted else None)
     best = best_precision(curves)
     if best is not None and not is_fitted:
-        low = np.nanmin([curve.at(best.places)[0] for curve in curves.values()], 0)
+        low = family.shown(np.nanmin([curve.at(best.places)[0] for curve in curves.values()], 0))
         axes.plot(best.places, low, color="#d55e00", linestyle=":", linewidth=2.5, zorder=9, label="frontier")
     axes.set_xscale("log", base=2)
     axes.set_xlabel(COUNTS[family.count])
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(MEASURES[family.measure])
     axes.legend(title="bits of a code", ncols=2, frameon=False)
     return figure
 

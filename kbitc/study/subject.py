@@ -37,6 +37,7 @@ from kbitc.sensitivity.moments import CALIBRATION
 from kbitc.sensitivity.outliers import OUTLIERS
 from kbitc.study.formats import Format, round_trip
 from kbitc.study.grid import ABSMAX, ALL, Treatment
+from kbitc.study.zero_shot import Hits, Tasks
 from kbitc.system.checksums import digest
 
 
@@ -76,6 +77,8 @@ class Subject:
         family: of models whose losses can be compared with this one's.
         fixed_bytes: of all that no treatment changes.
         scope: which weights treatments are for.
+        tokenizer: the model's own.
+        label: of the model, for messages.
     """
 
     model: nn.Module
@@ -84,6 +87,8 @@ class Subject:
     family: str
     fixed_bytes: int
     scope: str
+    tokenizer: Any
+    label: str
 
     @property
     def treated(self) -> Mapping[str, Weight]:
@@ -136,6 +141,10 @@ class Subject:
     def score(self) -> Scored:
         """The loss of the model as it is now."""
         return Scored.of(window_losses(self.model, self.ids))
+
+    def solve(self, tasks: Tasks) -> Hits:
+        """The outcome of each example of tasks, for the model as it is now."""
+        return tasks.score(self.model, self.tokenizer, self.label)
 
     def total_bits(self, form: Format) -> int:
         """Stored bits of the whole model, everything counted."""
@@ -213,4 +222,4 @@ def open_subject(
     config: Any = getattr(model, "config", None)
     cut = digest(ids.numpy().tobytes())[:8]
     family = f"{getattr(config, 'model_type', type(model).__name__)}-{cut}"
-    return Subject(model, program, ids, family, rest_bytes(program), scope)
+    return Subject(model, program, ids, family, rest_bytes(program), scope, tokenizer, checkpoint.label)

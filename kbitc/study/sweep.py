@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from kbitc.graph.context import Progress, silent
 from kbitc.study.grid import ABSMAX, LINEAR, Grid, Treatment
 from kbitc.study.ledger import Ledger, Row
 from kbitc.study.subject import Subject, open_subject
+from kbitc.study.zero_shot import Tasks, mean_accuracy
 from kbitc.system.checksums import digest
 from kbitc.system.memory import forget_peak, peak_bytes
+from kbitc.system.work import IN_PROCESS, Engine
 from kbitc.version import VERSION
 
 SAVE_EVERY = 30.0  # seconds; between two, what was measured lies in the jobs' own files
@@ -36,6 +39,7 @@ class Study:
         context: tokens a window.
         limit: tokens of the text that count; None for all.
         calibrate: on what, for quantizers that need it; as ``kbitc compile --calibrate``.
+        tasks: that are scored beside the text; None for none.
     """
 
     grid: Grid
@@ -45,6 +49,7 @@ class Study:
     context: int = 512
     limit: int | None = None
     calibrate: str = "self"
+    tasks: Tasks | None = None
 
     def calibration(self, treatment: Treatment) -> str:
         """What decides the evidence of a treatment: a mode, or a file's contents; "" for none."""
@@ -58,7 +63,7 @@ class Study:
         import torch
         import transformers
 
-        parts = {
+        parts: dict[str, object] = {
             "model": fingerprint,
             "format": str(treatment.form),
             "quantizer": treatment.quantizer,
@@ -71,6 +76,8 @@ class Study:
             "seed": SEED,
             "versions": [VERSION, torch.__version__, transformers.__version__],
         }
+        if self.tasks is not None:
+            parts["tasks"] = self.tasks.identity()
         return digest(json.dumps(parts, sort_keys=True).encode())[:32]
 
 
@@ -95,6 +102,7 @@ def sweep(
     table: Path,
     on_progress: Progress = silent,
     on_row: Callable[[Row], object] = lambda _: None,
+    engine: Engine = IN_PROCESS,
 ) -> Outcome:
     """Run every job that is not done yet, and write the table, also of what was done before a stop.
 
@@ -104,19 +112,25 @@ def sweep(
         table: Parquet file; its jobs' files lie in a folder beside it.
         on_progress: told of each job.
         on_row: told of each result.
+        engine: that runs the jobs.
 
     Raises:
-        UsageError: a model that is no causal language model, too short a text, or another sweep at work.
+        UsageError: a model that is no causal language model, too short a text, tasks that cannot be scored,
+            or another sweep at work.
         SourceError: a model or an earlier result cannot be read.
     """
     treatments = study.grid.treatments()
+    if study.tasks is not None:
+        study.tasks.check()
     ledger = Ledger(table)
-    with ledger.held():
+    with ledger.held(), ExitStack() as stack:
         waiting, known = _waiting(models, study, treatments, ledger)
-        total, done, saved = sum(map(len, waiting.values())), 0, time.monotonic()
+        jobs = _Jobs(study, waiting)
+        stack.enter_context(closing(jobs))
+        total, done, saved = len(jobs.items), 0, time.monotonic()
         on_progress("jobs", 0, total)
         try:
-            for row in _run_all(waiting, study):
+            for _, row in stack.enter_context(closing(engine.run(jobs, jobs.items))):
                 ledger.add(row)
                 done += 1
                 on_row(row)
@@ -146,23 +160,60 @@ def _waiting(
     return waiting, len(seen) - sum(map(len, waiting.values()))
 
 
-def _run_all(waiting: Mapping[str, Mapping[str, Treatment]], study: Study) -> Iterator[Row]:
-    """Results of the jobs of each model, which is loaded once."""
-    for source, jobs in waiting.items():
-        if not jobs:
-            continue
-        with open_checkpoint(source) as checkpoint:
-            subject = open_subject(
-                checkpoint,
-                study.text,
-                study.context,
-                study.limit,
-                study.scope,
-                list(jobs.values()),
-                study.calibrate,
-            )
-            for key, treatment in jobs.items():
-                yield _run(checkpoint, subject, study, key, treatment)
+@dataclass(frozen=True)
+class Job:
+    """One model under one treatment.
+
+    Attributes:
+        source: the model, as the user named it.
+        key: see `Study.key`.
+        treatment: of its weights.
+    """
+
+    source: str
+    key: str
+    treatment: Treatment
+
+    def __str__(self) -> str:
+        return f"{self.source} at {self.treatment}"
+
+
+class _Jobs:
+    """`kbitc.system.work.Work`: the job of a model, which stays loaded until one of another model comes."""
+
+    def __init__(self, study: Study, waiting: Mapping[str, Mapping[str, Treatment]]) -> None:
+        self.study = study
+        self.treatments = {source: list(jobs.values()) for source, jobs in waiting.items()}
+        self.items = [Job(source, key, own) for source, jobs in waiting.items() for key, own in jobs.items()]
+        self._opened: tuple[str, Checkpoint, Subject] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "items": [], "_opened": None}
+
+    def load(self, job: Job) -> None:
+        """Nothing: a model that was read ahead would be a second one in memory."""
+
+    def finish(self, job: Job, _: None) -> Row:
+        """The row of a job."""
+        opened = self._opened
+        if opened is None or opened[0] != job.source:
+            self.close()  # before the next is loaded, or two were in memory
+            opened = self._opened = (job.source, *self._open(job.source))
+        return _run(opened[1], opened[2], self.study, job.key, job.treatment)
+
+    def _open(self, source: str) -> tuple[Checkpoint, Subject]:
+        study, checkpoint = self.study, open_checkpoint(source)
+        treatments = self.treatments[source]
+        subject = open_subject(
+            checkpoint, study.text, study.context, study.limit, study.scope, treatments, study.calibrate
+        )
+        return checkpoint, subject
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
 
 
 def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treatment: Treatment) -> Row:
@@ -174,8 +225,12 @@ def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treat
     started = time.monotonic()
     subject.treat(treatment)
     scored = subject.score()
+    # A model whose loss is no number gives figures to compare choices by that are none either.
+    tasks = study.tasks if scored.loss is not None else None
+    hits = {} if tasks is None else subject.solve(tasks)
     seconds = time.monotonic() - started
     spec = form.spec
+    accuracy, accuracy_error = mean_accuracy(hits)
     zero, variant = "+zp" if spec.has_zero_point else "", f"+{spec.variant}" if spec.variant else ""
     return Row(
         key=key,
@@ -211,4 +266,9 @@ def _run(checkpoint: Checkpoint, subject: Subject, study: Study, key: str, treat
         kbitc=VERSION,
         torch=torch.__version__,
         transformers=transformers.__version__,
+        tasks="" if tasks is None else tasks.label,
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        hits=hits,
+        lm_eval="" if tasks is None else tasks.version,
     )

@@ -75,11 +75,28 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+_spared = False
+_before: set[int] = set()
+
+
+@contextlib.contextmanager
+def spared() -> Iterator[None]:
+    """Within, :func:`end_children` leaves alone what was started within: who started it ends it in order."""
+    global _spared, _before
+    kept = _spared, _before
+    _spared, _before = True, set(descendants(os.getpid()))
+    try:
+        yield
+    finally:
+        _spared, _before = kept
+
+
 def end_children() -> None:
     """Send ``SIGTERM`` to all processes that this one, or one of those, started; where /proc lists them."""
     for number in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(number, signal.SIGTERM)
+        if not _spared or number in _before:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGTERM)
 
 
 def descendants(root: int) -> list[int]:

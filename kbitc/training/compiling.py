@@ -23,6 +23,7 @@ from kbitc.errors import UsageError
 from kbitc.graph.context import Progress, silent
 from kbitc.pipeline.manager import PassManager
 from kbitc.system import files
+from kbitc.system.work import IN_PROCESS, Engine
 from kbitc.training import tuning
 from kbitc.training.distilling import Recipe
 
@@ -38,6 +39,7 @@ def compile_tuned_to(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     on_progress: Progress = silent,
     manage: Manage = PassManager,
+    engine: Engine = IN_PROCESS,
 ) -> tuple[Result, tuning.Result]:
     """Compile a model into an artifact folder, and tune it.
 
@@ -51,6 +53,7 @@ def compile_tuned_to(
         example_inputs: to trace, measure and tune the model on.
         on_progress: told of long work.
         manage: makes the manager that runs the passes.
+        engine: as of `kbitc.compiler.driver.compile_to`; tuning is this process's.
 
     Returns:
         What compiling did, and what tuning did.
@@ -75,6 +78,7 @@ def compile_tuned_to(
                 example_inputs=example_inputs,
                 on_progress=on_progress,
                 manage=manage,
+                engine=engine,
             )
             tuned = tuning.tune_to(
                 untuned,

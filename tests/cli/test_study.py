@@ -49,6 +49,8 @@ def test_advise(kbitc, swept):
         (["--scope", "linar"], "did you mean 'linear'"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--outliers", "2%"], "proxy:2%"),
+        (["--tasks", "copaa"], "did you mean 'copa'"),
+        (["--limit", "3"], "--tasks"),
     ],
 )
 def test_bad_input_is_one_paragraph(kbitc, swept, arguments, said):
@@ -57,6 +59,24 @@ def test_bad_input_is_one_paragraph(kbitc, swept, arguments, said):
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (swept / "other.parquet").exists()
+
+
+def test_tasks(kbitc, swept):
+    pytest.importorskip("lm_eval")
+    rows = [{"query": "The file was missing, because", "choices": ["it was deleted.", "so."], "gold": 0}] * 2
+    (swept / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = swept / "tasks.parquet"
+    done = kbitc(
+        "sweep", "demo", "--bits", "4", "--types", "int", "--text", swept / "text.txt", "--context", "32",
+        "--limit-tokens", "64", "--tasks", "copa", "--data", swept, "-o", table,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "highest mean accuracy by bits of a code, percent; copa[2]" in " ".join(done.stdout.split())
+    advice = kbitc("advise", "--from", table, "--memory", "1GB", "--by", "accuracy", "--json").stdout
+    (first,) = json.loads(advice)["advice"]
+    assert first["tasks"].startswith("copa[2], 0 shots")
+    told = kbitc("advise", "--from", table, "--memory", "1GB", "--by", "accuracy").stdout
+    assert "accuracy on copa[2]" in " ".join(told.split())
 
 
 def test_no_table(kbitc, tmp_path):

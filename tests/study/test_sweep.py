@@ -177,7 +177,7 @@ def test_tables_of_other_kinds_are_refused(swept, tmp_path):
         read_table(junk)
     table = parquet.read_table(swept[0]).replace_schema_metadata({"kbitc_sweep_format": "99"})
     parquet.write_table(table, junk)
-    with pytest.raises(SourceError, match="format 99, and this kbitc reads 1"):
+    with pytest.raises(SourceError, match="format 99, and this kbitc reads 2"):
         read_table(junk)
 
 
