@@ -70,7 +70,7 @@ def check_adapter(model: nn.Module, folder: Path, base: Artifact | None = None) 
         trained = read_json(folder / RECORD).get("base")
         if trained != base_of(base):
             raise UsageError(
-                f"{folder}: was trained over another model than {base.folder}: their tensors differ; give the "
+                f"{folder}: was trained over another model than {base.folder}: tensors differ; give the "
                 "one that it was trained over"
             )
 

@@ -183,8 +183,8 @@ def _begin(claim: FolderClaim, identity: Mapping[str, Any], *, is_resumed: bool)
     if is_resumed and note.exists():
         if read_json(note) != identity:
             raise UsageError(
-                f"{claim.state}: was begun with another model, text or options, so --resume cannot go on; run "
-                "again without --resume to start over"
+                f"{claim.state}: was begun with another model, text or options, so --resume cannot go on; "
+                "run again without --resume to start over"
             )
         try:
             claim.go_on()
@@ -216,19 +216,12 @@ def adapted_model(
         UsageError: targets that the model does not have.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     prepare_for_training(model, checkpointing=recipe.checkpointing)
-    names = [name.strip() for name in recipe.targets.split(",") if name.strip()]
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=2 * recipe.rank if recipe.alpha is None else recipe.alpha,  # type: ignore[arg-type]
-        target_modules="all-linear" if names == ["all-linear"] else names,
-        task_type="CAUSAL_LM",
-    )
     torch.manual_seed(recipe.seed)
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, lora_config(recipe))
     except ValueError as error:
         raise UsageError(f"--targets {recipe.targets}: {first_line(error)}") from error
     if recipe.init == RESIDUAL:
@@ -237,6 +230,19 @@ def adapted_model(
         assert artifact is not None
         fit_residual(adapted, artifact, source, on_progress)
     return adapted
+
+
+def lora_config(recipe: FinetuneRecipe) -> Any:
+    """What PEFT makes adapters by."""
+    from peft import LoraConfig
+
+    names = [name.strip() for name in recipe.targets.split(",") if name.strip()]
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank if recipe.alpha is None else recipe.alpha,  # type: ignore[arg-type]
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _trained(

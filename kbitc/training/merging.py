@@ -141,8 +141,8 @@ def _adapted(model: nn.Module, adapter: Path, opened: Artifact) -> Any:
     kind = "DoRA" if config.get("use_dora") else str(config.get("peft_type"))
     if kind not in ("LORA", "VERA") or config.get("lora_bias"):
         raise UsageError(
-            f"{adapter}: is {kind}, which is more than a sum with the weights; LoRA and VeRA merge, others run "
-            "with --adapter"
+            f"{adapter}: is {kind}, which is more than a sum with the weights; LoRA and VeRA merge, others "
+            "run with --adapter"
         )
     with foreign(f"{adapter}: PEFT cannot load it"):
         adapted: Any = PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]

@@ -61,8 +61,8 @@ def _fit(layer: Any, weight: KbitTensor, wanted: Tensor, name: str) -> None:
     lost = wanted - weight.dequantize(torch.float32)
     if float(lost.norm()) > 0.7 * float(wanted.norm()):
         raise UsageError(
-            f"--init residual: '{name}' is nothing like what it was compiled from: passes changed it before it "
-            "was packed (--equalize, --rotate); use --init plain"
+            f"--init residual: '{name}' is nothing like what it was compiled from: passes changed it before "
+            "it was packed (--equalize, --rotate); use --init plain"
         )
     if weight.is_transposed:
         lost = lost.mT
