@@ -24,10 +24,12 @@ def input_squares(adapted: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict
 
     sums: dict[str, Tensor] = {}
     base = adapted.get_base_model()
-    hooks = []
-    for path, layer in base.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not hasattr(layer, "parameter_name"):
-            hooks.append(layer.register_forward_pre_hook(_counting(sums, path)))
+    layers = (
+        (path, module)
+        for path, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "parameter_name")
+    )
+    hooks = [base.get_submodule(path).register_forward_pre_hook(_counting(sums, path)) for path, _ in layers]
     try:
         for batch in batches:
             given = {name: value for name, value in batch.items() if name != "labels"}
