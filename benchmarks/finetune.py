@@ -4,8 +4,8 @@
     python -m benchmarks.finetune --model demo --text FILE --steps 20 --seeds 0,1,2 --markdown FILE
 
 Every base is trained by the same steps of the same batches, in float32: the source, the artifact of each
-budget, and that of the smallest once more with the init "residual". Artifacts, checkpoints and a ledger (a JSON
-line a run) lie in --work; what is there already is not done again. Step times compare only as far as the
+budget, and that of the smallest once more with the init "residual". Artifacts, checkpoints and a ledger (a
+JSON line a run) lie in --work; what is there already is not done again. Step times compare only as far as the
 machine was as busy.
 """
 

@@ -214,13 +214,13 @@ class Merge:
 
     Attributes:
         adapter: name of its folder.
-        errors: what weighed them.
+        quantizer: that chose codes and scales.
         weights: number that it changed.
         before: held-out loss with the adapter beside the weights, nats per token; None if not measured.
     """
 
     adapter: str
-    errors: str
+    quantizer: str
     weights: int
     before: float | None = None
 
@@ -228,7 +228,7 @@ class Merge:
         """As it stands in the file."""
         return {
             "adapter": self.adapter,
-            "errors": self.errors,
+            "quantizer": self.quantizer,
             "weights": self.weights,
             "held_out_before": self.before,
         }
@@ -237,7 +237,7 @@ class Merge:
     def from_json(entry: Mapping[str, Any]) -> Merge:
         """The inverse of :meth:`to_json`."""
         before = _number(entry.get("held_out_before"))
-        return Merge(str(entry["adapter"]), str(entry["errors"]), int(entry["weights"]), before)
+        return Merge(str(entry["adapter"]), str(entry["quantizer"]), int(entry["weights"]), before)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def merge(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="UTF-8 text: its beginning says which errors matter, and its end what merging cost.",
+            help="UTF-8 text: by its beginning errors are fed back, which keeps most of a small change; "
+            "its end says what merging cost.",
         ),
     ] = None,
     *,

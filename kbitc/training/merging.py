@@ -2,9 +2,10 @@
 
     W' = pack(dequantize(W) + scaling * B A)       same spec, same bytes
 
-The one thing to know: one weight at a time is dense. An artifact keeps no moments of its calibration, so
-errors are weighted by what is measured on ``--text``, and are plain squared errors without it; the scales are
-searched either way.
+The one thing to know: what is packed lies on levels, and a change smaller than half a step rounds back to
+where it was. So with ``--text`` errors are fed back, by second moments that are measured on it: what one
+column loses, later ones make up. Without a text codes are the nearest, and a small change is lost for the
+most part. An artifact keeps no moments of its own calibration. One weight at a time is dense.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from kbitc.errors import SourceError, UsageError, foreign
 from kbitc.evaluation.adapters import check_adapter, check_installed
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, silent
-from kbitc.quantizers import quantize_weight
+from kbitc.quantizers import Evidence, find_quantizer
+from kbitc.sensitivity.gram import GRAM, Gram, equal_groups
+from kbitc.sensitivity.moments import MOMENTS, Moments
 from kbitc.sensitivity.sampled_error import packed_error, relative_error
 from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.training.examples import Example, collated, held_out, mean_loss, text_examples
-from kbitc.training.input_squares import input_squares
+from kbitc.training.input_moments import chunks, input_moments
 
 MEASURED = 32
 """Windows at the beginning of a text whose inputs are measured."""
@@ -46,7 +49,7 @@ class Merged:
     Attributes:
         out: the artifact.
         errors: relative squared error of each weight that was packed again, against the sum of both.
-        quantizer: that chose its scales.
+        quantizer: that chose codes and scales: "feedback" with a text, "weighted" without.
         bits_per_param: of the artifact, the same as before.
         before: held-out loss with the adapter beside the weights, nats per token; None without a text.
         after: the same of the artifact.
@@ -87,7 +90,7 @@ def merge_to(
         artifact: folder of a compiled model.
         adapter: PEFT's LoRA or VeRA over it.
         out: folder to write.
-        text: UTF-8 file: its beginning weighs errors, and its held-out end says what merging cost.
+        text: UTF-8 file: by its beginning errors are fed back, and its held-out end says what merging cost.
         context: tokens a window of it.
         is_forced: replace an existing ``out``.
         on_progress: told of each weight.
@@ -105,15 +108,18 @@ def merge_to(
         learned, held = _windows(opened, model, text, context)
         adapted = _adapted(model, adapter, opened)
         before = mean_loss(adapted, held) if held else None
-        squares = input_squares(adapted, [collated([example]) for example in learned[:MEASURED]])
+        batches = [collated([example]) for example in learned[:MEASURED]]
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-        layers = list(_layers(adapted, opened.plan, adapter))
-        for i, (name, layer, path) in enumerate(layers):
-            made, errors[name] = _merged(opened.plan.weights.get(name), name, layer, squares.get(path))
-            tensors |= made
-            on_progress(f"packing {name}", i + 1, len(layers))
-        used = "weighted by inputs" if squares else "weighted evenly"
+        layers = {path: (name, layer) for name, layer, path in _layers(adapted, opened.plan, adapter)}
+        for chunk in chunks({path: layer for path, (_, layer) in layers.items()}):
+            moments = input_moments(adapted, {path: layers[path][1] for path in chunk}, batches)
+            for path in chunk:
+                name, layer = layers[path]
+                made, errors[name] = _merged(opened.plan.weights.get(name), name, layer, moments.get(path))
+                tensors |= made
+                on_progress(f"packing {name}", len(errors), len(layers))
+        used = "feedback" if batches else "weighted"
         plan = _plan(opened.plan, errors, Merge(adapter.name, used, len(errors), before))
         del adapted, model, layers
         write_replaced(opened, tensors, plan, claim, on_progress)
@@ -176,7 +182,7 @@ def _layers(adapted: Any, plan: PlanFile, adapter: Path) -> Iterator[tuple[str, 
 
 
 def _merged(
-    entry: WeightEntry | None, name: str, layer: Any, squares: Tensor | None
+    entry: WeightEntry | None, name: str, layer: Any, moments: Gram | None
 ) -> tuple[dict[str, Tensor], float]:
     """The stored tensors of a weight with its adapter added, and the relative squared error of that."""
     base = layer.get_base_layer()
@@ -190,24 +196,23 @@ def _merged(
     wanted = weight.dequantize(torch.float32) + delta.view(weight.shape)
     wanted = wanted.reshape(weight.view_of() or weight.shape)
     oriented = wanted.mT if weight.is_transposed else wanted
-    packed = _packed(oriented, weight.packed, name, squares)
+    packed = _packed(oriented, weight.packed, name, moments)
     stored = {f"{name}.{field}": tensor for field, tensor in stored_tensors(packed).items()}
     return stored, packed_error(oriented, packed)
 
 
-def _packed(oriented: Tensor, was: Packed, name: str, squares: Tensor | None) -> Packed:
+def _packed(oriented: Tensor, was: Packed, name: str, moments: Gram | None) -> Packed:
     """A weight in the format that it had, its outlier features as they were."""
-    *lead, _, features = oriented.shape
-    even = torch.ones(*lead, features)
-    importance = even if squares is None else squares.expand(*lead, features)
-    return quantize_weight(
-        oriented.contiguous(),
-        was.spec,
-        quantizer="weighted",
-        importance=importance,
-        outliers=None if was.outlier_index is None else was.outlier_index.long(),
-        name=name,
-    )
+    *lead, rows, features = oriented.shape
+    outliers = None if was.outlier_index is None else was.outlier_index.long()
+    if moments is None or lead:
+        facts: dict[Any, object] = {MOMENTS: Moments.of_importance(torch.ones(*lead, features))}
+        quantizer = find_quantizer("weighted")
+    else:
+        facts = {MOMENTS: Moments.of_importance(moments.inputs.diagonal().clamp_min(1e-12))}
+        facts[GRAM] = equal_groups([moments], rows)
+        quantizer = find_quantizer("feedback")
+    return quantizer.quantize(oriented.contiguous(), was.spec, Evidence(name, outliers, facts))
 
 
 def _plan(plan: PlanFile, errors: Mapping[str, float], merge: Merge) -> PlanFile:
@@ -215,7 +220,7 @@ def _plan(plan: PlanFile, errors: Mapping[str, float], merge: Merge) -> PlanFile
     weights = {
         name: entry
         if name not in errors
-        else replace(entry, choice=replace(entry.choice, error=errors[name], quantizer="weighted"))
+        else replace(entry, choice=replace(entry.choice, error=errors[name], quantizer=merge.quantizer))
         for name, entry in plan.weights.items()
     }
     return replace(plan, weights=weights, merged=(*plan.merged, merge))
