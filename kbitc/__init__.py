@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kbitc.quantizers import quantize
     from kbitc.tensor.kbit_tensor import KbitTensor
     from kbitc.tensor.unpacking import dequantized
+    from kbitc.training.adapting import prepare_for_training
 
 __all__ = [
     "Artifact",
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "load_into",
     "parse_spec",
+    "prepare_for_training",
     "quantize",
     "save",
     "tune",
@@ -61,6 +63,7 @@ _HOME = {
     "load": ("kbitc.artifact.loading", "load"),
     "load_into": ("kbitc.artifact.loading", "load_into"),
     "parse_spec": ("kbitc.formats.spec", "parse"),
+    "prepare_for_training": ("kbitc.training.adapting", "prepare_for_training"),
     "quantize": ("kbitc.quantizers", "quantize"),
     "save": ("kbitc.compiler.saving", "save"),
 }

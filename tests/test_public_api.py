@@ -17,7 +17,7 @@ import kbitc
 def test_names():
     assert kbitc.__all__ == [
         "Artifact", "KbitConfig", "KbitTensor", "Spec", "compile", "dequantized", "export_onnx", "load", "load_into",
-        "parse_spec", "quantize", "save", "tune",
+        "parse_spec", "prepare_for_training", "quantize", "save", "tune",
     ]  # fmt: skip
     for name in kbitc.__all__:
         assert getattr(kbitc, name) is not None

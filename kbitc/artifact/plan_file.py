@@ -209,6 +209,38 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """An adapter that was packed into the weights (`kbitc merge`).
+
+    Attributes:
+        adapter: name of its folder.
+        quantizer: that chose codes and scales.
+        weights: number that it changed.
+        before: held-out loss with the adapter beside the weights, nats per token; None if not measured.
+    """
+
+    adapter: str
+    quantizer: str
+    weights: int
+    before: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "adapter": self.adapter,
+            "quantizer": self.quantizer,
+            "weights": self.weights,
+            "held_out_before": self.before,
+        }
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Merge:
+        """The inverse of :meth:`to_json`."""
+        before = _number(entry.get("held_out_before"))
+        return Merge(str(entry["adapter"]), str(entry["quantizer"]), int(entry["weights"]), before)
+
+
+@dataclass(frozen=True)
 class PlanFile:
     """All of it.
 
@@ -230,6 +262,7 @@ class PlanFile:
         fusions: what fusion and clean-up passes did and left, by the pass.
         untraced: why the weights were found by module class, without a graph; "" where there was one.
         tuning: after packing; None where nothing was tuned.
+        merged: adapters that were packed into the weights, in order.
         kbitc: version that wrote it.
         format: of the artifact.
     """
@@ -250,6 +283,7 @@ class PlanFile:
     fusions: Mapping[str, Fired] = field(default_factory=dict)
     untraced: str = ""
     tuning: Tuning | None = None
+    merged: Sequence[Merge] = ()
     kbitc: str = VERSION
     format: int = FORMAT
 
@@ -276,6 +310,7 @@ class PlanFile:
             "passes": [entry.to_json() for entry in self.passes],
             **untraced,
             **({} if self.tuning is None else {"tuning": self.tuning.to_json()}),
+            **({"merged": [merge.to_json() for merge in self.merged]} if self.merged else {}),
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "source_bytes": self.source_bytes,
@@ -324,6 +359,7 @@ class PlanFile:
                 fusions={name: Fired.from_json(record) for name, record in data.get("fusions", {}).items()},
                 untraced=str(data.get("untraced", "")),
                 tuning=None if tuning is None else Tuning.from_json(mapping(tuning, "tuning")),
+                merged=tuple(Merge.from_json(entry) for entry in data.get("merged", ())),
                 kbitc=str(data.get("kbitc", "?")),
                 format=version,
             )

@@ -1,7 +1,7 @@
 """An artifact like another one, with other values in some of its tensors.
 
 The one thing to know: what the plan says of formats, and every other file that it names, are taken over as
-they are; only values, their checksums and what the plan says of the tuning are new.
+they are; only values, their checksums and what the plan says of how they came about are new.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from kbitc.artifact.folders import PLAN_FILE, FolderClaim
-from kbitc.artifact.plan_file import Tuning
+from kbitc.artifact.plan_file import PlanFile
 from kbitc.artifact.reader import Artifact
 from kbitc.artifact.writer import Writer
 from kbitc.checkpoint.folder_checks import INDEX
@@ -27,7 +27,7 @@ from kbitc.version import VERSION
 def write_replaced(
     artifact: Artifact,
     tensors: Mapping[str, Tensor],
-    tuning: Tuning,
+    plan: PlanFile,
     claim: FolderClaim,
     on_progress: Progress = silent,
 ) -> None:
@@ -36,7 +36,7 @@ def write_replaced(
     Args:
         artifact: to be like.
         tensors: new values by stored name, of the same shapes and sizes.
-        tuning: what the plan file says of them.
+        plan: of the same formats; checksums and the version are put in.
         claim: on the folder to write, which may be the artifact's own.
         on_progress: told of each tensor.
 
@@ -48,17 +48,15 @@ def write_replaced(
         name: {name: Slot(tensors[name].dtype if name in tensors else there.info.dtype, there.info.shape)}
         for name, there in artifact.stored.items()
     }
-    with Writer(claim.shown, slots, {"tuned": artifact.plan.source}, claim=claim) as writer:
+    with Writer(claim.shown, slots, {"replaced": artifact.plan.source}, claim=claim) as writer:
         for i, (name, there) in enumerate(artifact.stored.items()):
             writer.put(name, {name: tensors[name] if name in tensors else there.read()}, {})
             on_progress(f"writing {name}", i + 1, len(slots))
         for name in _others(artifact):
             (writer.partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.folder / name, writer.partial / name)
-        plan = replace(
-            artifact.plan, checksums=writer.checksums, files=writer.digests(), tuning=tuning, kbitc=VERSION
-        )
-        writer.commit({PLAN_FILE: json.dumps(sealed(plan.to_json()), indent=1) + "\n"})
+        written = replace(plan, checksums=writer.checksums, files=writer.digests(), kbitc=VERSION)
+        writer.commit({PLAN_FILE: json.dumps(sealed(written.to_json()), indent=1) + "\n"})
 
 
 def _others(artifact: Artifact) -> list[str]:

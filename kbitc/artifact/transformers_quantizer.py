@@ -192,7 +192,7 @@ def quantizer_classes() -> tuple[type, type]:
 
         @property
         def is_trainable(self) -> bool:
-            return False  # the base is frozen; adapters train over it
+            return True  # adapters train over it; the base stays frozen
 
         @property
         def is_compileable(self) -> bool:

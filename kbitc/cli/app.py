@@ -6,6 +6,7 @@ code 0 is success, 1 a failure of the input or the machine, 2 bad usage.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,6 +51,15 @@ Kv = Annotated[
         help="How keys and values are cached: fp16, a spec such as int8:64 (half the memory), or one of keys "
         "and one of values, such as int6:64,nf4:64 (a third). [default: fp16 on the backend cpu, else as the "
         "model computes]",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER",
+        help="A folder of PEFT's (kbitc finetune) that was trained over OUT: its products are added as the "
+        "model runs, nothing is merged.",
     ),
 ]
 Dtype = Annotated[

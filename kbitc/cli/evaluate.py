@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Dtype, Json, Kv, app, examples, named_dtype
+from kbitc.cli.app import Adapter, Dtype, Json, Kv, app, examples, named_dtype
 from kbitc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def evaluate(
         ),
     ] = None,
     kv: Kv = None,
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -113,10 +114,12 @@ def evaluate(
     )
     if record and not is_artifact(Path(model)):
         raise UsageError(f"--record: {model} is no artifact to keep the result beside; use --json > FILE")
+    if record and adapter is not None:
+        raise UsageError("--record: keeps what the artifact scores by itself, without --adapter")
     wanted = named_dtype(dtype)
     asked.check()
     with console.progress("loading") as update:
-        loaded = open_model(model, wanted)
+        loaded = open_model(model, wanted, adapter)
         kind = kind_of(loaded.model, model)
         asked.check_kind(kind, model, has_reference=against is not None)
         if record and not (kind == Kind.CAUSAL and asked.wants_perplexity):
@@ -140,6 +143,7 @@ def evaluate(
             "activations": used,
             "float_activations": dict(left),
             "against": against,
+            **({} if adapter is None else {"adapter": str(adapter)}),
         }
         console.print_json(
             about | ({} if evaluation is None else evaluation.to_json()) | scored.to_json(asked)

@@ -15,6 +15,8 @@ from kbitc.system.stopping import Stopped, stoppable
 COMMANDS = (
     "compile",
     "tune",
+    "finetune",
+    "merge",
     "plan",
     "inspect",
     "passes",

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from kbitc.cli import console
-from kbitc.cli.app import Backend, Dtype, Json, Kv, app, check_backend, examples, named_dtype
+from kbitc.cli.app import Adapter, Backend, Dtype, Json, Kv, app, check_backend, examples, named_dtype
 
 
 @app.command(
     epilog=examples(
         'kbitc run demo-4bit "The function returns" -n 40',
         'kbitc run smol-4bit "Once upon a time" -n 400 --kv int8:64',
+        'kbitc run smol-4bit "ROMEO:" --adapter smol-adapter',
     )
 )
 def run(
@@ -28,6 +29,7 @@ def run(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     kv: Kv = None,
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
@@ -41,7 +43,7 @@ def run(
     check_backend(backend)
     wanted = named_dtype(dtype)
     with console.progress("loading"):
-        loaded = open_model(model, wanted)
+        loaded = open_model(model, wanted, adapter)
         tokenizer = need_tokenizer(loaded, model)
         check_causal(loaded.model, model)
     decoder = make_decoder(loaded.model, backend, kv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kbitc.backends.onnx_export.runtime import OnnxModel
 from kbitc.checkpoint import open_checkpoint
 from kbitc.checkpoint.dense import dense_model, tokenizer_in, tokenizer_of
 from kbitc.errors import SourceError, UsageError
+from kbitc.evaluation.adapters import WEIGHTS, put_adapter
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,30 @@ class Loaded:
     tokenizer: Any
 
 
-def open_model(source: str, dtype: torch.dtype | None = None) -> Loaded:
+def open_model(source: str, dtype: torch.dtype | None = None, adapter: Path | None = None) -> Loaded:
     """Load an artifact, an exported folder, or the dense model of any source, with its tokenizer.
+
+    Args:
+        source: which.
+        dtype: to compute in.
+        adapter: folder of PEFT's that lies over it; its bytes count to the model's.
 
     Raises:
         SourceError: neither, or damaged.
-        UsageError: an export that other programs run.
+        UsageError: an export that other programs run, or an adapter of another model.
+        BackendUnavailable: an adapter, and PEFT is not installed.
     """
+    loaded = _open(source, dtype)
+    if adapter is None:
+        return loaded
+    put_adapter(loaded.model, adapter, Artifact.open(Path(source)) if is_artifact(Path(source)) else None)
+    added = (adapter / WEIGHTS).stat().st_size
+    parameters = 8 * loaded.nbytes / loaded.bits_per_param
+    nbytes = loaded.nbytes + added
+    return replace(loaded, nbytes=nbytes, bits_per_param=8 * nbytes / parameters)
+
+
+def _open(source: str, dtype: torch.dtype | None) -> Loaded:
     folder = Path(source)
     if is_artifact(folder):
         artifact = Artifact.open(folder)

@@ -14,7 +14,7 @@ from kbitc.formats.packed import Packed
 from kbitc.kernels.ops import has_kernels
 from kbitc.kernels.reference import groups
 from kbitc.tensor.kbit_tensor import FUNCTIONS, KbitTensor, transpose
-from kbitc.tensor.refusals import check_frozen, no_storage
+from kbitc.tensor.refusals import CHANGED, check_frozen, no_storage
 
 # A handler answers NotImplemented where it has no form: `kbitc.tensor.reads` then serves its parts.
 
@@ -47,10 +47,13 @@ def _call(op: Any, input: Tensor, weight: KbitTensor, last: Tensor | None) -> An
         return op(input, *weight.operands(), last)
 
 
-def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:  # noqa: A002
+def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Any:  # noqa: A002
     """``x @ W`` for a 2-D W that is packed along its first dimension, or a batch of experts."""
     if out is not None:
-        raise NotImplementedError("matmul with a packed weight has no out=")
+        if isinstance(out, KbitTensor):
+            raise NotImplementedError(f"matmul into a packed weight: {CHANGED}")
+        product = torch.matmul(input, other)
+        return out.resize_(product.shape).copy_(product)
     if isinstance(input, KbitTensor):
         dims = (input.dim(), other.dim())
         if isinstance(other, KbitTensor) or not _is_matrix(input) or (dims[0] != 2 and dims != (3, 3)):

@@ -166,11 +166,19 @@ def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``beta * addend + alpha * product``."""
 
     def call(addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-        out = product(left, right)
+        is_packed = isinstance(left, KbitTensor) or isinstance(right, KbitTensor)
+        out = product(left, right) if is_packed else left @ right
         out = out if alpha == 1 else alpha * out
         return out if beta == 0 else out + (dense(addend) if beta == 1 else beta * dense(addend))
 
     return call
+
+
+def _add_to(total: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``beta * total + alpha * left @ right``, in place."""
+    if isinstance(total, KbitTensor):
+        return NotImplemented
+    return (total if beta == 1 else total.mul_(beta)).add_(_mm(left, right), alpha=alpha)
 
 
 def _mv(weight: Tensor, vector: Tensor) -> Any:
@@ -227,6 +235,15 @@ def _times(weight: Any, other: Any) -> Any:
         factor = (_core(weight.factor) * _core(factor)).expand(weight.shape)
     out = weight.viewed(weight.placement(), factor)
     return out if other.dtype == weight.dtype or other.dim() == 0 else out.to(other.dtype)
+
+
+def _sum(weight: Any, other: Any, *, alpha: float = 1) -> Any:
+    """A weight and a dense tensor of its shape, as DoRA adds them to measure rows: dense, for that call."""
+    if not isinstance(weight, Tensor) or not isinstance(other, Tensor) or weight.shape != other.shape:
+        return NotImplemented
+    if isinstance(weight, KbitTensor) == isinstance(other, KbitTensor):
+        return NotImplemented
+    return aten.add(dense(weight), dense(other), alpha=alpha)
 
 
 def _core(factor: Tensor) -> Tensor:
@@ -295,12 +312,14 @@ DENSE = (
 READS.update({func: _view(func) for func in VIEWS})
 READS.update({func: _on_dense(func) for func in DENSE})
 READS[aten.select.int] = _select
+READS[aten.add.Tensor] = _sum
 READS[aten._reshape_alias.default] = lambda weight, size, _: aten.view(weight, size)
 PRODUCTS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
     aten.mv.default: _mv,
     aten.addmm.default: _added(_mm),
+    aten.addmm_.default: _add_to,
     aten.addmv.default: _added(_mv),
     aten.baddbmm.default: _added(_bmm),
     aten.addbmm.default: _added(lambda left, right: _bmm(left, right).sum(0)),

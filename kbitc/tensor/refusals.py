@@ -19,7 +19,8 @@ CHANGED = (
 )
 TRAINED = (
     "a packed weight is frozen and never gets a gradient. Train adapters over it, or leave this weight alone "
-    "(spec fp16) when compiling; kbitc.dequantized(model) makes all weights dense"
+    "(spec fp16) when compiling; kbitc.dequantized(model) makes all weights dense. PEFT's DoRA asks for one "
+    "of embeddings and of Conv1D: take LoRA or VeRA there"
 )
 STORED = (
     "a packed weight is several tensors and has no storage of its own. To write a model, use "

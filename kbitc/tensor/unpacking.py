@@ -34,3 +34,8 @@ def dequantized(model: AnyModule, dtype: torch.dtype | None = None) -> AnyModule
                 dense[id(weight)] = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
             module._parameters[leaf] = dense[id(weight)]
     return model
+
+
+def read_as(weight: KbitTensor, dtype: torch.dtype) -> KbitTensor:
+    """The same packed tensors under another logical dtype; nothing is copied."""
+    return weight._like(weight.packed, dtype)

@@ -141,7 +141,7 @@ def tune_to(
         )
         if out is not None or outcome.loss < before:
             changed = changes(room, last.stored(outcome.tuned))
-            write_replaced(opened, changed, tuning, held, on_progress)
+            write_replaced(opened, changed, replace(opened.plan, tuning=tuning), held, on_progress)
     return Result(target, tuning, perf_counter() - started)
 
 

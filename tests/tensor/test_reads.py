@@ -213,3 +213,27 @@ def test_views_compile_without_graph_breaks():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_sums_and_products_into_dense_tensors():
+    """As PEFT's DoRA and TRL's chunked losses write them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(24, 40, generator=generator), "int4:8")
+    x, like = torch.randn(5, 40, generator=generator), torch.randn(24, 40, generator=generator)
+    dense = weight.dequantize()
+    assert torch.equal(weight + 0.5 * like, dense + 0.5 * like)
+    assert torch.equal(like + weight, like + dense)
+    tile = torch.empty(5, 8)
+    assert torch.mm(x, weight[3:11].t(), out=tile) is tile
+    assert torch.allclose(tile, x @ dense[3:11].t(), atol=1e-3)
+    total = torch.ones(5, 40)
+    total.addmm_(tile, weight[3:11])
+    assert torch.allclose(total, 1 + tile @ dense[3:11], atol=1e-3)
+    experts = quantize(torch.randn(3, 24, 40, generator=generator), "int4:8")
+    left, right = torch.randn(3, 24, 4, generator=generator), torch.randn(3, 4, 40, generator=generator)
+    added = torch.baddbmm(experts, left, right, alpha=2)
+    assert torch.allclose(added, experts.dequantize() + 2 * left @ right, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="packed weight"):
+        weight.addmm_(torch.randn(24, 3), torch.randn(3, 40))
+    with pytest.raises(NotImplementedError, match="frozen"):
+        torch.mm(x, like.t(), out=weight[:5])
