@@ -36,7 +36,8 @@ from kbitc.compiler.request import Request
 from kbitc.evaluation.adapters import RECORD, base_of
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.training.examples import Example, held_out, mean_loss, text_examples
-from kbitc.training.finetuning import FinetuneRecipe, adapted_model, lora_config
+from kbitc.training.finetune_recipe import FinetuneRecipe, lora_config
+from kbitc.training.finetuning import adapted_model
 from kbitc.training.merging import merge_to
 from kbitc.training.trainer_steps import train
 

@@ -67,7 +67,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train an adapter (LoRA) over OUT, whose packed weights stay as they are."""
-    from kbitc.training.finetuning import FinetuneRecipe, finetune_to
+    from kbitc.training.finetune_recipe import FinetuneRecipe
+    from kbitc.training.finetuning import finetune_to
 
     recipe = FinetuneRecipe(
         rank=rank, targets=targets, alpha=alpha, init=init, steps=steps, batch=batch, accumulate=accumulate,

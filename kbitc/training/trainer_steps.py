@@ -17,7 +17,7 @@ from kbitc.system import files
 from kbitc.training.examples import Example, collated
 
 if TYPE_CHECKING:
-    from kbitc.training.finetuning import FinetuneRecipe
+    from kbitc.training.finetune_recipe import FinetuneRecipe
 
 MARK = "whole"
 

@@ -21,7 +21,8 @@ from kbitc.system.json_file import read_json
 from kbitc.tensor.kbit_tensor import KbitTensor
 from kbitc.training import trainer_steps
 from kbitc.training.examples import IGNORED, chat_examples, collated, held_out, mean_loss
-from kbitc.training.finetuning import FinetuneRecipe, adapted_model, finetune_to
+from kbitc.training.finetune_recipe import FinetuneRecipe
+from kbitc.training.finetuning import adapted_model, finetune_to
 from kbitc.training.merging import merge_to
 from kbitc.training.residual import best_fit
 
