@@ -7,6 +7,9 @@ what it has no place for, and answer as the bare model does.
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,14 @@ def check_installed(what: str) -> None:
     missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailable(f"{what} needs the package '{missing[0]}': pip install 'kbitc[train]'")
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that PEFT asks transformers for something by its former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def base_of(artifact: Artifact) -> str:
@@ -114,6 +125,6 @@ def put_adapter(model: nn.Module, folder: Path, base: Artifact | None = None) ->
     given: Any = model
     if not hasattr(given, "load_adapter"):
         raise UsageError(f"{folder}: adapters lie over models of transformers, not over an export")
-    with foreign(f"{folder}: PEFT cannot load it"):
+    with quiet_peft(), foreign(f"{folder}: PEFT cannot load it"):
         given.load_adapter(str(folder))
     model.eval()

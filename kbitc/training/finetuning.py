@@ -19,7 +19,7 @@ from kbitc.artifact.loading import load
 from kbitc.artifact.reader import Artifact
 from kbitc.checkpoint.dense import tokenizer_in
 from kbitc.errors import SourceError, UsageError, first_line
-from kbitc.evaluation.adapters import RECORD, base_of, check_installed
+from kbitc.evaluation.adapters import RECORD, base_of, check_installed, quiet_peft
 from kbitc.evaluation.causality import check_causal
 from kbitc.evaluation.perplexity import check_context
 from kbitc.graph.context import Progress, silent
@@ -186,7 +186,8 @@ def adapted_model(
     prepare_for_training(model, checkpointing=recipe.checkpointing)
     torch.manual_seed(recipe.seed)
     try:
-        adapted = get_peft_model(model, lora_config(recipe))
+        with quiet_peft():
+            adapted = get_peft_model(model, lora_config(recipe))
     except ValueError as error:
         raise UsageError(f"--targets {recipe.targets}: {first_line(error)}") from error
     if recipe.init == RESIDUAL:

@@ -26,7 +26,7 @@ from kbitc.artifact.replacing import write_replaced
 from kbitc.artifact.stored import stored_tensors
 from kbitc.checkpoint.dense import tokenizer_in
 from kbitc.errors import SourceError, UsageError, foreign
-from kbitc.evaluation.adapters import check_adapter, check_installed
+from kbitc.evaluation.adapters import check_adapter, check_installed, quiet_peft
 from kbitc.formats.packed import Packed
 from kbitc.graph.context import Progress, silent
 from kbitc.quantizers import Evidence, find_quantizer
@@ -150,7 +150,7 @@ def _adapted(model: nn.Module, adapter: Path, opened: Artifact) -> Any:
             f"{adapter}: is {kind}, which is more than a sum with the weights; LoRA and VeRA merge, others "
             "run with --adapter"
         )
-    with foreign(f"{adapter}: PEFT cannot load it"):
+    with quiet_peft(), foreign(f"{adapter}: PEFT cannot load it"):
         adapted: Any = PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
     return adapted.eval()
 
