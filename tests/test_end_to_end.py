@@ -162,7 +162,7 @@ def test_interrupt_then_resume_gives_the_same_bytes(llama, tmp_path, monkeypatch
     packed = []
     real = pack._convert
     monkeypatch.setattr(
-        pack, "_convert", lambda p, entry, source: packed.append(entry.name) or real(p, entry, source)
+        pack, "_convert", lambda p, piece, source: packed.append(piece.entry.name) or real(p, piece, source)
     )
     compile_to(str(llama), tmp_path / "out", Request(spec="nf4:64"), is_resumed=True)
     assert 0 < len(packed) < 25  # some were done already
