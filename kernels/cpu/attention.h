@@ -194,25 +194,22 @@ inline Rows<T> rows_of(const Attention& a, const CachedRows& from, int64_t key_h
   return {static_cast<const T*>(from.rows) + token * apart + key_head * from.size, apart};
 }
 
-// Those of a cache of k bits, of one head, as floats in `memory`.
-inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t key_head, int64_t token, int64_t count,
-                            float* memory) {
-  const int64_t early = std::max(int64_t{0}, std::min(FIRST_TOKENS - token, count));
+// Rows of a cache of k bits, `apart` of them from one another, to (count, size) floats.
+inline void unpack_cached(const Attention& a, const CachedRows& from, int64_t row, int64_t apart, int64_t count,
+                          float* out) {
+  const int64_t plain = FIRST_TOKENS * a.key_heads - row;  // rows ahead that are float16
+  const int64_t early = std::max(int64_t{0}, std::min((plain + apart - 1) / apart, count));
   for (int64_t i = 0; i < early; ++i) {
-    const uint16_t* row = from.first + ((token + i) * a.key_heads + key_head) * from.size;
-    halves_to_floats(row, from.size, memory + i * from.size);
+    halves_to_floats(from.first + (row + i * apart) * from.size, from.size, out + i * from.size);
   }
-  const int64_t row = (token + early) * a.key_heads + key_head;
-  unpack(from, row, a.key_heads, count - early, memory + early * from.size);
-  return {memory, from.size};
+  unpack(from, row + early * apart, apart, count - early, out + early * from.size);
 }
 
-// Those of all heads, (count, key_heads, size).
-inline void unpack_heads(const Attention& a, const CachedRows& from, int64_t token, int64_t count, float* memory) {
-  const int64_t early = std::max(int64_t{0}, std::min(FIRST_TOKENS - token, count));
-  const int64_t apart = a.key_heads * from.size;
-  halves_to_floats(from.first + token * apart, early * apart, memory);
-  unpack(from, (token + early) * a.key_heads, 1, (count - early) * a.key_heads, memory + early * apart);
+// Those of one head, from a token on, as floats in `memory`.
+inline Rows<float> unpacked(const Attention& a, const CachedRows& from, int64_t key_head, int64_t token, int64_t count,
+                            float* memory) {
+  unpack_cached(a, from, token * a.key_heads + key_head, a.key_heads, count, memory);
+  return {memory, from.size};
 }
 
 // scores (rows, count), `scores_apart` floats apart, of queries (rows, size).
@@ -246,7 +243,7 @@ struct Tiles {
     if (a.kind == CacheKind::f16) {
       halves_to_floats(rows_of<uint16_t>(a, from, 0, token).at, count * apart, memory);
     } else {
-      unpack_heads(a, from, token, count, memory);
+      unpack_cached(a, from, token * a.key_heads, 1, count * a.key_heads, memory);
     }
     return {memory, apart};
   }
@@ -270,17 +267,20 @@ inline void over_tiles(const Tiles& tiles, int64_t first, int64_t last, float* m
   }
 }
 
-void attend_few(const Attention& a, int64_t first, int64_t last, float* partial, float* scratch) {
-  const int64_t group = a.heads / a.key_heads, rows = a.tokens * group, count = last - first;
-  const int64_t size = a.keys.size, value_size = a.values.size;
-  float* query = scratch;  // (key_heads, rows, size), scaled
-  float* scores = query + a.key_heads * rows * size;  // (key_heads, rows, count)
-  float* memory = scores + a.key_heads * rows * count;  // (TOKENS_OF_TILE, key_heads, size or value_size)
+void take_queries(const Attention& a, float* query) {
+  const int64_t group = a.heads / a.key_heads, rows = a.tokens * group;
   for (int64_t i = 0; i < a.key_heads * rows; ++i) {
     const int64_t head = i / rows, r = i % rows;
     const float* from = a.query + r / group * a.query_token + (head * group + r % group) * a.query_head;
-    take_query(a, from, head, query + i * size);
+    take_query(a, from, head, query + i * a.keys.size);
   }
+}
+
+void attend_few(const Attention& a, const float* query, int64_t first, int64_t last, float* partial, float* scratch) {
+  const int64_t group = a.heads / a.key_heads, rows = a.tokens * group, count = last - first;
+  const int64_t size = a.keys.size, value_size = a.values.size;
+  float* scores = scratch;  // (key_heads, rows, count)
+  float* memory = scores + a.key_heads * rows * count;  // (TOKENS_OF_TILE, key_heads, size or value_size)
   over_tiles({a, a.keys}, first, last, memory, [&](Rows<float> tile, int64_t k, int64_t own, int64_t head) {
     score(query + head * rows * size, rows, tile.at + head * size, tile.apart, own, size,
           scores + head * rows * count + k, count);

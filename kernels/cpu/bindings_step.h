@@ -353,9 +353,12 @@ class Step {
       const int64_t of_head = all.tokens * (all.heads / all.key_heads) * (all.values.size + 2);
       const int64_t apart = all.key_heads * of_head;
       std::vector<float> partial(static_cast<size_t>(segments * apart));
+      std::vector<float> query(static_cast<size_t>(all.tokens * all.heads * all.keys.size));
+      row_kernels().take_queries(all, query.data());
       const auto one = [&](int64_t item, float* scratch) {
         const int64_t begin = (first + item) * segment;
-        row_kernels().attend_few(all, begin, std::min(length, begin + segment), partial.data() + item * apart, scratch);
+        row_kernels().attend_few(all, query.data(), begin, std::min(length, begin + segment),
+                                 partial.data() + item * apart, scratch);
       };
       over_items(segments, all.tokens * length * all.heads * all.keys.size, attend_scratch(all), one);
       for (int64_t head = 0; head < all.key_heads; ++head) {

@@ -86,9 +86,12 @@ struct RowKernels {
   void (*turn)(float* x, int64_t size);
   // Tokens [first, last) of the new ones see all that they may: `scratch` floats as `attend_scratch` says.
   void (*attend_many)(const Attention& all, const AttentionPart& part, float* scratch);
-  // Keys [first, last), at most `segment_of` them, for every new token: of each key head and token and head of its
-  // group a row of (maximum, sum, sums of values) in `partial`.
-  void (*attend_few)(const Attention& all, int64_t first, int64_t last, float* partial, float* scratch);
+  // Queries as they meet the keys: of each key head and token and head of its group a row of `keys.size`.
+  void (*take_queries)(const Attention& all, float* query);
+  // Keys [first, last), at most `segment_of` them, for every new token: of each such row one of (maximum, sum, sums of
+  // values) in `partial`.
+  void (*attend_few)(const Attention& all, const float* query, int64_t first, int64_t last, float* partial,
+                     float* scratch);
   // Partial sums of all segments to the output of one key head; `apart` floats between segments.
   void (*join)(const Attention& all, int64_t key_head, const float* partial, int64_t segments, int64_t apart);
   // out (m, n) = a (m, k) b (n, k)^T, rows of a and out `*_apart` floats apart; `row`: k floats of scratch memory.
@@ -116,7 +119,7 @@ inline int64_t segment_of(int64_t length) {
 inline int64_t attend_scratch(const Attention& a) {
   const int64_t rows = TOKENS_AT_ONCE * (a.heads / a.key_heads);
   const int64_t both = a.keys.size + a.values.size;
-  const int64_t few = FEW_TOKENS * a.heads * (SEGMENT + a.keys.size) + TOKENS_OF_TILE * a.key_heads * both;
+  const int64_t few = FEW_TOKENS * a.heads * SEGMENT + TOKENS_OF_TILE * a.key_heads * both;
   const int64_t many = rows * (both + KEYS_AT_ONCE + 2) + KEYS_AT_ONCE * (both + a.keys.size);
   return std::max(few, many) + 64;
 }

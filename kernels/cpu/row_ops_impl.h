@@ -193,7 +193,7 @@ void dense(const float* a, int64_t m, int64_t a_apart, const Dense& b, int64_t f
 }
 
 constexpr RowKernels ROW_KERNELS = {unary,   binary,      mean,       rms_norm, layer_norm,
-                                    to_half, turn,        attend_many, attend_few, join,     dense,    to_floats};
+                                    to_half, turn,        attend_many, take_queries, attend_few, join, dense, to_floats};
 
 }  // namespace
 }  // namespace kbit
