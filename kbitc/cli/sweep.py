@@ -149,8 +149,9 @@ def _loss(row: Row) -> Told | None:
 
 
 def _accuracy(tasks: str, row: Row) -> Told | None:
-    has_it = row.accuracy is not None and row.tasks == tasks
-    return (-row.accuracy, f"{100 * row.accuracy:.2f}") if has_it and row.accuracy is not None else None
+    if row.accuracy is None or row.tasks != tasks:
+        return None
+    return -row.accuracy, f"{100 * row.accuracy:.2f}"
 
 
 def _best(outcome: Outcome, title: str, told: Callable[[Row], Told | None]) -> Table:
