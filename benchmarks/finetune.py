@@ -4,8 +4,8 @@
     python -m benchmarks.finetune --model demo --text FILE --steps 20 --seeds 0,1,2 --markdown FILE
 
 Every base is trained by the same steps of the same batches, in float32: the source, the artifact of each
-budget, and that of the smallest once more with the init "residual". Artifacts, checkpoints and a ledger (a
-JSON line a run) lie in --work; what is there already is not done again. Step times compare only as far as the
+budget, and that of the smallest once more with the init "residual". Artifacts, checkpoints and a ledger of
+runs lie in --work; what is there already is not done again. Step times compare only as far as the
 machine was as busy.
 """
 
@@ -25,6 +25,7 @@ from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 
+from benchmarks.ledger import Ledger
 from benchmarks.tables import Section, markdown, print_section
 from kbitc.artifact.folders import is_artifact
 from kbitc.artifact.loading import load
@@ -43,21 +44,6 @@ from kbitc.training.trainer_steps import train
 
 DENSE = "16-bit source"
 GRADIENT_ROWS = 64
-
-
-class Ledger:
-    """Rows of a JSON-lines file by their key; what is there is not measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows = {row["key"]: row for row in map(json.loads, lines)}
-
-    def add(self, key: str, row: dict[str, Any]) -> None:
-        """A new row, written at once."""
-        self.rows[key] = {"key": key, **row}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[key]) + "\n")
 
 
 def artifact_of(model: str, bits: float, work: Path, calibrate: str) -> Path:
@@ -128,7 +114,7 @@ Kind = tuple[str, Path | None, str]  # name, artifact (None: the source) and ini
 def run(options: argparse.Namespace, console: Console) -> list[Section]:
     """Everything that the ledger lacks, and the tables of it."""
     options.work.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(options.work / "runs.jsonl")
+    ledger = Ledger(options.work / "runs.json")
     base, tokenizer = dense_base(options.model)
     examples = text_examples(tokenizer, base, options.text, options.context)
     del base
@@ -147,7 +133,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Section]:
         key = json.dumps(["base", options.model, bits])
         if key not in ledger.rows:
             about = {"resident": resident(out), "gradient": gradients_apart(out)}
-            ledger.add(key, {"base": f"{bits:g} bits", **about})
+            ledger.put(key, {"base": f"{bits:g} bits", **about})
     rows = [ledger.rows[key_of(options, kind, seed)] for seed in options.seeds for kind in kinds]
     bases = [ledger.rows[json.dumps(["base", options.model, bits])] for bits in outs]
     return sections(options, rows, bases)
@@ -182,7 +168,7 @@ def one_run(
             text=options.text, context=options.context, is_forced=True,
         )  # fmt: skip
         row |= {"beside": made.before, "merged": made.after}
-    ledger.add(key, {"name": name, "seed": seed, **row})
+    ledger.put(key, {"name": name, "seed": seed, **row})
     gc.collect()
 
 

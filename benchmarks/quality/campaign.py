@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.ledger import Ledger
 from benchmarks.quality.evaluator import Evaluator, Scores
-from benchmarks.quality.ledger import Ledger
 from kbitc.evaluation.opening import need_tokenizer, open_model
 from kbitc.evaluation.perplexity import read_text, windows
 from kbitc.system.json_file import read_json

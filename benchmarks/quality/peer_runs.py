@@ -57,7 +57,7 @@ def remembered(campaign: Campaign, what: Any, make: Callable[[], Outcome]) -> Ou
         make: it.
     """
     key = digest(campaign.key, campaign.evaluator.keys, what)
-    row = campaign.ledger.get(key)
+    row = campaign.ledger.rows.get(key)
     if row is not None:
         scores = {label: Scores(**own) for label, own in row["scores"].items()}
         return Outcome(**{**row, "scores": scores, "notes": tuple(row["notes"])})
